@@ -1,0 +1,1 @@
+"""The lb of a realm."""
