@@ -60,9 +60,7 @@ class OwnedRange:
     @property
     def is_valid(self) -> bool:
         """Tell whether both ends are 32 bytes and start <= end."""
-        return (
-            len(self.start) == RECORD_ID_BYTES and len(self.end) == RECORD_ID_BYTES and self.start <= self.end
-        )
+        return len(self.start) == RECORD_ID_BYTES and len(self.end) == RECORD_ID_BYTES and self.start <= self.end
 
     def contains(self, record: bytes) -> bool:
         """Tell whether `record` (32 bytes) lies in the range."""

@@ -1,1 +1,1 @@
-"""TODO-SET-BY-OWNER."""
+"""Authenticated consensus: log entries, statements, election and the persistent state (hsm.md 1-5, 11)."""

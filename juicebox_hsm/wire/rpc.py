@@ -1,0 +1,467 @@
+"""Methods of the internal RPC: their requests, replies and permitted callers (agent.md 2, manager.md 2).
+
+Bodies are msgspec arrays (`array_like`), tagged where a reply is a union. Log entries, statements and Noise
+messages travel as the byte strings that HSM and store use. Ids are 16 bytes, record ids 32.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Any, Final
+
+import msgspec
+
+PROTOCOL: Final = 1
+FRAME_BYTES_MAX: Final = 1 << 20
+
+
+class PeerRole(enum.Enum):
+    """Who a certificate says the caller is (URI SAN `juicebox:role:ROLE`)."""
+
+    AGENT = "agent"
+    LOAD_BALANCER = "lb"
+    MANAGER = "manager"
+    OPERATOR = "operator"
+
+
+class RpcCode(enum.Enum):
+    """Errors of the RPC layer itself."""
+
+    UNKNOWN_METHOD = "UnknownMethod"
+    BAD_REQUEST = "BadRequest"
+    FORBIDDEN = "Forbidden"
+    OVERLOADED = "Overloaded"
+    DEADLINE_EXCEEDED = "DeadlineExceeded"
+    SHUTTING_DOWN = "ShuttingDown"
+    HANDLER_FAILED = "HandlerFailed"
+
+
+class Refusal(enum.Enum):
+    """Every refusal a method may answer; which ones, the specification's table says."""
+
+    NO_HSM = "NoHsm"
+    NO_STORE = "NoStore"
+    STORE_PRECONDITION_FAILED = "StorePreconditionFailed"
+    HAVE_REALM = "HaveRealm"
+    HAVE_OTHER_REALM = "HaveOtherRealm"
+    INVALID_REALM = "InvalidRealm"
+    INVALID_GROUP = "InvalidGroup"
+    INVALID_HSM = "InvalidHsm"
+    INVALID_CONFIGURATION = "InvalidConfiguration"
+    INVALID_STATEMENT = "InvalidStatement"
+    TOO_MANY_GROUPS = "TooManyGroups"
+    STALE_INDEX = "StaleIndex"
+    FUTURE_INDEX = "FutureIndex"
+    STEPDOWN_IN_PROGRESS = "StepdownInProgress"
+    TIMEOUT = "Timeout"
+    NOT_CAPTURED = "NotCaptured"
+    NOT_LEADER = "NotLeader"
+    BEHIND = "Behind"
+    BUSY = "Busy"
+    INVALID_PROOF = "InvalidProof"
+    MISSING_SESSION = "MissingSession"
+    SESSION_ERROR = "SessionError"
+    DECODING_ERROR = "DecodingError"
+    RATE_LIMIT_EXCEEDED = "RateLimitExceeded"
+    UNACCEPTABLE_RANGE = "UnacceptableRange"
+    OTHER_TRANSFER_PENDING = "OtherTransferPending"
+    COMMIT_TIMEOUT = "CommitTimeout"
+    NOT_PREPARED = "NotPrepared"
+    NOT_OWNER = "NotOwner"
+    NOT_OWNED = "NotOwned"
+    NOT_ARRIVED = "NotArrived"
+    INVALID_NONCE = "InvalidNonce"
+    NOT_TRANSFERRING = "NotTransferring"
+    TRANSFER_IN_PROGRESS = "TransferInProgress"
+    STEP_DOWN_FAILED = "StepDownFailed"
+    LEADERSHIP_TRANSFER_ROLLED_BACK = "LeadershipTransferRolledBack"
+    LEADERSHIP_TRANSFER_FAILED = "LeadershipTransferFailed"
+    NO_SOURCE_LEADER = "NoSourceLeader"
+    NO_DESTINATION_LEADER = "NoDestinationLeader"
+    MANAGER_BUSY = "ManagerBusy"
+    RPC_ERROR = "RpcError"
+
+
+class _Body(msgspec.Struct, array_like=True, frozen=True, tag=True):
+    """Base of every body: a tagged array."""
+
+
+class Refused(_Body):
+    """A refusal. `consumed`: the HSM was given the Noise message. `index`, `detail`: where the table names data."""
+
+    outcome: Refusal
+    consumed: bool = False
+    index: int | None = None
+    detail: str = ""
+
+
+class Done(_Body):
+    """Success without data."""
+
+
+class Empty(_Body):
+    """A request without fields."""
+
+
+class Range(_Body):
+    """An inclusive range of record ids, 32 bytes each."""
+
+    start: bytes
+    end: bytes
+
+
+class PartitionInfo(_Body):
+    """Range and root hash."""
+
+    range: Range
+    root_hash: bytes
+
+
+class RoleInfo(_Body):
+    """`name` is Leader, SteppingDown or Witness; `starting` is set for the first two."""
+
+    name: str
+    at: int
+    starting: int | None = None
+
+
+class TransferringInfo(_Body):
+    """A pending transfer: `direction` In or Out; `peer` the other group; `root_hash` for Out."""
+
+    direction: str
+    peer: bytes
+    range: Range
+    at: int
+    root_hash: bytes = b""
+
+
+class LeaderInfo(_Body):
+    """What the HSM says as leader; indexes may be uncommitted except `committed`."""
+
+    committed: int | None
+    last: int
+    owned_range: Range | None
+    transferring: TransferringInfo | None
+
+
+class GroupInfo(_Body):
+    """One group of an HSM. `captured` is the persisted (index, mac)."""
+
+    id: bytes
+    configuration: list[bytes]
+    captured: tuple[int, bytes] | None
+    leader: LeaderInfo | None
+    role: RoleInfo
+
+
+class RealmInfo(_Body):
+    """The realm of an HSM with its realm statement."""
+
+    id: bytes
+    statement: bytes
+    groups: list[GroupInfo]
+
+
+class HsmInfo(_Body):
+    """HSM Status."""
+
+    id: bytes
+    realm: RealmInfo | None
+    public_key: bytes
+
+
+class AgentGroupInfo(_Body):
+    """The agent's own view of a group; `last_appended` is (index, mac)."""
+
+    realm: bytes
+    group: bytes
+    role: RoleInfo
+    leading: bool
+    waiting_clients: int = 0
+    last_appended: tuple[int, bytes] | None = None
+    append_queue_len: int = 0
+    requests_per_s: float = 0.0
+
+
+class OutboxInfo(_Body):
+    """Backlog of unpublished events over the agent's realm."""
+
+    backlog: int
+    oldest_s: float
+    warning: str = ""
+
+
+class AgentStatus(_Body):
+    """Reply of `status` at an agent; `hsm` is absent when the HSM does not answer."""
+
+    uptime_s: float
+    hsm: HsmInfo | None
+    name: str
+    build: str
+    groups: list[AgentGroupInfo]
+    outbox: OutboxInfo | None = None
+
+
+class RealmCreated(_Body):
+    """Reply of `realm/new`."""
+
+    realm: bytes
+    group: bytes
+
+
+class RealmJoin(_Body):
+    """Request of `realm/join`."""
+
+    realm: bytes
+    peer: bytes
+    statement: bytes
+
+
+class RealmJoined(_Body):
+    """Reply of `realm/join`."""
+
+    hsm: bytes
+
+
+class GroupNew(_Body):
+    """Request of `group/new`: members with their realm statements."""
+
+    realm: bytes
+    members: list[tuple[bytes, bytes]]
+
+
+class GroupCreated(_Body):
+    """Reply of `group/new`."""
+
+    group: bytes
+    statement: bytes
+
+
+class GroupJoin(_Body):
+    """Request of `group/join`."""
+
+    realm: bytes
+    group: bytes
+    configuration: list[bytes]
+    statement: bytes
+
+
+class GroupCall(_Body):
+    """Request that names only a group: `stepdown`, `captured`."""
+
+    realm: bytes
+    group: bytes
+
+
+class BecomeLeaderCall(_Body):
+    """Request of `become_leader`; `last` is the index the log must end at, when known."""
+
+    realm: bytes
+    group: bytes
+    last: int | None = None
+
+
+class SteppedDown(_Body):
+    """Reply of `stepdown`: the final index of that leadership."""
+
+    last: int
+
+
+class Replicate(_Body):
+    """Acknowledged entries (CBOR each) from the leader's agent; none is a heartbeat. `last` is its last index."""
+
+    realm: bytes
+    group: bytes
+    starting: int
+    entries: list[bytes]
+    last: int
+
+
+class CapturedReply(_Body):
+    """A member's persisted capture (CBOR) or None; `behind` asks for nothing, the member reads the log itself."""
+
+    captured: bytes | None
+    behind: bool = False
+
+
+class App(_Body):
+    """One client request; `encrypted` is the CBOR NoiseRequest, `user` the hashed user id."""
+
+    realm: bytes
+    group: bytes
+    record_id: bytes
+    session_id: int
+    handshake_only: bool
+    encrypted: bytes
+    tenant: str
+    user: str
+
+
+class AppOk(_Body):
+    """The released reply: CBOR NoiseResponse."""
+
+    noise: bytes
+
+
+class TransferPrepare(_Body):
+    """Request of `transfer/prepare` and `transfer/cancel_prepare`, `transfer/complete`."""
+
+    realm: bytes
+    source: bytes
+    destination: bytes
+    range: Range
+
+
+class Prepared(_Body):
+    """Reply of `transfer/prepare`."""
+
+    nonce: bytes
+    statement: bytes
+
+
+class TransferOutCall(_Body):
+    """Request of `transfer/out`."""
+
+    realm: bytes
+    source: bytes
+    destination: bytes
+    range: Range
+    nonce: bytes
+    statement: bytes
+
+
+class TransferredOut(_Body):
+    """Reply of `transfer/out`."""
+
+    transferring: PartitionInfo
+    at: int
+    statement: bytes
+
+
+class TransferInCall(_Body):
+    """Request of `transfer/in`."""
+
+    realm: bytes
+    source: bytes
+    destination: bytes
+    transferring: PartitionInfo
+    at: int
+    nonce: bytes
+    statement: bytes
+
+
+class OwnsCall(_Body):
+    """Request of `transfer/owns`."""
+
+    realm: bytes
+    group: bytes
+    range: Range
+
+
+class ArrivedCall(_Body):
+    """Request of `transfer/arrived`: did a committed entry consume `source` at or above `at`?"""
+
+    realm: bytes
+    source: bytes
+    destination: bytes
+    at: int
+
+
+class RateState(_Body):
+    """Reply of `rate/state`: tenant -> encoded limiter state."""
+
+    tenants: list[tuple[str, bytes]]
+
+
+class TenantsReloaded(_Body):
+    """Reply of `tenants/reload`."""
+
+    tenants: int
+
+
+class LeaderLost(_Body):
+    """A member's hint that its leader is gone."""
+
+    realm: bytes
+    group: bytes
+    starting: int
+
+
+class StepdownOrder(_Body):
+    """Request of `leader_stepdown`: either an HSM, or a realm and group."""
+
+    hsm: bytes | None = None
+    realm: bytes | None = None
+    group: bytes | None = None
+
+
+class Rebalanced(_Body):
+    """Reply of `rebalance`; all fields empty means already balanced."""
+
+    realm: bytes = b""
+    group: bytes = b""
+    source: bytes = b""
+    destination: bytes = b""
+
+
+class ManagerStatus(_Body):
+    """Reply of `status` at a manager: one JSON object (loops, leases, actions)."""
+
+    json: str
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """One method: its body types and who may call it. `reply` is the union of replies."""
+
+    name: str
+    request: Any
+    reply: Any
+    callers: frozenset[PeerRole]
+
+
+_ALL: Final = frozenset(PeerRole)
+_A: Final = frozenset({PeerRole.AGENT})
+_M: Final = frozenset({PeerRole.MANAGER})
+_O: Final = frozenset({PeerRole.OPERATOR})
+
+
+def _table(*methods: Method) -> dict[str, Method]:
+    return {method.name: method for method in methods}
+
+
+AGENT_METHODS: Final = _table(
+    Method("status", Empty, AgentStatus, _ALL),
+    Method("realm/new", Empty, RealmCreated | Refused, _O),
+    Method("realm/join", RealmJoin, RealmJoined | Refused, _O),
+    Method("group/new", GroupNew, GroupCreated | Refused, _O),
+    Method("group/join", GroupJoin, Done | Refused, _O),
+    Method("become_leader", BecomeLeaderCall, Done | Refused, _M),
+    Method("stepdown", GroupCall, SteppedDown | Refused, _M | _O),
+    Method("replicate", Replicate, CapturedReply | Refused, _A),
+    Method("captured", GroupCall, CapturedReply | Refused, _A),
+    Method("app", App, AppOk | Refused, frozenset({PeerRole.LOAD_BALANCER})),
+    Method("transfer/prepare", TransferPrepare, Prepared | Refused, _M),
+    Method("transfer/cancel_prepare", TransferPrepare, Done | Refused, _M),
+    Method("transfer/out", TransferOutCall, TransferredOut | Refused, _M),
+    Method("transfer/in", TransferInCall, Done | Refused, _M),
+    Method("transfer/complete", TransferPrepare, Done | Refused, _M),
+    Method("transfer/owns", OwnsCall, Done | Refused, _M),
+    Method("transfer/arrived", ArrivedCall, Done | Refused, _M),
+    Method("rate/state", Empty, RateState | Refused, _A),
+    Method("tenants/reload", Empty, TenantsReloaded | Refused, _O),
+)
+
+MANAGER_METHODS: Final = _table(
+    Method("status", Empty, ManagerStatus, _ALL),
+    Method("leader_stepdown", StepdownOrder, Done | Refused, _A | _O),
+    Method("leader_lost", LeaderLost, Done | Refused, _A),
+    Method("rebalance", Empty, Rebalanced | Refused, _O),
+    Method(
+        "transfer",
+        TransferPrepare,
+        Done | Refused,
+        _O,
+    ),
+)

@@ -1,0 +1,43 @@
+"""Shared test configuration: hypothesis profiles, the slow switch, and the freshness of the C extension."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("default", max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("long", max_examples=5000, deadline=None, suppress_health_check=list(HealthCheck))
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add --slow."""
+    parser.addoption("--slow", action="store_true", help="also run soaks and long searches")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect slow tests unless asked for: they are a separate command, not a skipped part of this one."""
+    if config.getoption("--slow"):
+        return
+    kept = [item for item in items if item.get_closest_marker("slow") is None]
+    dropped = [item for item in items if item.get_closest_marker("slow") is not None]
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = kept
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Refuse to test a stale C library: an editable install does not rebuild it."""
+    path = Path(__file__).with_name("native_freshness.py")
+    if path.exists():
+        spec = importlib.util.spec_from_file_location("native_freshness", path)
+        if spec is not None and spec.loader is not None:
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            message = module.stale_message()
+            if message:
+                pytest.exit(message, returncode=3)
