@@ -1,0 +1,83 @@
+"""The one executable: `juicebox-hsm --role ...` for the services, subcommands for the tools (operator-tools.md 12).
+
+Subcommands are imported when they are asked for, so that a role starts without paying for the tools.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Final, NoReturn
+
+import click
+
+from juicebox_hsm import __version__
+from juicebox_hsm.errors import LocalError, RealmError
+from roles.lazy import LazyCommand, LazyGroup
+
+ENVIRONMENT_PREFIX: Final = "JUICEBOX_HSM"
+ROLES: Final = ("agent", "lb", "manager")
+
+TOOLS: Final = {
+    "bench": LazyCommand("roles.tools.bench", "Measure: client, tree, store, rpc."),
+    "cluster": LazyCommand("roles.tools.cluster", "See and change a cluster: realms, groups, leaders, certificates."),
+    "demo": LazyCommand("roles.tools.demo", "Run a real realm here and register and recover a secret against it."),
+    "hsm": LazyCommand("roles.tools.hsm", "Prepare an HSM: realm keys and state directory."),
+    "secrets": LazyCommand("roles.tools.secrets", "Write and check the secrets file: record id key, tenants."),
+    "tokens": LazyCommand("roles.tools.tokens", "Create, validate and draw keys for auth tokens."),
+}
+
+
+@click.group(
+    cls=LazyGroup,
+    lazy=TOOLS,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+)
+@click.version_option(__version__, prog_name="juicebox-hsm")
+@click.option(
+    "--role",
+    type=click.Choice(ROLES),
+    help="Run a service instead of a command; its flags follow. `--role ROLE --help` lists them.",
+)
+def cli(role: str | None) -> None:
+    """Run a realm of the Juicebox protocol, and the tools to operate it.
+
+    Services:  juicebox-hsm --role agent|lb|manager [FLAGS]
+    """
+    if role is not None:
+        raise click.UsageError("--role and a command exclude each other")
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    click.echo(f"juicebox-hsm: {message}", err=True)
+    sys.exit(code)
+
+
+def _split_role(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """Take `--role X` (or `--role=X`) off the front of the arguments."""
+    if arguments and arguments[0] == "--role" and len(arguments) > 1:
+        return arguments[1], arguments[2:]
+    if arguments and arguments[0].startswith("--role="):
+        return arguments[0].removeprefix("--role="), arguments[1:]
+    return None, arguments
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the program; ends with `SystemExit`."""
+    role, rest = _split_role(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if role is None:
+            cli.main(rest, prog_name="juicebox-hsm", auto_envvar_prefix=ENVIRONMENT_PREFIX)
+        if role not in ROLES:
+            _fail(f"--role {role}: no such role; choose one of {', '.join(ROLES)}", 2)
+        command = importlib.import_module(f"roles.{role}.main").command
+        command.main(rest, prog_name=f"juicebox-hsm --role {role}", auto_envvar_prefix=ENVIRONMENT_PREFIX)
+    except LocalError as error:
+        _fail(str(error), 78 if role else 1)
+    except RealmError as error:
+        _fail(str(error), 69 if role else 4)
+    except BrokenPipeError:
+        # the reader of our output (head, a pager) went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

@@ -1,0 +1,22 @@
+"""`juicebox-hsm bench`: measurements as commands, never as timed tests."""
+
+from __future__ import annotations
+
+import click
+
+from roles.lazy import LazyCommand, LazyGroup
+
+
+@click.group(
+    cls=LazyGroup,
+    lazy={
+        "client": LazyCommand("roles.tools.bench_client", "Register, recover and delete against a running realm."),
+        "tree": LazyCommand(
+            "roles.tools.bench_tree", "Verify and insert in the Merkle tree: C against the model.", "bench_tree"
+        ),
+        "store": LazyCommand("roles.tools.bench_store", "Appends and proof reads of the embedded store."),
+        "rpc": LazyCommand("roles.tools.bench_rpc", "Round trips of the internal RPC."),
+    },
+)
+def command() -> None:
+    """Measure the realm and its parts; compare ratios rather than single figures: machines are noisy."""
