@@ -6,9 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-VECTORS: dict[str, Any] = json.loads(
-    (Path(__file__).parent / "data" / "client-protocol-vectors.json").read_text()
-)
+VECTORS: dict[str, Any] = json.loads((Path(__file__).parent / "data" / "client-protocol-vectors.json").read_text())
 
 
 def raw(*path: str | int) -> bytes:
