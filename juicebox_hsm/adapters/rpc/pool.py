@@ -1,0 +1,243 @@
+"""One stream per peer address, opened when first needed and again, with backoff, after it was lost (agent.md 2).
+
+Calls to a peer in backoff fail at once with the last reason: callers know other peers, or poll.
+"""
+
+from __future__ import annotations
+
+import random
+import ssl
+import time
+from dataclasses import dataclass
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import trio
+
+from juicebox_hsm.adapters.cluster_tls import ClusterTls, peer_identity
+from juicebox_hsm.adapters.logging import get_logger
+from juicebox_hsm.adapters.metrics import Metrics, Timer
+from juicebox_hsm.adapters.rpc.client import RpcConnection
+from juicebox_hsm.adapters.rpc.errors import RpcError, RpcFailed, RpcUnreachable
+from juicebox_hsm.adapters.rpc.server import is_loopback
+from juicebox_hsm.adapters.rpc.streams import describe
+from juicebox_hsm.errors import PeerError
+from juicebox_hsm.wire.rpc import Method, PeerRole
+
+CONNECT_S: Final = 2.0  # own: name, TCP and TLS; and again for the hello
+BACKOFF_FIRST_S: Final = 0.02  # own: a restarting process is back within a second or so
+BACKOFF_MAX_S: Final = 1.0  # own: a peer that is back must be found within the failover target
+PEERS_MAX: Final = 1024  # own: addresses come from discovery; old ones are dropped when this many are known
+SERVERS: Final = frozenset({PeerRole.AGENT, PeerRole.MANAGER})  # decision record: who serves RPC at all
+
+_log = get_logger("rpc.client")
+
+
+@dataclass(slots=True)
+class _Peer:
+    """What is known about one address."""
+
+    url: str
+    connection: RpcConnection | None = None
+    connecting: trio.Event | None = None
+    scope: trio.CancelScope | None = None
+    failures: int = 0
+    retry_at: float = 0.0
+    reason: str = ""
+
+
+class RpcPool:
+    """Calls by address. Streams live in `nursery`; cancelling it closes them."""
+
+    def __init__(
+        self,
+        nursery: trio.Nursery,
+        tls: ClusterTls | None,
+        *,
+        build: str = "",
+        metrics: Metrics | None = None,
+    ) -> None:
+        """Without `tls` only `tcp://` addresses on loopback are called, else only `tls://`."""
+        self._nursery = nursery
+        self._tls = tls
+        self._build = build
+        self._metrics = metrics if metrics is not None else Metrics()
+        self._peers: dict[str, _Peer] = {}
+        self._timers: dict[tuple[str, str, str], Timer] = {}
+
+    async def call(
+        self,
+        url: str,
+        method: Method,
+        body: object,
+        *,
+        timeout_s: float,
+        server: PeerRole | None = None,
+        trace: str | None = None,
+    ) -> Any:
+        """Call `method` at `url` and return its reply, an instance of `method.reply`. Never sends twice.
+
+        `timeout_s` covers connecting too. `server` demands that role of the peer's certificate (any that serves by
+        default). Raises `RpcFailed` and `RpcUnreachable`; `maybe_delivered` of both says whether the peer may have
+        got the request. Raises `FrameTooLarge` for a request over 1 MiB.
+        """
+        started_ns = time.perf_counter_ns()
+        result = "cancelled"
+        try:
+            peer = self._peers.get(url)
+            connection = peer.connection if peer is not None else None
+            if connection is None or not connection.open:
+                deadline = trio.current_time() + timeout_s
+                connection = await self._connect(url, deadline)
+                timeout_s = deadline - trio.current_time()
+            if server is not None and connection.role is not None and connection.role is not server:
+                raise RpcUnreachable(f"{url}: is {connection.role.value}, not {server.value}", maybe_delivered=False)
+            reply = await connection.call(method, body, timeout_s=timeout_s, trace=trace)
+            result = "ok"
+            return reply
+        except RpcError as error:
+            result = error.code.value if isinstance(error, RpcFailed) else "Unreachable"
+            raise
+        finally:
+            key = (method.name, url, result)
+            timer = self._timers.get(key)
+            if timer is None:
+                timer = self._timer(key)
+            timer.observe_ns(time.perf_counter_ns() - started_ns)
+
+    def forget(self, url: str) -> None:
+        """Close the stream to `url`, if any; calls in flight fail."""
+        peer = self._peers.pop(url, None)
+        if peer is not None:
+            self._drop(peer)
+
+    def is_connected(self, url: str) -> bool:
+        """Tell whether there is an open stream to `url` now."""
+        peer = self._peers.get(url)
+        return peer is not None and peer.connection is not None and peer.connection.open
+
+    def close(self) -> None:
+        """Close all streams."""
+        for peer in self._peers.values():
+            self._drop(peer)
+        self._peers.clear()
+
+    def _timer(self, key: tuple[str, str, str]) -> Timer:
+        if len(self._timers) > 64 * PEERS_MAX:
+            self._timers.clear()
+        method, url, result = key
+        timer = self._timers[key] = self._metrics.timer("rpc.client.time", method=method, peer=url, result=result)
+        return timer
+
+    def _drop(self, peer: _Peer) -> None:
+        if peer.scope is not None:
+            peer.scope.cancel()
+
+    async def _connect(self, url: str, deadline: float) -> RpcConnection:
+        peer = self._peers.get(url)
+        if peer is None:
+            self._make_room()
+            peer = self._peers[url] = _Peer(url)
+        if peer.connecting is None:
+            if peer.scope is not None and peer.connection is not None:  # lost a moment ago, still being closed
+                raise RpcUnreachable(f"{url}: {peer.connection.stream.reason}", maybe_delivered=False)
+            if trio.current_time() < peer.retry_at:
+                raise RpcUnreachable(f"{url}: {peer.reason}", maybe_delivered=False)
+            peer.connecting = trio.Event()
+            self._nursery.start_soon(self._run_peer, peer)
+        with trio.move_on_at(deadline):
+            await peer.connecting.wait()
+        connection = peer.connection
+        if connection is None or not connection.open:
+            raise RpcUnreachable(f"{url}: {peer.reason or 'no connection in time'}", maybe_delivered=False)
+        return connection
+
+    def _make_room(self) -> None:
+        if len(self._peers) >= PEERS_MAX:
+            for url, peer in list(self._peers.items()):
+                if peer.scope is None:
+                    del self._peers[url]
+
+    async def _run_peer(self, peer: _Peer) -> None:
+        """Open the stream and keep it until it is lost. Raises nothing but `Cancelled`."""
+        connecting = peer.connecting
+        opened_at = 0.0
+        try:
+            with trio.CancelScope() as peer.scope:
+                connection = await self._open(peer)
+                if connection is not None:
+                    opened_at = trio.current_time()
+                    await self._run_connection(peer, connection)
+        finally:
+            peer.connection = None
+            peer.connecting = None
+            peer.scope = None
+            lived_s = trio.current_time() - opened_at if opened_at and peer.failures == 0 else 0.0
+            peer.failures = 0 if lived_s > BACKOFF_MAX_S else peer.failures + 1
+            backoff_s = min(BACKOFF_FIRST_S * 2 ** min(peer.failures, 10), BACKOFF_MAX_S) if peer.failures else 0.0
+            # Jitter keeps the peers of a restarted process from coming back in step; it is no secret.
+            peer.retry_at = trio.current_time() + backoff_s * random.uniform(0.5, 1.0)  # noqa: S311
+            if connecting is not None:
+                connecting.set()
+
+    async def _run_connection(self, peer: _Peer, connection: RpcConnection) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._greet, peer, connection)
+            await connection.run()
+            nursery.cancel_scope.cancel()
+        peer.reason = connection.stream.reason
+        _log.debug("stream ended", peer=peer.url, reason=peer.reason)
+
+    async def _greet(self, peer: _Peer, connection: RpcConnection) -> None:
+        with trio.move_on_after(CONNECT_S):
+            await connection.greeted.wait()
+            if connection.open:
+                peer.connection = connection
+                peer.failures = 0
+                peer.reason = ""
+                if peer.connecting is not None:
+                    peer.connecting.set()
+                    peer.connecting = None
+            return
+        connection.stream.stop("no hello in time")
+
+    async def _open(self, peer: _Peer) -> RpcConnection | None:
+        """Return a connection that is not yet greeted, or None with `peer.reason` set."""
+        try:
+            host, port, secure = _parse(peer.url)
+        except ValueError as error:
+            peer.reason = f"not an address for RPC: {error}"
+            return None
+        if secure != (self._tls is not None):
+            peer.reason = "tls:// needs --cluster-tls" if secure else "tcp:// needs --insecure-rpc"
+            return None
+        tcp: trio.SocketStream | None = None
+        try:
+            with trio.fail_after(CONNECT_S):
+                tcp = await trio.open_tcp_stream(host, port)
+                if self._tls is None:
+                    return RpcConnection(tcp, peer=peer.url, role=None, build=self._build)
+                stream = trio.SSLStream(tcp, self._tls.client_context, https_compatible=True)
+                await stream.do_handshake()
+                identity = peer_identity(stream)
+            if identity.role not in SERVERS:
+                raise PeerError(f"peer's certificate is for role {identity.role.value}, which serves no RPC")
+            return RpcConnection(stream, peer=peer.url, role=identity.role, build=self._build)
+        except (OSError, trio.BrokenResourceError, ssl.SSLError, PeerError) as error:
+            peer.reason = describe(error)
+        except trio.TooSlowError:
+            peer.reason = f"no connection within {CONNECT_S} s"
+        if tcp is not None:
+            await trio.aclose_forcefully(tcp)
+        _log.debug("cannot connect", peer=peer.url, reason=peer.reason)
+        return None
+
+
+def _parse(url: str) -> tuple[str, int, bool]:
+    """Return host, port and whether TLS is asked for; raises ValueError."""
+    parts = urlsplit(url)
+    if parts.scheme not in {"tls", "tcp"} or not parts.hostname or parts.port is None:
+        raise ValueError("expected tls://HOST:PORT")
+    if parts.scheme == "tcp" and not is_loopback(parts.hostname):
+        raise ValueError("tcp:// is for loopback only")
+    return parts.hostname, parts.port, parts.scheme == "tls"
