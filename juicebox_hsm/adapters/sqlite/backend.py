@@ -1,0 +1,87 @@
+"""Open one SQLite file as a `ports.Store` (storage.md 10)."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import apsw
+import trio
+
+from juicebox_hsm.adapters.sqlite.accounting import SqliteAccounting
+from juicebox_hsm.adapters.sqlite.cluster import (
+    SqliteDiscovery,
+    SqliteLeases,
+    SqliteRealms,
+    SqliteSettings,
+    SqliteTenants,
+)
+from juicebox_hsm.adapters.sqlite.gc import Maintenance
+from juicebox_hsm.adapters.sqlite.log import SqliteLog
+from juicebox_hsm.adapters.sqlite.nodes import CACHE_NODES, TreeNodes
+from juicebox_hsm.adapters.sqlite.outbox import SqliteOutbox
+from juicebox_hsm.adapters.sqlite.reads import Reads
+from juicebox_hsm.adapters.sqlite.schema import WRITER_CACHE_KIB, connect, prepare_file, prepare_tables, translate
+from juicebox_hsm.adapters.sqlite.writer import FileLock, Writer
+from juicebox_hsm.errors import LocalError
+from juicebox_hsm.ports import Store
+
+
+def _open_files(path: Path) -> tuple[FileLock, apsw.Connection]:
+    """Lock, create if needed, connect and check; closes what it opened when something is wrong."""
+    try:
+        lock = FileLock(path.with_name(path.name + ".lock"))
+    except FileNotFoundError:
+        raise LocalError(f"sqlite:{path}: the directory {path.parent} does not exist") from None
+    except OSError as error:
+        raise LocalError(f"sqlite:{path}: cannot open the lock file beside it: {error.strerror}") from None
+    connection: apsw.Connection | None = None
+    try:
+        with lock:
+            prepare_file(path)
+            connection = connect(path, WRITER_CACHE_KIB)
+            prepare_tables(connection, path)
+            return lock, connection
+    except BaseException as error:
+        if connection is not None:
+            connection.close()
+        lock.close()
+        if isinstance(error, apsw.NotADBError):
+            raise LocalError(f"sqlite:{path}: is not an SQLite database") from None
+        if isinstance(error, apsw.CantOpenError):
+            raise LocalError(f"sqlite:{path}: cannot open the file: check its permissions") from None
+        if isinstance(error, apsw.Error):
+            raise translate(error, path) from error
+        raise
+
+
+@asynccontextmanager
+async def open_sqlite(path: Path, *, merkle_cache_size: int = CACHE_NODES) -> AsyncIterator[Store]:
+    """Open `path`, making it if absent; on leaving, queued writes are committed and the file is left in one piece.
+
+    Raises `LocalError` for what the operator must mend and `StoreUnavailable` for what may pass. No operation may be
+    started after leaving; those in progress finish.
+    """
+    lock, connection = await trio.to_thread.run_sync(_open_files, path)
+    maintenance = Maintenance()
+    writer = Writer(path, connection, lock, maintenance.next, maintenance.wait_s)
+    reads = Reads(path)
+    writer.start()
+    try:
+        nodes = TreeNodes(reads, merkle_cache_size)
+        yield Store(
+            log=SqliteLog(writer, reads, nodes),
+            nodes=nodes,
+            outbox=SqliteOutbox(writer, reads),
+            accounting=SqliteAccounting(writer, reads),
+            discovery=SqliteDiscovery(writer, reads),
+            leases=SqliteLeases(writer, reads),
+            settings=SqliteSettings(writer, reads),
+            tenants=SqliteTenants(writer, reads),
+            realms=SqliteRealms(writer, reads),
+            description=f"sqlite:{path}",
+        )
+    finally:
+        reads.close()
+        await writer.close()

@@ -1,0 +1,25 @@
+"""Open a store by its URL: `sqlite:PATH` (operator-tools.md 10; decision record 0003)."""
+
+from __future__ import annotations
+
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+
+from juicebox_hsm.adapters.sqlite.backend import open_sqlite
+from juicebox_hsm.adapters.sqlite.nodes import CACHE_NODES
+from juicebox_hsm.errors import LocalError
+from juicebox_hsm.ports import Store
+
+
+def open_store(url: str, *, merkle_cache_size: int = CACHE_NODES) -> AbstractAsyncContextManager[Store]:
+    """Return the context manager that opens the store named by `url`.
+
+    `merkle_cache_size` is how many tree nodes this process remembers. Raises `LocalError`, in one line an operator can
+    act on, for a URL or a file that cannot be used.
+    """
+    scheme, colon, rest = url.partition(":")
+    if scheme == "sqlite" and rest and not rest.startswith((":", "//")):
+        return open_sqlite(Path(rest), merkle_cache_size=merkle_cache_size)
+    if scheme == "bigtable" and colon:
+        raise LocalError("the Bigtable store is not available in this version; use sqlite:PATH")
+    raise LocalError(f"not a store: {url!r}; expected sqlite:PATH, for example sqlite:/var/lib/juicebox/realm.db")
