@@ -1,0 +1,216 @@
+"""HTTP/1.1 over Trio for the client: a small keep-alive pool around h11.
+
+A request is never sent twice here. A realm may have processed a request whose answer was lost (Recover2 spends a guess
+by then), so a failure after the first byte went out is reported and the protocol's own retry opens a new session.
+What can be known beforehand is checked instead: a kept connection that became readable while idle was closed by its
+peer, and is replaced before anything is sent.
+"""
+
+from __future__ import annotations
+
+import os
+import ssl
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final, Protocol, Self
+from urllib.parse import urlsplit
+
+import h11
+import trio
+
+from juicebox_hsm.errors import RealmError, check
+
+RESPONSE_BYTES_MAX: Final = 64 * 1024
+"""Bodies are cut here; a realm's answers stay below 1 KiB, only a proxy's error pages may be longer."""
+
+CONNECTIONS_PER_HOST_MAX: Final = 64
+"""Default bound of parallel connections to one host; more requests wait for one to be free."""
+
+_RECEIVE_BYTES: Final = 16 * 1024
+_HEADER_BYTES_MAX: Final = 16 * 1024
+
+Headers = Sequence[tuple[str, str]]
+
+
+class TransportError(RealmError):
+    """No complete answer: connecting, TLS, sending or receiving failed, or time ran out."""
+
+    retryable = True
+
+
+class Transport(Protocol):
+    """Sends one POST and returns the answer."""
+
+    async def post(self, url: str, headers: Headers, body: bytes, timeout_s: float) -> tuple[int, bytes]:
+        """Return (status, body). Raises `TransportError` when there is no complete answer."""
+        ...
+
+
+@dataclass(slots=True)
+class _Connection:
+    stream: trio.SSLStream[trio.SocketStream] | trio.SocketStream
+    http: h11.Connection
+
+    def went_stale(self) -> bool:
+        """Tell whether the peer has sent something (most likely its goodbye) while the connection was idle."""
+        socket = self.stream.transport_stream if isinstance(self.stream, trio.SSLStream) else self.stream
+        return socket.socket.is_readable()
+
+
+@dataclass(slots=True)
+class _Host:
+    """Connections to one (scheme, host, port), newest idle one used first."""
+
+    scheme: str
+    name: str
+    port: int
+    slots: trio.Semaphore
+    idle: list[_Connection] = field(default_factory=list)
+
+
+class HttpTransport:
+    """A pool of HTTP/1.1 connections. One may serve many clients; close it with `aclose` or `async with`.
+
+    `ca_file` names a PEM file to trust instead of the system's certificates. `reuse=False` opens a connection for
+    every request.
+    """
+
+    def __init__(
+        self,
+        *,
+        ca_file: str | os.PathLike[str] | None = None,
+        connections_per_host_max: int = CONNECTIONS_PER_HOST_MAX,
+        reuse: bool = True,
+        response_bytes_max: int = RESPONSE_BYTES_MAX,
+    ) -> None:
+        check(connections_per_host_max >= 1, "a transport may open at least one connection")
+        self._tls = ssl.create_default_context(cafile=None if ca_file is None else os.fspath(ca_file))
+        self._tls.set_alpn_protocols(["http/1.1"])
+        self._connections_per_host_max = connections_per_host_max
+        self._reuse = reuse
+        self._response_bytes_max = response_bytes_max
+        self._hosts: dict[tuple[str, str, int], _Host] = {}
+        self._targets: dict[str, tuple[_Host, str, str]] = {}
+        self._closed = False
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close idle connections; those in use are closed when their request ends."""
+        self._closed = True
+        for host in self._hosts.values():
+            while host.idle:
+                await trio.aclose_forcefully(host.idle.pop().stream)
+
+    async def post(self, url: str, headers: Headers, body: bytes, timeout_s: float) -> tuple[int, bytes]:
+        """Return (status, body), the body cut at `response_bytes_max`. Raises `TransportError`."""
+        if self._closed:
+            raise TransportError("the transport is closed")
+        host, target, authority = self._target(url)
+        closing = () if self._reuse else (("connection", "close"),)
+        try:
+            request = h11.Request(
+                method="POST",
+                target=target,
+                headers=[("host", authority), ("content-length", str(len(body))), *headers, *closing],
+            )
+        except (h11.ProtocolError, UnicodeError) as refused:
+            raise TransportError("the request's headers are not valid HTTP") from refused
+        with trio.move_on_after(timeout_s):
+            async with host.slots:
+                return await self._exchange(host, request, body)
+        raise TransportError(f"no answer from {authority} within {timeout_s} s")
+
+    def _target(self, url: str) -> tuple[_Host, str, str]:
+        """Return (host, request target, authority) of a URL, remembering what was parsed."""
+        known = self._targets.get(url)
+        if known is not None:
+            return known
+        parts = urlsplit(url)
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        name = parts.hostname or ""
+        key = (parts.scheme, name, port)
+        host = self._hosts.get(key)
+        if host is None:
+            host = _Host(*key, trio.Semaphore(self._connections_per_host_max))
+            self._hosts[key] = host
+        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        known = (host, target, parts.netloc.rpartition("@")[2])
+        self._targets[url] = known
+        return known
+
+    async def _exchange(self, host: _Host, request: h11.Request, body: bytes) -> tuple[int, bytes]:
+        connection = await self._connection(host)
+        reusable = False
+        try:
+            status, answer = await self._send_and_receive(connection, request, body)
+            reusable = self._keep(connection)
+        except (OSError, trio.BrokenResourceError, trio.ClosedResourceError, h11.ProtocolError) as failure:
+            raise TransportError(f"request to {host.name} failed: {type(failure).__name__}") from failure
+        finally:
+            if not reusable:
+                await trio.aclose_forcefully(connection.stream)
+        host.idle.append(connection)
+        return status, answer
+
+    async def _connection(self, host: _Host) -> _Connection:
+        while host.idle:
+            connection = host.idle.pop()
+            if not connection.went_stale():
+                return connection
+            await trio.aclose_forcefully(connection.stream)
+        try:
+            stream: trio.SSLStream[trio.SocketStream] | trio.SocketStream
+            stream = await trio.open_tcp_stream(host.name, host.port)
+            if host.scheme == "https":
+                tls = trio.SSLStream(stream, self._tls, server_hostname=host.name, https_compatible=True)
+                await _handshake(tls)
+                stream = tls
+        except (OSError, trio.BrokenResourceError) as failure:
+            reason = failure.__cause__ or failure
+            raise TransportError(f"cannot connect to {host.name}: {reason}") from failure
+        return _Connection(stream, h11.Connection(h11.CLIENT, max_incomplete_event_size=_HEADER_BYTES_MAX))
+
+    async def _send_and_receive(self, connection: _Connection, request: h11.Request, body: bytes) -> tuple[int, bytes]:
+        http, stream = connection.http, connection.stream
+        head = http.send(request) or b""
+        await stream.send_all(head + (http.send(h11.Data(data=body)) or b"") + (http.send(h11.EndOfMessage()) or b""))
+        status = 0
+        received = 0
+        chunks: list[bytes] = []
+        while True:
+            event = http.next_event()
+            if event is h11.NEED_DATA:
+                http.receive_data(bytes(await stream.receive_some(_RECEIVE_BYTES)))
+            elif isinstance(event, h11.Response):
+                status = event.status_code
+            elif isinstance(event, h11.Data):
+                chunks.append(bytes(event.data))
+                received += len(event.data)
+                if received > self._response_bytes_max:
+                    return status, b"".join(chunks)[: self._response_bytes_max]
+            elif isinstance(event, h11.EndOfMessage):
+                return status, b"".join(chunks)
+            elif not isinstance(event, h11.InformationalResponse):
+                raise TransportError("the connection ended before the answer")
+
+    def _keep(self, connection: _Connection) -> bool:
+        """Prepare a connection for its next request; False when it must be closed."""
+        http = connection.http
+        if not self._reuse or self._closed or http.our_state is not h11.DONE or http.their_state is not h11.DONE:
+            return False
+        http.start_next_cycle()
+        return True
+
+
+async def _handshake(tls: trio.SSLStream[trio.SocketStream]) -> None:
+    """Do the TLS handshake now, closing the connection if it fails: a failed stream must not leak its socket."""
+    try:
+        await tls.do_handshake()
+    except BaseException:
+        await trio.aclose_forcefully(tls)
+        raise
