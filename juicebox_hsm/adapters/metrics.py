@@ -1,7 +1,7 @@
 """Counters, gauges and distributions of one process (operator-tools.md 9.2).
 
 Names are the dotted ones of the specification. `render` gives Prometheus text: dots become `_`, counters end in
-`_total`, timers become histograms `X_seconds`. `dogstatsd.py` sends the same under the dotted names.
+`_total`, timers become histograms `X_seconds`. `dogstatsd` sends the same under the dotted names.
 
 A hot path asks once for its handle (`counter`, `timer`, ...) and then pays an addition or a bisection; `count`,
 `timing` and so on look the handle up each time. Asking for a handle also makes it appear with value 0, so that a
