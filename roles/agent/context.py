@@ -1,0 +1,233 @@
+"""The agent as its parts see it: ports, settings, shared state, and how a role reply starts or ends a leadership.
+
+One object is passed to every part instead of nine arguments. Parts are functions over it; long-lived tasks run in
+`nursery`, whose failure is the failure of the process (agent.md 13).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
+
+import trio
+
+from juicebox_hsm.consensus.types import RoleStatus, Witness
+from juicebox_hsm.errors import RealmError, check
+from juicebox_hsm.hsm.messages import NotLeader, Outcome, StepDown, StepDownOk
+from juicebox_hsm.ids import GroupId, HsmId, RealmId
+from juicebox_hsm.ports import HsmTransport, Store
+from juicebox_hsm.wire.rpc import Method
+from roles.agent.peers import Peers
+from roles.agent.ratelimit import Limiters
+from roles.agent.state import Groups, GroupState, LeaderState
+from roles.agent.watch import Follower, Persister
+
+
+class RpcCaller(Protocol):
+    """How the agent calls peers and managers; raises `RealmError` when no reply came."""
+
+    async def call(self, url: str, method: Method, body: Any, *, timeout_s: float) -> Any:
+        """Call `method` at `url`."""
+        ...
+
+
+class MetricsSink(Protocol):
+    """Where counts and timings go."""
+
+    def count(self, name: str, n: int = 1, **tags: str) -> None:
+        """Add to a counter."""
+        ...
+
+    def gauge(self, name: str, value: float, **tags: str) -> None:
+        """Set a gauge."""
+        ...
+
+    def timing(self, name: str, ns: int, **tags: str) -> None:
+        """Record a duration in nanoseconds."""
+        ...
+
+
+class Log(Protocol):
+    """A structured logger."""
+
+    def info(self, event: str, **fields: object) -> object:
+        """Log at info."""
+        ...
+
+    def warning(self, event: str, **fields: object) -> object:
+        """Log at warning."""
+        ...
+
+    def error(self, event: str, **fields: object) -> object:
+        """Log at error."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Periods and deadlines of the agent in seconds (agent.md 15); tests shorten them."""
+
+    heartbeat_s: float = 0.25
+    silence_s: float = 1.0
+    replicate_timeout_s: float = 0.5
+    leader_hint_first_s: float = 0.25
+    leader_hint_again_s: float = 1.0
+    watch_idle_first_s: float = 0.025
+    watch_idle_max_s: float = 1.0
+    catch_up_unready_s: float = 30.0
+    become_leader_s: float = 5.0
+    peer_refresh_s: float = 10.0
+    peer_status_s: float = 2.0
+    discovery_poll_s: float = 1.0
+    register_s: float = 600.0
+    register_retry_s: float = 10.0
+    witness_grace_s: float = 60.0
+    witness_poll_s: float = 0.5
+    compact_pause_s: float = 1.0
+    hole_s: float = 5.0
+    commit_wait_s: float = 60.0
+    watchdog_s: float = 1.0
+    gossip_s: float = 0.1
+    gossip_idle_s: float = 0.5
+    tenants_refresh_s: float = 5.0
+    dispatch_s: float = 0.5
+    dispatch_idle_s: float = 2.0
+    backlog_s: float = 5.0
+    shutdown_s: float = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class AgentConfig:
+    """Settings of one agent. `url` is the address others reach it at; `default_rate` is in requests per second."""
+
+    name: str
+    url: str
+    build: str
+    default_rate: int = 10
+    timings: Timings = field(default_factory=Timings)
+
+
+WATCHDOG_CHECKS: Final = 5
+LeadershipRunner = Callable[["Agent", GroupState, LeaderState], Awaitable[None]]
+
+
+class Agent:
+    """Everything the parts of one agent share. Create it inside Trio; `run_leadership` is `leader.lead`."""
+
+    def __init__(
+        self,
+        config: AgentConfig,
+        hsm: HsmTransport,
+        store: Store,
+        rpc: RpcCaller,
+        metrics: MetricsSink,
+        log: Log,
+        nursery: trio.Nursery,
+        run_leadership: LeadershipRunner,
+    ) -> None:
+        self.config = config
+        self.hsm = hsm
+        self.store = store
+        self.rpc = rpc
+        self.metrics = metrics
+        self.log = log
+        self.nursery = nursery
+        self._run_leadership = run_leadership
+        self.started_at = trio.current_time()
+        self.groups = Groups()
+        self.followers: dict[tuple[RealmId, GroupId], Follower] = {}
+        self.persister = Persister(self)
+        self.peers = Peers(self)
+        self.limiters = Limiters(config.default_rate)
+        self.hsm_id: HsmId | None = None
+        self.registered = False
+        self.stopping = False
+        self.releasing = 0
+        """Committed batches whose answers are not out yet."""
+        self.leaderships = 0
+        """Leadership tasks that have not ended yet."""
+        self.outbox_tails: dict[str, int] = {}
+        """Tenant -> highest outbox sequence seen, for the hints of intents."""
+        self.outbox_full = False
+        self.outbox_warning = ""
+        self.outbox_rows = 0
+        self.outbox_oldest_s = 0.0
+        self.troubles: dict[str, str] = {}
+        """Reasons for not being ready, by what is in trouble."""
+        self.lost_hints: dict[tuple[RealmId, GroupId], int] = {}
+        """Groups whose leadership this agent left without being asked, with its `starting`: managers are told."""
+
+    @property
+    def timings(self) -> Timings:
+        """The periods and deadlines in force."""
+        return self.config.timings
+
+    @staticmethod
+    def now_ms() -> int:
+        """Return Unix milliseconds."""
+        return time.time_ns() // 1_000_000
+
+    def add_group(self, realm: RealmId, group: GroupId, members: tuple[HsmId, ...], position: int) -> GroupState:
+        """Insert a group as Witness at clock 0 and start its log watcher at index `position`."""
+        state = GroupState(realm, group, members, RoleStatus(Witness(), 0), position)
+        self.groups.add(state)
+        follower = Follower(self, state)
+        self.followers[realm, group] = follower
+        self.nursery.start_soon(follower.run, name=f"watch {group.hex()}")
+        return state
+
+    def follower(self, group: GroupState) -> Follower:
+        """Return the watcher of a group."""
+        return self.followers[group.realm, group.group]
+
+    def adopt(self, group: GroupState, status: RoleStatus) -> None:
+        """Apply a role the HSM reported; starts the tasks of a new leadership, ends those of an old one."""
+        change = group.adopt(status)
+        if change.stale:
+            self.log.warning("stale role dropped", group=group.group.hex(), at=status.at, have=group.role.at)
+        if change.ended is not None:
+            self.log.info("leadership ended", group=group.group.hex(), starting=change.ended.starting)
+            if not change.ended.asked_to_leave and not self.stopping:
+                self.lost_hints[group.realm, group.group] = change.ended.starting
+        if change.started is not None:
+            self.log.info("leadership began", group=group.group.hex(), starting=change.started.starting)
+            self.lost_hints.pop((group.realm, group.group), None)
+            self.leaderships += 1
+            self.nursery.start_soon(self._lead, group, change.started, name=f"lead {group.group.hex()}")
+            self.persister.request()
+
+    async def _lead(self, group: GroupState, leader: LeaderState) -> None:
+        try:
+            await self._run_leadership(self, group, leader)
+        finally:
+            self.leaderships -= 1
+
+    async def step_down(self, group: GroupState, *, force: bool, why: str) -> StepDownOk | None:
+        """Ask the HSM to leave leadership of `group`; None when it does not lead."""
+        self.log.warning("stepping down", group=group.group.hex(), forced=force, why=why)
+        self.metrics.count("agent.stepdown", forced=str(force).lower())
+        reply = await self.hsm.send(StepDown(group.realm, group.group, force))
+        match reply:
+            case StepDownOk(role=role):
+                self.adopt(group, role)
+                return reply
+            case NotLeader(role=status):
+                if status is not None:
+                    self.adopt(group, status)
+                return None
+        check(reply in (Outcome.INVALID_REALM, Outcome.INVALID_GROUP), "StepDown answers as specified")
+        return None
+
+    def note_trouble(self, what: str, error: RealmError) -> None:
+        """Log trouble that is being retried and report not ready until `clear_trouble`."""
+        if what not in self.troubles:
+            self.log.warning("trouble, retrying", what=what, error=str(error) or type(error).__name__)
+        self.metrics.count("agent.trouble", what=what.split(" ", 1)[0])
+        self.troubles[what] = str(error) or type(error).__name__
+
+    def clear_trouble(self, what: str) -> None:
+        """Forget trouble."""
+        if self.troubles.pop(what, None) is not None:
+            self.log.info("trouble over", what=what)

@@ -1,0 +1,162 @@
+"""Creation of realms and groups, joining them, and what is known of them at start (agent.md 4)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from juicebox_hsm.consensus.types import LogEntry, Witness
+from juicebox_hsm.errors import RealmError, check
+from juicebox_hsm.hsm.messages import (
+    JoinGroup,
+    JoinRealm,
+    JoinRealmOk,
+    NewGroup,
+    NewGroupOk,
+    NewRealm,
+    NewRealmOk,
+    Outcome,
+    RoleOk,
+    Status,
+    StatusOk,
+)
+from juicebox_hsm.ids import GroupId, HsmId, RealmId
+from juicebox_hsm.ports import AppendOutcome
+from juicebox_hsm.wire.rpc import (
+    Done,
+    GroupCreated,
+    GroupJoin,
+    GroupNew,
+    RealmCreated,
+    RealmJoin,
+    RealmJoined,
+    Refusal,
+    Refused,
+)
+from roles.agent.append import EMPTY_DELTA
+from roles.agent.retry import HSM_RETRY, retrying
+from roles.agent.state import GroupState
+
+if TYPE_CHECKING:
+    from roles.agent.context import Agent
+
+_REFUSALS = {
+    Outcome.HAVE_REALM: Refusal.HAVE_REALM,
+    Outcome.HAVE_OTHER_REALM: Refusal.HAVE_OTHER_REALM,
+    Outcome.INVALID_REALM: Refusal.INVALID_REALM,
+    Outcome.INVALID_CONFIGURATION: Refusal.INVALID_CONFIGURATION,
+    Outcome.INVALID_STATEMENT: Refusal.INVALID_STATEMENT,
+    Outcome.TOO_MANY_GROUPS: Refusal.TOO_MANY_GROUPS,
+}
+
+
+class RealmTablesFailed(RealmError):
+    """The HSM made a realm and its tables cannot be created: the HSM must be initialised again."""
+
+
+def _refused(reply: object) -> Refused:
+    refusal = _REFUSALS.get(reply) if isinstance(reply, Outcome) else None
+    check(refusal is not None, "the HSM refuses membership requests as specified")
+    return Refused(refusal if refusal is not None else Refusal.NO_HSM)
+
+
+async def learn_groups(agent: Agent) -> None:
+    """Ask the HSM for its id and groups and start their watchers. A leadership that outlived us is dropped first."""
+
+    async def ask() -> object:
+        return await agent.hsm.send(Status())
+
+    status = await retrying(ask, HSM_RETRY)
+    check(isinstance(status, StatusOk), "Status cannot be refused")
+    if not isinstance(status, StatusOk):
+        return
+    agent.hsm_id = status.id
+    if status.realm is None:
+        return
+    for known in status.realm.groups:
+        position = 1 if known.captured is None else known.captured[0] + 1
+        group = agent.add_group(status.realm.id, known.id, known.configuration, position)
+        if isinstance(known.role.role, Witness):
+            agent.adopt(group, known.role)
+        else:
+            await agent.step_down(group, force=True, why="a leadership from before this agent's start")
+
+
+async def handle_realm_new(agent: Agent) -> RealmCreated | Refused:
+    """Create a realm with one group of this HSM alone.
+
+    Raises `RealmTablesFailed`, which must end the process, if its tables cannot be made.
+    """
+    reply = await agent.hsm.send(NewRealm())
+    if not isinstance(reply, NewRealmOk):
+        return _refused(reply)
+    check(agent.hsm_id is not None, "the HSM's id is known before methods are served")
+    members = (HsmId(agent.hsm_id),) if agent.hsm_id is not None else ()
+    try:
+        await retrying(lambda: agent.store.realms.create_realm(reply.realm))
+    except RealmError as error:
+        raise RealmTablesFailed(f"realm {reply.realm.hex()}: {error}; initialise this HSM again") from error
+    refused = await _append_first(agent, reply.realm, reply.group, reply.entry, reply.delta)
+    if refused is not None:
+        return refused
+    group = agent.add_group(reply.realm, reply.group, members, 1)
+    agent.adopt(group, reply.role)
+    _begin(group, reply.entry)
+    return RealmCreated(reply.realm, reply.group)
+
+
+async def handle_group_new(agent: Agent, body: GroupNew) -> GroupCreated | Refused:
+    """Create a group without a partition, led by this HSM."""
+    if agent.hsm_id is None:
+        return Refused(Refusal.NO_HSM)
+    members = tuple((HsmId(member), statement) for member, statement in body.members)
+    reply = await agent.hsm.send(NewGroup(RealmId(body.realm), members))
+    if not isinstance(reply, NewGroupOk):
+        return _refused(reply)
+    realm = RealmId(body.realm)
+    refused = await _append_first(agent, realm, reply.group, reply.entry, EMPTY_DELTA)
+    if refused is not None:
+        return refused
+    group = agent.add_group(realm, reply.group, tuple(member for member, _ in members), 1)
+    agent.adopt(group, reply.role)
+    _begin(group, reply.entry)
+    return GroupCreated(reply.group, reply.statement)
+
+
+def _begin(group: GroupState, entry: LogEntry) -> None:
+    """Tell the new leadership of entry 1, which was appended outside its queue."""
+    if group.leader is not None:
+        group.leader.inherit(entry)
+
+
+async def _append_first(agent: Agent, realm: RealmId, group: GroupId, entry: LogEntry, delta: bytes) -> Refused | None:
+    """Append entry 1; None on success."""
+    try:
+        outcome = await retrying(lambda: agent.store.log.append(realm, group, [entry], [None], delta))
+    except RealmError as error:
+        agent.log.warning("first entry not written", group=group.hex(), error=str(error))
+        return Refused(Refusal.NO_STORE)
+    if outcome is AppendOutcome.CONFLICT:
+        return Refused(Refusal.STORE_PRECONDITION_FAILED)
+    return None
+
+
+async def handle_realm_join(agent: Agent, body: RealmJoin) -> RealmJoined | Refused:
+    """Join a realm whose keys this HSM holds."""
+    reply = await agent.hsm.send(JoinRealm(RealmId(body.realm), HsmId(body.peer), body.statement))
+    if isinstance(reply, JoinRealmOk):
+        return RealmJoined(reply.hsm)
+    return _refused(reply)
+
+
+async def handle_group_join(agent: Agent, body: GroupJoin) -> Done | Refused:
+    """Join a group; idempotent."""
+    realm, group_id = RealmId(body.realm), GroupId(body.group)
+    members = tuple(HsmId(member) for member in body.configuration)
+    reply = await agent.hsm.send(JoinGroup(realm, group_id, members, body.statement))
+    if not isinstance(reply, RoleOk):
+        return _refused(reply)
+    group = agent.groups.get(realm, group_id)
+    if group is None:
+        group = agent.add_group(realm, group_id, members, 1)
+    agent.adopt(group, reply.role)
+    return Done()

@@ -1,0 +1,247 @@
+"""`juicebox-hsm --role agent`: settings, start order, signals, crash policy (agent.md 4, 13; operator-tools.md 10).
+
+An agent that cannot be sure of its own state dies: whatever leaves a task leaves the root nursery, is reported as one
+line, and ends the process without the graceful path. The supervisor restarts it; peers keep the groups available.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Final
+
+import click
+import trio
+
+from juicebox_hsm import __version__
+from juicebox_hsm.adapters.cluster_tls import ClusterTls
+from juicebox_hsm.adapters.hsm_host import FilePlatform, InProcessHsm, open_hsm_dir
+from juicebox_hsm.adapters.http.probes import serve_probes
+from juicebox_hsm.adapters.logging import configure, get_logger, report_suppressed
+from juicebox_hsm.adapters.metrics import Metrics
+from juicebox_hsm.adapters.rpc import RpcPool, RpcServer, serve_rpc
+from juicebox_hsm.adapters.store import open_store
+from juicebox_hsm.adapters.supervision import (
+    ExitCode,
+    handle_signals,
+    notify,
+    report_crash,
+    watchdog_interval_s,
+)
+from juicebox_hsm.errors import InvariantViolation, RealmError
+from juicebox_hsm.hsm.core import Hsm
+from juicebox_hsm.ports import Store
+from juicebox_hsm.wire.rpc import AGENT_METHODS
+from roles.agent.context import Agent, AgentConfig
+from roles.agent.leader import hand_over, lead
+from roles.agent.registration import deregister, livez, readyz, register
+from roles.agent.service import FATAL, AgentService, hsm_status
+from roles.options import CommonOptions, role_options
+
+REPORT_S: Final = 1.0
+RPC_DRAIN_S: Final = 2.0
+LEAVE_S: Final = 3.0
+"""For what comes after the hand-over: settled indexes, lease, registration, RPC."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class AgentOptions:
+    """What only an agent is told. `default_rate_limit` is in requests per second."""
+
+    common: CommonOptions
+    hsm_dir: Path
+    merkle_cache_size: int
+    default_rate_limit: int
+
+
+class _Phase:
+    """Whether the start is over: trouble before means "dependency unavailable", after it a crash."""
+
+    started = False
+
+
+@click.command("agent")
+@role_options("127.0.0.1:8082")
+@click.option(
+    "--hsm-dir",
+    required=True,
+    type=click.Path(path_type=Path, file_okay=False),
+    help="HSM directory (sealed keys, NVRAM), made by `juicebox-hsm hsm init`.",
+)
+@click.option(
+    "--merkle-cache-size",
+    type=click.IntRange(min=1),
+    default=25_000,
+    show_default=True,
+    help="Tree nodes kept in memory.",
+)
+@click.option(
+    "--default-rate-limit",
+    type=click.IntRange(min=0),
+    default=10,
+    show_default=True,
+    help="Requests per second of a tenant without configuration.",
+)
+def command(common: CommonOptions, hsm_dir: Path, merkle_cache_size: int, default_rate_limit: int) -> None:
+    """Run an agent: the process in front of one HSM, which runs inside it."""
+    configure(common.log_level)
+    options = AgentOptions(common, hsm_dir, merkle_cache_size, default_rate_limit)
+    phase = _Phase()
+    try:
+        trio.run(run_agent, options, phase)
+    except (BaseExceptionGroup, RealmError, InvariantViolation) as error:
+        code = report_crash(error)
+        if not phase.started and code is ExitCode.INTERNAL and _only_realm_errors(error):
+            code = ExitCode.UNAVAILABLE
+        sys.exit(code)
+
+
+def _only_realm_errors(error: BaseException) -> bool:
+    if isinstance(error, BaseExceptionGroup):
+        return all(_only_realm_errors(inner) for inner in error.exceptions)
+    return isinstance(error, RealmError)
+
+
+async def run_agent(options: AgentOptions, phase: _Phase) -> None:
+    """Open HSM and store, serve until told to stop, leave in order."""
+    common = options.common
+    tls = None if common.insecure_rpc or common.cluster_tls is None else ClusterTls.load(common.cluster_tls)
+    platform = await trio.to_thread.run_sync(open_hsm_dir, options.hsm_dir)
+    try:
+        hsm = await trio.to_thread.run_sync(_start_hsm, platform)
+        async with open_store(common.store_url, merkle_cache_size=options.merkle_cache_size) as store:
+            await _serve(options, phase, tls, hsm, store)
+    finally:
+        platform.close()
+
+
+def _start_hsm(platform: FilePlatform) -> Hsm:
+    return Hsm(platform)
+
+
+async def _serve(options: AgentOptions, phase: _Phase, tls: ClusterTls | None, hsm: Hsm, store: Store) -> None:
+    common = options.common
+    log = get_logger("agent")
+    metrics = Metrics()
+    scheme = "tcp" if tls is None else "tls"
+    if common.advertise.is_loopback and not common.allow_loopback:
+        log.warning("advertising a loopback address: only this machine can reach it", address=str(common.advertise))
+    stop = trio.Event()
+    async with trio.open_nursery() as nursery:
+        await nursery.start(_catch_signals, stop, tls)
+        pool = RpcPool(nursery, tls, build=__version__, metrics=metrics)
+        config = AgentConfig(
+            name=common.name,
+            url=f"{scheme}://{common.advertise}",
+            build=__version__,
+            default_rate=options.default_rate_limit,
+        )
+        agent = Agent(config, InProcessHsm(hsm), store, pool, metrics, log, nursery, lead)
+        service = AgentService(agent)
+        await service.learn()
+        server: RpcServer = await nursery.start(_serve_rpc, common, tls, service, metrics)
+        if common.advertise.port == 0:
+            advertise = dataclasses.replace(common.advertise, port=server.port)
+            agent.config = dataclasses.replace(config, url=f"{scheme}://{advertise}")
+        http_port: int = await nursery.start(_serve_probes, common, agent, metrics)
+        service.start()
+        nursery.start_soon(_report, agent)
+        await nursery.start(register, agent)
+        phase.started = True
+        log.info("agent started", url=agent.config.url, http_port=http_port, hsm=_hex(agent), store=store.description)
+        notify("READY=1")
+        nursery.start_soon(_feed_watchdog, agent)
+        await stop.wait()
+        notify("STOPPING=1")
+        agent.stopping = True
+        with trio.move_on_after(agent.timings.shutdown_s):
+            await _leave(agent, service, server)
+        nursery.cancel_scope.cancel()
+    log.info("agent stopped")
+
+
+def _hex(agent: Agent) -> str:
+    return "" if agent.hsm_id is None else agent.hsm_id.hex()
+
+
+async def _catch_signals(
+    stop: trio.Event, tls: ClusterTls | None, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
+    async def reload() -> None:
+        if tls is not None:
+            tls.reload()
+
+    await handle_signals(lambda _signal: stop.set(), reload, task_status=task_status)
+
+
+async def _serve_rpc(
+    common: CommonOptions,
+    tls: ClusterTls | None,
+    service: AgentService,
+    metrics: Metrics,
+    *,
+    task_status: trio.TaskStatus[RpcServer] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    await serve_rpc(
+        (common.listen.host, common.listen.port),
+        tls=tls,
+        methods=AGENT_METHODS,
+        handlers=service.handlers(),
+        build=__version__,
+        metrics=metrics,
+        fatal=FATAL,
+        task_status=task_status,
+    )
+
+
+async def _serve_probes(
+    common: CommonOptions,
+    agent: Agent,
+    metrics: Metrics,
+    *,
+    task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    async def live() -> tuple[bool, str]:
+        return await livez(agent)
+
+    async def ready() -> tuple[bool, str]:
+        return await readyz(agent)
+
+    await serve_probes(
+        (common.http_listen.host, common.http_listen.port),
+        name=common.name,
+        livez=live,
+        readyz=ready,
+        metrics=metrics,
+        task_status=task_status,
+    )
+
+
+async def _report(agent: Agent) -> None:
+    """Report the uptime and held-back log lines every second."""
+    while True:
+        await trio.sleep(REPORT_S)
+        agent.metrics.gauge("service.uptime", trio.current_time() - agent.started_at)
+        report_suppressed()
+
+
+async def _feed_watchdog(agent: Agent) -> None:
+    """Tell systemd we are alive, as long as the HSM answers."""
+    interval_s = watchdog_interval_s()
+    while interval_s is not None:
+        if await hsm_status(agent) is not None:
+            notify("WATCHDOG=1")
+        await trio.sleep(interval_s)
+
+
+async def _leave(agent: Agent, service: AgentService, server: RpcServer) -> None:
+    """Hand leadership over, settle, give the lease back, deregister, close; RPC is served until the end."""
+    with trio.move_on_after(max(0.0, agent.timings.shutdown_s - LEAVE_S)):
+        await hand_over(agent)
+    try:
+        await service.dispatcher.release()
+    except RealmError as error:
+        agent.log.warning("dispatcher lease not given back", error=str(error))
+    await deregister(agent)
+    await server.shutdown(RPC_DRAIN_S)

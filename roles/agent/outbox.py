@@ -1,0 +1,302 @@
+"""Tenant events: written after commit and before the answer leaves, settled, and dispatched (agent.md 11).
+
+With each append go the *intents* of its client entries; after commit one *row* per request is recorded. `settled` is
+the index at or below which every intent has its row. A new leader resolves what its predecessors left: intents
+without a row become `unknown`, so an auditor sees "one request of unconfirmed outcome", never silence.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from juicebox_hsm.consensus.types import LogEntry
+from juicebox_hsm.errors import RealmError
+from juicebox_hsm.hsm.messages import ResultKind, ResultType
+from juicebox_hsm.ids import GroupId, RealmId
+from juicebox_hsm.ports import EventKind, Intent, Lease, NewEvent, OutboxEvent
+from roles.agent.retry import retrying
+from roles.agent.state import GroupState, LeaderState, PendingRequest
+
+if TYPE_CHECKING:
+    from roles.agent.context import Agent
+
+BACKLOG_WARN_ROWS: Final = 100_000
+BACKLOG_WARN_S: Final = 60.0
+BACKLOG_BOUND_ROWS: Final = 10_000_000
+LEASE_MS: Final = 3000
+LEASE_MARGIN_MS: Final = 1000
+"""A dispatcher renews when less than this is left."""
+PAGE_EVENTS: Final = 1000
+REMOVE_ROWS: Final = 5000
+
+_KINDS: Final = {kind: EventKind(kind.value.lower()) for kind in ResultKind}
+
+
+def client_event(group: GroupId, index: int, mac: bytes, request: PendingRequest, result: ResultType) -> NewEvent:
+    """Return the outbox row of a released request."""
+    accounting = None
+    if request.wrote and result.kind is ResultKind.REGISTER2:
+        accounting = "registered"
+    elif request.wrote and result.kind is ResultKind.DELETE:
+        accounting = "deleted"
+    return NewEvent(
+        tenant=request.tenant,
+        group=group,
+        index=index,
+        mac=mac,
+        record_id=request.record_id,
+        user=request.user,
+        kind=_KINDS[result.kind],
+        event=tenant_event(result),
+        accounting=accounting,
+        when_ms=request.when_ms,
+    )
+
+
+def tenant_event(result: ResultType) -> Mapping[str, str | int] | None:
+    """Return the tenant's event without the user, None for requests that publish nothing (agent.md 11)."""
+    match result.kind:
+        case ResultKind.REGISTER2:
+            return {"event": "registered"}
+        case ResultKind.RECOVER2 if result.num_guesses is not None and result.guess_count is not None:
+            return {"event": "guess_used", "num_guesses": result.num_guesses, "guess_count": result.guess_count}
+        case ResultKind.RECOVER3 if result.recovered:
+            return {"event": "share_recovered"}
+        case ResultKind.DELETE:
+            return {"event": "deleted"}
+        case _:
+            return None
+
+
+async def record_events(
+    agent: Agent, realm: RealmId, events: Sequence[NewEvent], settled: Mapping[GroupId, int]
+) -> None:
+    """Write rows and settled indexes with the store's retry profile; raises `RealmError` when exhausted."""
+
+    async def record() -> dict[str, int]:
+        return await agent.store.outbox.record(realm, events, settled)
+
+    tails = await retrying(record, on_retry=lambda _: agent.metrics.count("agent.outbox.retry"))
+    for tenant, tail in tails.items():
+        if tail > agent.outbox_tails.get(tenant, 0):
+            agent.outbox_tails[tenant] = tail
+
+
+async def settle(agent: Agent, group: GroupState, leader: LeaderState) -> None:
+    """Write the group's settled index if it lags behind what is recorded. Raises `RealmError`."""
+    if leader.resolved and leader.recorded > leader.settled:
+        recorded = leader.recorded
+        await record_events(agent, group.realm, [], {group.group: recorded})
+        leader.settled = max(leader.settled, recorded)
+
+
+async def learn_tails(agent: Agent, realm: RealmId) -> None:
+    """Read each tenant's outbox tail, so that hints need not begin at 1. Trouble only costs a longer search later."""
+    try:
+        cursors = await agent.store.outbox.cursors(realm)
+    except RealmError as error:
+        agent.log.warning("outbox cursors not read", error=str(error))
+        return
+    for cursor in cursors:
+        if cursor.tail > agent.outbox_tails.get(cursor.tenant, 0):
+            agent.outbox_tails[cursor.tenant] = cursor.tail
+
+
+async def resolve_unknown(agent: Agent, group: GroupState, leader: LeaderState) -> int:
+    """Give every intent of earlier leaderships its row; returns how many became `unknown`.
+
+    MUST run only once the entries below `starting` are committed and the former leaders had their time to record
+    (agent.md 10: all members report Witness, or 60 s). Raises `RealmError`; running it again is harmless.
+    """
+    store = agent.store
+    settled = await store.outbox.settled(group.realm, group.group)
+    last = leader.starting - 1
+    events: list[NewEvent] = []
+    if settled < last:
+        left = await store.log.read_intents(group.realm, group.group, settled + 1, last)
+        by_tenant: dict[str, list[tuple[LogEntry, Intent]]] = defaultdict(list)
+        for entry, intent in left:
+            by_tenant[intent.tenant].append((entry, intent))
+        for tenant, asked in by_tenant.items():
+            recorded = await _recorded(agent, group, tenant, min(intent.hint for _, intent in asked))
+            events += [
+                _unknown(group.group, entry, intent, agent.now_ms())
+                for entry, intent in asked
+                if (entry.index, entry.entry_mac) not in recorded
+            ]
+    settled_now = max(last, leader.recorded)
+    events.sort(key=lambda event: event.index)
+    if events or settled < settled_now:
+        await record_events(agent, group.realm, events, {group.group: settled_now})
+    leader.settled = max(leader.settled, settled_now)
+    leader.resolved = True
+    if events:
+        agent.log.warning("requests of unconfirmed outcome", group=group.group.hex(), count=len(events))
+        agent.metrics.count("agent.outbox.unknown", len(events))
+    return len(events)
+
+
+async def _recorded(agent: Agent, group: GroupState, tenant: str, hint: int) -> set[tuple[int, bytes]]:
+    """Return (index, mac) of this group's rows in the tenant's outbox from sequence `hint` on."""
+    found: set[tuple[int, bytes]] = set()
+    after = max(0, hint - 1)
+    while True:
+        page = await agent.store.outbox.read(group.realm, tenant, after, PAGE_EVENTS)
+        found |= {(row.new.index, row.new.mac) for row in page if row.new.group == group.group}
+        if len(page) < PAGE_EVENTS:
+            return found
+        after = page[-1].seq
+
+
+def _unknown(group: GroupId, entry: LogEntry, intent: Intent, now_ms: int) -> NewEvent:
+    return NewEvent(
+        tenant=intent.tenant,
+        group=group,
+        index=entry.index,
+        mac=entry.entry_mac,
+        record_id=intent.record_id,
+        user=intent.user,
+        kind=EventKind.UNKNOWN,
+        event={"event": "unknown"},
+        accounting=None,
+        when_ms=now_ms,
+    )
+
+
+# --- dispatcher ----------------------------------------------------------------------------------------
+
+
+async def watch_backlog(agent: Agent) -> None:
+    """Keep the backlog figures, the warning and the bound up to date."""
+    while True:
+        await trio.sleep(agent.timings.backlog_s)
+        for realm in agent.groups.realms:
+            try:
+                backlog = await agent.store.outbox.backlog(realm)
+            except RealmError as error:
+                agent.note_trouble("outbox backlog", error)
+                continue
+            agent.clear_trouble("outbox backlog")
+            age_s = 0.0 if backlog.oldest_ms is None else max(0.0, (agent.now_ms() - backlog.oldest_ms) / 1000)
+            note_backlog(agent, backlog.rows, age_s)
+
+
+def note_backlog(agent: Agent, rows: int, age_s: float) -> None:
+    """Adopt backlog figures: warn at 100 000 rows or 60 s, refuse requests at 10 000 000 rows."""
+    agent.outbox_rows, agent.outbox_oldest_s = rows, age_s
+    agent.outbox_full = rows >= BACKLOG_BOUND_ROWS
+    agent.metrics.gauge("agent.outbox.backlog", rows)
+    warning = ""
+    if rows >= BACKLOG_WARN_ROWS or age_s >= BACKLOG_WARN_S:
+        warning = f"{rows} tenant events wait for publication, the oldest for {age_s:.0f} s"
+    if warning and not agent.outbox_warning:
+        agent.log.warning("outbox backlog", rows=rows, oldest_s=age_s)
+    agent.outbox_warning = warning
+
+
+class Dispatcher:
+    """Publishes outbox rows in order per tenant: accounting, then cursor and counters in one conditional write.
+
+    The embedded bus serves the rows themselves, so publishing a row means moving the cursor past it. One dispatcher
+    per realm holds the lease; two at once only duplicate accounting, which is idempotent.
+    """
+
+    def __init__(self, agent: Agent) -> None:
+        self._agent = agent
+        self._lease: Lease | None = None
+        self._ask_again_ms = 0
+
+    async def run(self) -> None:
+        """Dispatch for ever; trouble makes the backlog grow and nothing else."""
+        agent = self._agent
+        timings = agent.timings
+        while True:
+            moved = 0
+            for realm in agent.groups.realms:
+                try:
+                    moved += await self.dispatch(realm)
+                except RealmError as error:
+                    agent.note_trouble("outbox dispatch", error)
+                else:
+                    agent.clear_trouble("outbox dispatch")
+            await trio.sleep(timings.dispatch_s if moved else timings.dispatch_idle_s)
+
+    async def dispatch(self, realm: RealmId) -> int:
+        """Do one round for `realm` if there is work and the lease is ours; returns how many rows were published."""
+        agent = self._agent
+        waiting = [cursor for cursor in await agent.store.outbox.cursors(realm) if cursor.published < cursor.tail]
+        moved = 0
+        for cursor in waiting:
+            published = cursor.published
+            while published < cursor.tail and await self._hold_lease(realm):
+                page = await agent.store.outbox.read(realm, cursor.tenant, published, PAGE_EVENTS)
+                if not page:
+                    break
+                advanced = await self._publish(realm, cursor.tenant, published, page)
+                if advanced == published:
+                    break
+                moved += advanced - published
+                published = advanced
+        if moved:
+            await agent.store.outbox.remove_published(realm, agent.now_ms(), REMOVE_ROWS)
+        return moved
+
+    async def _publish(self, realm: RealmId, tenant: str, published: int, page: list[OutboxEvent]) -> int:
+        """Account and advance over `page`, day by day; returns the new cursor."""
+        agent = self._agent
+        for day, rows in _by_day(page):
+            accounting = [
+                (tenant, row.new.record_id, row.new.when_ms, row.new.accounting == "registered")
+                for row in rows
+                if row.new.accounting is not None
+            ]
+            if accounting:
+                await agent.store.accounting.write(realm, accounting)
+                agent.metrics.gauge("agent.accounting.batch_size", len(accounting))
+            counts = Counter(row.new.kind for row in rows)
+            if not await agent.store.outbox.advance(realm, tenant, published, rows[-1].seq, day, counts):
+                return published
+            published = rows[-1].seq
+        return published
+
+    async def _hold_lease(self, realm: RealmId) -> bool:
+        """Obtain or renew `<realm>-outbox`."""
+        leases = self._agent.store.leases
+        now_ms = self._agent.now_ms()
+        name = f"{realm.hex()}-outbox"
+        lease = self._lease
+        if lease is not None and lease.name == name:
+            if lease.expires_ms - now_ms > LEASE_MARGIN_MS:
+                return True
+            self._lease = await leases.extend(lease, now_ms, LEASE_MS)
+        if (self._lease is None or self._lease.name != name) and now_ms >= self._ask_again_ms:
+            self._lease = await leases.obtain(name, self._agent.config.name, now_ms, LEASE_MS)
+            if self._lease is None:
+                self._ask_again_ms = now_ms + LEASE_MS
+        return self._lease is not None
+
+    async def release(self) -> None:
+        """Give the lease back."""
+        lease, self._lease = self._lease, None
+        if lease is not None:
+            await self._agent.store.leases.terminate(lease)
+
+
+def _by_day(page: list[OutboxEvent]) -> Iterator[tuple[str, list[OutboxEvent]]]:
+    """Split a page into runs of rows of one UTC day, in order."""
+    run: list[OutboxEvent] = []
+    run_day = ""
+    for row in page:
+        day = datetime.fromtimestamp(row.new.when_ms / 1000, UTC).strftime("%Y%m%d")
+        if run and day != run_day:
+            yield run_day, run
+            run = []
+        run_day = day
+        run.append(row)
+    if run:
+        yield run_day, run

@@ -1,0 +1,97 @@
+"""Who else is there: the discovery watcher and the map from HSM ids to agents' addresses (agent.md 4, 8).
+
+One task polls discovery every second. Whenever it changes, every 10 s, and soon after a call to a member failed, the
+agents are asked for their status: an agent that answers is in the map, one that does not is not.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from juicebox_hsm.errors import RealmError
+from juicebox_hsm.ids import HsmId
+from juicebox_hsm.ports import ServiceAddress, ServiceKind
+from juicebox_hsm.wire.rpc import AGENT_METHODS, AgentStatus, Empty
+from roles.agent.oneshot import Signal
+
+if TYPE_CHECKING:
+    from roles.agent.context import Agent
+
+SUSPECT_PAUSE_S: Final = 0.5
+"""At least this long between refreshes that failed calls ask for."""
+
+
+class Peers:
+    """Addresses of managers and of the other agents."""
+
+    def __init__(self, agent: Agent) -> None:
+        self._agent = agent
+        self._urls: dict[HsmId, str] = {}
+        self._seen: tuple[ServiceAddress, ...] | None = None
+        self._wake = Signal()
+        self.agent_urls: tuple[str, ...] = ()
+        self.manager_urls: tuple[str, ...] = ()
+
+    def url_of(self, member: HsmId) -> str | None:
+        """Return where the agent of `member` is, if it answered lately; None for our own HSM."""
+        return self._urls.get(member)
+
+    def suspect(self) -> None:
+        """A call failed: look again soon."""
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Poll discovery and statuses for ever."""
+        timings = self._agent.timings
+        refresh_at = trio.current_time()
+        while True:
+            changed = await self._read_discovery()
+            if changed or trio.current_time() >= refresh_at:
+                await self._read_statuses()
+                refresh_at = trio.current_time() + timings.peer_refresh_s
+            if await self._wake.wait_at_most(timings.discovery_poll_s):
+                refresh_at = trio.current_time()
+                await trio.sleep(min(SUSPECT_PAUSE_S, timings.discovery_poll_s))
+
+    async def _read_discovery(self) -> bool:
+        """Re-read the registrations; tell whether they changed."""
+        try:
+            addresses = tuple(await self._agent.store.discovery.list(self._agent.now_ms()))
+        except RealmError as error:
+            self._agent.note_trouble("discovery", error)
+            return False
+        self._agent.clear_trouble("discovery")
+        if addresses == self._seen:
+            return False
+        self._seen = addresses
+        own = self._agent.config.url
+        self.agent_urls = tuple(a.url for a in addresses if a.kind is ServiceKind.AGENT and a.url != own)
+        self.manager_urls = tuple(a.url for a in addresses if a.kind is ServiceKind.MANAGER)
+        return True
+
+    async def _read_statuses(self) -> None:
+        """Ask every other agent for its HSM's id."""
+        found: dict[HsmId, str] = {}
+
+        async def ask(url: str) -> None:
+            status = await self.status(url)
+            if status is not None and status.hsm is not None:
+                found[HsmId(status.hsm.id)] = url
+
+        async with trio.open_nursery() as nursery:
+            for url in self.agent_urls:
+                nursery.start_soon(ask, url)
+        if found != self._urls:
+            self._urls = found
+
+    async def status(self, url: str) -> AgentStatus | None:
+        """Return an agent's status, None when it does not answer in 2 s."""
+        try:
+            reply = await self._agent.rpc.call(
+                url, AGENT_METHODS["status"], Empty(), timeout_s=self._agent.timings.peer_status_s
+            )
+        except RealmError:
+            return None
+        return reply if isinstance(reply, AgentStatus) else None

@@ -1,0 +1,67 @@
+"""Registration in discovery, and the answers of the probes (agent.md 4)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import trio
+
+from juicebox_hsm.errors import RealmError
+from juicebox_hsm.ports import ServiceKind
+from roles.agent.service import hsm_status
+
+if TYPE_CHECKING:
+    from roles.agent.context import Agent
+
+
+async def register(agent: Agent, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+    """Keep our registration alive for ever; reports started after the first success."""
+    while True:
+        try:
+            await agent.store.discovery.register(ServiceKind.AGENT, agent.config.url, agent.now_ms())
+        except RealmError as error:
+            agent.note_trouble("registration", error)
+            await trio.sleep(agent.timings.register_retry_s)
+            continue
+        agent.clear_trouble("registration")
+        if not agent.registered:
+            agent.registered = True
+            agent.log.info("registered", url=agent.config.url)
+            task_status.started()
+        await trio.sleep(agent.timings.register_s)
+
+
+async def deregister(agent: Agent) -> None:
+    """Delete our registration at the end of a graceful shutdown; trouble is only logged."""
+    try:
+        await agent.store.discovery.deregister(ServiceKind.AGENT, agent.config.url)
+    except RealmError as error:
+        agent.log.warning("registration not deleted", error=str(error))
+
+
+async def livez(agent: Agent) -> tuple[bool, str]:
+    """Answer 200 once registered and while the HSM answers live."""
+    if not agent.registered or agent.hsm_id is None:
+        return False, f"not yet registered\n{agent.config.build}"
+    if await hsm_status(agent) is None:
+        return False, f"the HSM does not answer\n{agent.config.build}"
+    return True, f"hsm id: {agent.hsm_id.hex()}\n{agent.config.build}"
+
+
+async def readyz(agent: Agent) -> tuple[bool, str]:
+    """Answer 200 when registered, HSM and store answer and nothing is in trouble; warnings do not count."""
+    reasons = [f"{what}: {why}" for what, why in sorted(agent.troubles.items())]
+    if not agent.registered:
+        reasons.append("not yet registered")
+    if agent.stopping:
+        reasons.append("stopping")
+    if await hsm_status(agent) is None:
+        reasons.append("the HSM does not answer")
+    try:
+        await agent.store.discovery.list(agent.now_ms(), ServiceKind.AGENT)
+    except RealmError as error:
+        reasons.append(f"store: {error}")
+    lines = reasons or ["ready"]
+    if agent.outbox_warning:
+        lines.append(f"warning: {agent.outbox_warning}")
+    return not reasons, "\n".join(lines)

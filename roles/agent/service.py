@@ -1,0 +1,263 @@
+"""The agent's RPC methods and status (agent.md 2), and the set of its long-lived tasks (agent.md 4).
+
+Handler isolation: the RPC server runs each body in its own nursery and never cancels it for a lost stream; a client
+request additionally only *waits* in its body, the work is the producer's. So nothing that was begun is ever undone by
+a caller that goes away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+import trio
+
+from juicebox_hsm.consensus.types import Leader as LeaderRole
+from juicebox_hsm.consensus.types import RoleStatus, SteppingDown, Transferring, TransferringOut, Witness
+from juicebox_hsm.errors import RealmError
+from juicebox_hsm.hsm.messages import GroupStatus, LeaderStatus, Status, StatusOk
+from juicebox_hsm.ids import OwnedRange
+from juicebox_hsm.ports import HsmGone
+from juicebox_hsm.wire.rpc import (
+    AgentGroupInfo,
+    AgentStatus,
+    App,
+    AppOk,
+    GroupInfo,
+    HsmInfo,
+    LeaderInfo,
+    OutboxInfo,
+    Range,
+    RateState,
+    RealmInfo,
+    Refusal,
+    Refused,
+    Replicate,
+    RoleInfo,
+    TenantsReloaded,
+    TransferringInfo,
+)
+from roles.agent.app import handle_app
+from roles.agent.leader import handle_become_leader, handle_stepdown
+from roles.agent.lifecycle import (
+    RealmTablesFailed,
+    handle_group_join,
+    handle_group_new,
+    handle_realm_join,
+    handle_realm_new,
+    learn_groups,
+)
+from roles.agent.lost import Connection, LeaderWatch
+from roles.agent.outbox import Dispatcher, watch_backlog
+from roles.agent.ratelimit import gossip, keep_tenants, refresh_tenants
+from roles.agent.replicate import handle_captured, handle_replicate
+from roles.agent.transfer import (
+    handle_arrived,
+    handle_cancel_prepare,
+    handle_complete,
+    handle_owns,
+    handle_prepare,
+    handle_transfer_in,
+    handle_transfer_out,
+)
+from roles.agent.watch import LogRefused
+from roles.agent.watchdog import watchdog
+
+if TYPE_CHECKING:
+    from roles.agent.context import Agent
+
+STATUS_HSM_S: Final = 1.0
+FATAL: Final = (HsmGone, LogRefused, RealmTablesFailed)
+"""Errors that leave a handler and end the process."""
+
+Handler = Callable[[Any, Connection], Awaitable[Any]]
+
+
+class AgentService:
+    """The methods of one agent, and the tasks behind them."""
+
+    def __init__(self, agent: Agent) -> None:
+        self.agent = agent
+        self.leader_watch = LeaderWatch(agent)
+        self.dispatcher = Dispatcher(agent)
+
+    async def learn(self) -> None:
+        """Read the tenants' limits and learn the HSM's groups, whose log watchers start at once (agent.md 4)."""
+        try:
+            await refresh_tenants(self.agent)
+        except RealmError as error:
+            self.agent.log.warning("tenant limits not read", error=str(error))
+        await learn_groups(self.agent)
+
+    def start(self) -> None:
+        """Start the long-lived tasks; our own address must be known by now."""
+        agent = self.agent
+        for name, task in (
+            ("persister", agent.persister.run),
+            ("peers", agent.peers.run),
+            ("lost leaders", self.leader_watch.run),
+            ("outbox dispatcher", self.dispatcher.run),
+        ):
+            agent.nursery.start_soon(task, name=name)
+        for background in (gossip, keep_tenants, watch_backlog, watchdog):
+            agent.nursery.start_soon(background, agent, name=background.__name__)
+
+    def handlers(self) -> Mapping[str, Handler]:
+        """Return the method table for the RPC server."""
+        agent = self.agent
+
+        def plain(handle: Callable[[Agent, Any], Awaitable[Any]]) -> Handler:
+            async def handler(body: Any, _caller: Connection) -> Any:
+                return await handle(agent, body)
+
+            return handler
+
+        async def app(body: App, _caller: Connection) -> AppOk | Refused:
+            return await handle_app(agent, body)
+
+        async def captured(body: Any, _caller: Connection) -> Any:
+            return handle_captured(agent, body)
+
+        async def realm_new(_body: Any, _caller: Connection) -> Any:
+            return await handle_realm_new(agent)
+
+        return {
+            "status": self._status,
+            "realm/new": realm_new,
+            "realm/join": plain(handle_realm_join),
+            "group/new": plain(handle_group_new),
+            "group/join": plain(handle_group_join),
+            "become_leader": plain(handle_become_leader),
+            "stepdown": plain(handle_stepdown),
+            "replicate": self._replicate,
+            "captured": captured,
+            "app": app,
+            "transfer/prepare": plain(handle_prepare),
+            "transfer/cancel_prepare": plain(handle_cancel_prepare),
+            "transfer/out": plain(handle_transfer_out),
+            "transfer/in": plain(handle_transfer_in),
+            "transfer/complete": plain(handle_complete),
+            "transfer/owns": plain(handle_owns),
+            "transfer/arrived": plain(handle_arrived),
+            "rate/state": self._rate_state,
+            "tenants/reload": self._tenants_reload,
+        }
+
+    async def _replicate(self, body: Replicate, caller: Connection) -> Any:
+        group = self.agent.groups.get(body.realm, body.group)
+        if group is not None:
+            self.leader_watch.heard(group, body.starting, caller)
+        return await handle_replicate(self.agent, body)
+
+    async def _rate_state(self, _body: object, _caller: Connection) -> RateState:
+        return RateState(self.agent.limiters.snapshot(self.agent.now_ms()))
+
+    async def _tenants_reload(self, _body: object, _caller: Connection) -> TenantsReloaded | Refused:
+        try:
+            return TenantsReloaded(await refresh_tenants(self.agent))
+        except RealmError as error:
+            return Refused(Refusal.NO_STORE, detail=str(error))
+
+    async def _status(self, _body: object, _caller: Connection) -> AgentStatus:
+        return await agent_status(self.agent)
+
+
+async def hsm_status(agent: Agent) -> StatusOk | None:
+    """Ask the HSM for its status, live; None when it does not answer within 1 s."""
+    with trio.move_on_after(STATUS_HSM_S):
+        try:
+            reply = await agent.hsm.send(Status())
+        except HsmGone:
+            return None
+        if isinstance(reply, StatusOk):
+            return reply
+    return None
+
+
+async def agent_status(agent: Agent) -> AgentStatus:
+    """Return the agent's status; never fails, `hsm` is absent when the HSM does not answer."""
+    status = await hsm_status(agent)
+    return AgentStatus(
+        uptime_s=trio.current_time() - agent.started_at,
+        hsm=None if status is None else _hsm_info(status),
+        name=agent.config.name,
+        build=agent.config.build,
+        groups=_group_infos(agent),
+        outbox=OutboxInfo(agent.outbox_rows, agent.outbox_oldest_s, agent.outbox_warning),
+    )
+
+
+def _group_infos(agent: Agent) -> list[AgentGroupInfo]:
+    now = trio.current_time()
+    infos = []
+    for group in agent.groups:
+        leader = group.leader
+        if leader is None:
+            infos.append(AgentGroupInfo(group.realm, group.group, role_info(group.role), leading=False))
+            continue
+        last = leader.last_appended
+        infos.append(
+            AgentGroupInfo(
+                group.realm,
+                group.group,
+                role_info(group.role),
+                leading=True,
+                waiting_clients=len(leader.waiters) + len(leader.incoming),
+                last_appended=None if last is None else (last.index, last.entry_mac),
+                append_queue_len=len(leader.queue),
+                requests_per_s=leader.meter.per_second(now),
+            )
+        )
+    return infos
+
+
+def role_info(status: RoleStatus) -> RoleInfo:
+    """Return a role in its wire form."""
+    match status.role:
+        case LeaderRole(starting):
+            return RoleInfo("Leader", status.at, starting)
+        case SteppingDown(leader_starting):
+            return RoleInfo("SteppingDown", status.at, leader_starting)
+        case Witness():
+            return RoleInfo("Witness", status.at)
+
+
+def _range(owned: OwnedRange) -> Range:
+    return Range(owned.start, owned.end)
+
+
+def _transferring_info(marker: Transferring) -> TransferringInfo:
+    if isinstance(marker, TransferringOut):
+        partition = marker.partition
+        return TransferringInfo("Out", marker.destination, _range(partition.range), marker.at, partition.root_hash)
+    return TransferringInfo("In", marker.source, _range(marker.range), marker.at)
+
+
+def _leader_info(leader: LeaderStatus) -> LeaderInfo:
+    return LeaderInfo(
+        committed=leader.committed,
+        last=leader.last.index,
+        owned_range=None if leader.owned_range is None else _range(leader.owned_range),
+        transferring=None if leader.transferring is None else _transferring_info(leader.transferring),
+    )
+
+
+def _group_info(group: GroupStatus) -> GroupInfo:
+    return GroupInfo(
+        id=group.id,
+        configuration=list(group.configuration),
+        captured=group.captured,
+        leader=None if group.leader is None else _leader_info(group.leader),
+        role=role_info(group.role),
+    )
+
+
+def _hsm_info(status: StatusOk) -> HsmInfo:
+    realm = status.realm
+    return HsmInfo(
+        id=status.id,
+        realm=None
+        if realm is None
+        else RealmInfo(realm.id, realm.statement, [_group_info(group) for group in realm.groups]),
+        public_key=status.public_key,
+    )
