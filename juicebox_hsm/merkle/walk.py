@@ -62,24 +62,21 @@ def build_read_proof(key: bytes, bounds: OwnedRange, root: bytes, path: Sequence
     return b"".join(parts)
 
 
-def _branches(node: bytes) -> tuple[tuple[int, int, bytes] | None, tuple[int, int, bytes] | None]:
-    """Return (bits, prefix, child hash) of the left and right branch of a stored interior node."""
+def _branch(node: bytes, side: int) -> tuple[int, int, bytes] | None:
+    """Return (bits, prefix, child hash) of one branch of a stored interior node, None if it has none there."""
     if len(node) < 2 or node[0] != VERSION or not KIND_INTERIOR <= node[1] <= KIND_INTERIOR + 3:
         raise BadEncoding("stored node is not an interior node")
-    found: list[tuple[int, int, bytes] | None] = []
+    if not node[1] & (1 << side):
+        return None
     at = 2
-    for flag in (1, 2):
-        if not node[1] & flag:
-            found.append(None)
-            continue
-        nbits = int.from_bytes(node[at : at + 2], "big")
-        middle = at + 2 + (nbits + 7) // 8
-        at = middle + HASH_BYTES
-        if not 0 < nbits <= KEY_BITS or at > len(node):
-            raise BadEncoding("stored node is cut short")
-        packed = int.from_bytes(node[middle - (nbits + 7) // 8 : middle], "big")
-        found.append((nbits, packed >> (-nbits % 8), node[middle:at]))
-    return found[0], found[1]
+    if side and node[1] & 1:
+        at += 2 + HASH_BYTES + ((int.from_bytes(node[2:4], "big") + 7) >> 3)
+    nbits = int.from_bytes(node[at : at + 2], "big")
+    middle = at + 2 + ((nbits + 7) >> 3)
+    child = node[middle : middle + HASH_BYTES]
+    if not 0 < nbits <= KEY_BITS or len(child) != HASH_BYTES:
+        raise BadEncoding("stored node is cut short")
+    return nbits, int.from_bytes(node[at + 2 : middle], "big") >> (-nbits & 7), child
 
 
 def _require_leaf(node: bytes) -> None:
@@ -130,7 +127,9 @@ class PathWalk:
         """Return the row key of the next node; only while something is wanted."""
         wanted = self.wanted
         check(wanted is not None, "a completed walk wants nothing")
-        groups = self._groups = self._groups or row_prefix(self._key_number, KEY_BITS)
+        groups = self._groups
+        if not groups:
+            groups = self._groups = row_prefix(self._key_number, KEY_BITS)
         full, rest = divmod(self.depth, 7)
         if rest:
             head = groups[:full] + bytes((groups[full] & _GROUP_MASKS[rest], 0x80 | rest))
@@ -146,10 +145,9 @@ class PathWalk:
             self._leaf = node
             self.wanted = None
             return
-        left, right = _branches(node)
-        self._path.append(node)
         remaining = KEY_BITS - depth
-        branch = right if (self._key_number >> (remaining - 1)) & 1 else left
+        branch = _branch(node, (self._key_number >> (remaining - 1)) & 1)
+        self._path.append(node)
         self.wanted = None
         if branch is None:
             return
@@ -194,9 +192,8 @@ class EdgeWalk:
             self._leaf = node
             self.wanted = None
             return
-        left, right = _branches(node)
+        branch = _branch(node, self._side.value) or _branch(node, 1 - self._side.value)
         self._path.append(node)
-        branch = (left or right) if self._side is Side.LEFT else (right or left)
         self.wanted = None
         if branch is None:
             return
