@@ -1,0 +1,49 @@
+"""A group of one, end to end: our client, the agent, the HSM core and SQLite in one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import trio
+
+from juicebox_hsm.client import InvalidPin, NotRegistered
+from juicebox_hsm.ids import RealmId
+from juicebox_hsm.ports import EventKind
+from tests.simulation.cluster import TENANT, simulation
+
+
+async def test_register_recover_delete(tmp_path: Path) -> None:
+    """A registered secret comes back with the right PIN only, and is gone once deleted."""
+    async with simulation(tmp_path) as sim:
+        await sim.new_realm(1)
+        client = sim.client("alice")
+        await client.register(b"1234", b"secret", b"info", 3)
+        assert await client.recover(b"1234", b"info") == b"secret"
+        with pytest.raises(InvalidPin) as refused:
+            await client.recover(b"9999", b"info")
+        assert refused.value.guesses_remaining == 2
+        await client.delete()
+        with pytest.raises(NotRegistered):
+            await client.recover(b"1234", b"info")
+
+
+async def test_sixteen_clients_share_batches(tmp_path: Path) -> None:
+    """Concurrent requests are committed in few appends and every client gets its own secret."""
+    async with simulation(tmp_path) as sim:
+        await sim.new_realm(1)
+
+        async def one(user: str) -> None:
+            client = sim.client(user)
+            await client.register(b"1234", user.encode(), b"info", 3)
+            assert await client.recover(b"1234", b"info") == user.encode()
+
+        async with trio.open_nursery() as nursery:
+            for number in range(16):
+                nursery.start_soon(one, f"user{number}")
+        appends = sim.agents[0].log.appends
+        assert sum(appends) >= 16 * 5
+        assert max(appends) > 4
+        events = await sim.store.outbox.read(RealmId(sim.realm), TENANT, 0, 1000)
+        assert [event.seq for event in events] == list(range(1, 16 * 5 + 1))
+        assert sum(event.new.kind is EventKind.RECOVER3 for event in events) == 16
