@@ -21,6 +21,7 @@ SCHEMA_VERSION: Final = 1
 BUSY_TIMEOUT_MS: Final = 5_000  # only a foreign program (a shell, a backup) can make us wait here
 WRITER_CACHE_KIB: Final = 65_536
 READER_CACHE_KIB: Final = 16_384
+WAL_KEPT_BYTES: Final = 64 << 20  # a write-ahead log that a long reader let grow beyond this shrinks back to it
 INDEX_BITS: Final = 48
 INDEX_MAX: Final = 2**INDEX_BITS - 1
 REALMS_MAX: Final = 1_023  # ten bits of a tree row's key
@@ -70,7 +71,8 @@ def connect(path: Path, cache_kib: int) -> apsw.Connection:
     connection.config(apsw.SQLITE_DBCONFIG_DEFENSIVE, 1)
     connection.execute(
         f"PRAGMA cache_size = -{cache_kib}; PRAGMA synchronous = FULL; PRAGMA wal_autocheckpoint = 0;"
-        "PRAGMA trusted_schema = OFF; PRAGMA temp_store = MEMORY"
+        " PRAGMA trusted_schema = OFF; PRAGMA temp_store = MEMORY;"
+        f"PRAGMA journal_size_limit = {WAL_KEPT_BYTES}"
     )
     return connection
 
