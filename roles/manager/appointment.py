@@ -1,0 +1,141 @@
+"""Keep every group led: the periodic pass and the `leader_lost` hint (manager.md 3).
+
+Hysteresis: the pass acts on a leaderless group when somebody announced it, when every member answered and none leads,
+or when two reads at least a second apart agree. One lost status reply therefore never starts a duel, and a leader
+that is stepping down has a moment to finish what it has in flight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final
+
+import trio
+
+from juicebox_hsm.cluster_view import ClusterView, GroupKey, GroupView
+from juicebox_hsm.errors import RealmError
+from juicebox_hsm.ids import GroupId, HsmId, RealmId
+from juicebox_hsm.wire.rpc import LeaderLost
+from roles.manager.assign import assign
+from roles.manager.context import ManagerContext, text
+from roles.manager.leases import LeaseBusy, group_lease, management_lease
+from roles.manager.overview import HINT_TIMEOUT_S, STATUS_TIMEOUT_S, ask_agents, discovered_agents, read_overview
+
+CONFIRM_AFTER_S: Final = 1.0
+PARALLEL_GROUPS_MAX: Final = 16
+HINT_ATTEMPTS_MAX: Final = 5
+HINT_RETRY_S: Final = 0.2
+
+
+class Appointer:
+    """Appoints leaders; one per manager. Not re-entrant passes, any number of hints at once."""
+
+    def __init__(self, context: ManagerContext) -> None:
+        self._context = context
+        self._leaderless_since: dict[GroupKey, float] = {}
+        self._hinted: dict[GroupKey, int] = {}
+
+    async def run_pass(self) -> None:
+        """Look once at all groups and appoint where nobody leads. Raises `StoreUnavailable` without discovery."""
+        context = self._context
+        view = await read_overview(context.store, context.rpc, context.now_ms(), STATUS_TIMEOUT_S)
+        remember_urls(context, view)
+        orphans = self.orphans(view, trio.current_time())
+        extra_work: dict[HsmId, int] = {}
+        limiter = trio.CapacityLimiter(PARALLEL_GROUPS_MAX)
+        async with trio.open_nursery() as nursery:
+            for group in orphans:
+                nursery.start_soon(self._lead_one, limiter, view, group, extra_work)
+
+    def orphans(self, view: ClusterView, now_s: float) -> list[GroupView]:
+        """Return the groups to act on now; `now_s` is monotonic. Remembers what it saw for the next read."""
+        found = []
+        leaderless = {group.key: group for group in view.groups.values() if group.leader is None}
+        for key in list(self._leaderless_since):
+            if key not in leaderless:
+                del self._leaderless_since[key]
+        for key, group in sorted(leaderless.items()):
+            since = self._leaderless_since.setdefault(key, now_s)
+            confirmed = now_s - since >= CONFIRM_AFTER_S
+            finishing = any(member.info.role.name == "SteppingDown" for member in group.members)
+            certain = (group.is_complete or key in self._context.state.announced) and not finishing
+            if confirmed or certain:
+                found.append(group)
+        return found
+
+    async def _lead_one(
+        self, limiter: trio.CapacityLimiter, view: ClusterView, group: GroupView, extra_work: dict[HsmId, int]
+    ) -> None:
+        context = self._context
+        async with limiter:
+            try:
+                async with management_lease(context, group_lease(group.key)):
+                    current = await self._still_leaderless(view, group)
+                    if current is not None:
+                        await assign(context, view, current, extra_work=extra_work)
+            except LeaseBusy:
+                context.log.debug("group is being worked on", group=text(group.key))
+            except RealmError as error:
+                context.meter.count("manager.loop.errors", loop="leaders")
+                context.log.warning("appointment failed", group=text(group.key), error=str(error))
+
+    async def _still_leaderless(self, view: ClusterView, group: GroupView) -> GroupView | None:
+        """Look again under the lease: whoever held it before us may have appointed a leader meanwhile."""
+        urls = [member.url for member in group.members]
+        fresh = (await ask_agents(self._context.rpc, urls, HINT_TIMEOUT_S)).groups.get(group.key)
+        if fresh is None:
+            return group if group.key in view.groups else None
+        return fresh if fresh.leader is None else None
+
+    async def leader_lost(self, hint: LeaderLost) -> None:
+        """Act on a member's report; reports of one group are coalesced into one action."""
+        key = (RealmId(hint.realm), GroupId(hint.group))
+        running = key in self._hinted
+        self._hinted[key] = max(hint.starting, self._hinted.get(key, 0))
+        if running:
+            return
+        try:
+            for attempt in range(HINT_ATTEMPTS_MAX):
+                if attempt:
+                    await trio.sleep(HINT_RETRY_S)
+                if await self._act_on_hint(key):
+                    return
+        finally:
+            del self._hinted[key]
+
+    async def _act_on_hint(self, key: GroupKey) -> bool:
+        """Try once; True when there is nothing left to do here."""
+        context = self._context
+        try:
+            async with management_lease(context, group_lease(key)):
+                view = await ask_agents(context.rpc, await self._urls_of(key), HINT_TIMEOUT_S)
+                group = view.groups.get(key)
+                if group is None:
+                    return False
+                leader = group.leader
+                if leader is not None and leader.starting >= self._hinted[key]:
+                    context.state.announced.discard(key)
+                    return True
+                context.state.announced.add(key)
+                return await assign(context, view, group) is not None
+        except LeaseBusy:
+            return True
+        except RealmError as error:
+            context.meter.count("manager.loop.errors", loop="leader_lost")
+            context.log.warning("leader_lost not handled", group=text(key), error=str(error))
+            return False
+
+    async def _urls_of(self, key: GroupKey) -> Iterable[str]:
+        """Return the agents last seen with the group, or all of them."""
+        known = self._context.state.urls.get(key)
+        return known or await discovered_agents(self._context.store, self._context.now_ms())
+
+
+def remember_urls(context: ManagerContext, view: ClusterView) -> None:
+    """Keep the agents of each group that was seen; a member that is silent now stays known while its group is."""
+    for key, group in view.groups.items():
+        seen = {member.url for member in group.members}
+        before = context.state.urls.get(key, ())
+        room = max(0, len(group.configuration) - len(seen))
+        kept = [url for url in before if url not in seen][-room:] if room else []
+        context.state.urls[key] = tuple(sorted([*seen, *kept]))

@@ -1,0 +1,72 @@
+"""What every part of the manager is given: the store, a way to call agents, clocks and a place to report to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from juicebox_hsm.cluster_view import GroupKey
+from juicebox_hsm.ports import Store
+from juicebox_hsm.wire.rpc import Method
+
+
+class RpcCaller(Protocol):
+    """Calls one method of a peer; the reply is one of the method's reply types.
+
+    Raises `RealmError`: `RpcFailed` when the peer's RPC layer refuses, `RpcUnreachable` when it does not answer.
+    """
+
+    async def call(self, url: str, method: Method, body: Any, *, timeout_s: float) -> Any:
+        """Call `method` at `url` and return its decoded reply."""
+        ...
+
+
+class Meter(Protocol):
+    """Counters, gauges and timings."""
+
+    def count(self, name: str, n: int = 1, **tags: str) -> None:
+        """Add to a counter."""
+        ...
+
+    def gauge(self, name: str, value: float, **tags: str) -> None:
+        """Set a gauge."""
+        ...
+
+    def timing(self, name: str, ns: int, **tags: str) -> None:
+        """Record a duration in nanoseconds."""
+        ...
+
+
+@dataclass(slots=True)
+class ManagerState:
+    """What this instance remembers; nothing here is durable and nothing here matters for safety.
+
+    `announced` are groups somebody said are leaderless, so that the next pass need not see it twice.
+    `urls` are the agents last seen with a group; `moved_at` is the monotonic time of a group's last rebalancing.
+    """
+
+    announced: set[GroupKey] = field(default_factory=set)
+    urls: dict[GroupKey, tuple[str, ...]] = field(default_factory=dict)
+    moved_at: dict[GroupKey, float] = field(default_factory=dict)
+    held_leases: dict[str, int] = field(default_factory=dict)
+    actions: dict[str, str] = field(default_factory=dict)
+    loops: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ManagerContext:
+    """The manager's surroundings; `now_ms` is wall-clock Unix time in ms, for leases and discovery only."""
+
+    store: Store
+    rpc: RpcCaller
+    name: str
+    now_ms: Callable[[], int]
+    meter: Meter
+    log: Any
+    state: ManagerState = field(default_factory=ManagerState)
+
+
+def text(key: GroupKey) -> str:
+    """Return `realm/group` in hex for messages."""
+    return f"{key[0].hex()}/{key[1].hex()}"

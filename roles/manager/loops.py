@@ -1,0 +1,115 @@
+"""The manager's background work: discovery, registration, appointments, transfers, rebalancing (manager.md 1.1, 3-6).
+
+A failing pass is counted and logged, and the loop goes on: expected trouble never ends the process.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+import trio
+
+from juicebox_hsm.errors import RealmError
+from juicebox_hsm.ports import ServiceKind
+from roles.manager.appointment import Appointer
+from roles.manager.context import ManagerContext
+from roles.manager.overview import discovered_agents
+from roles.manager.rebalance import rebalance
+from roles.manager.recovery import recover_transfers
+
+DISCOVERY_POLL_S: Final = 1.0
+DISCOVERY_POLL_YOUNG_S: Final = 0.1
+YOUNG_S: Final = 10.0
+FIRST_PAUSE_S: Final = 0.1
+REGISTER_EVERY_S: Final = 600.0
+REGISTER_RETRY_S: Final = 10.0
+
+
+async def watch_agents(context: ManagerContext, changed: Callable[[], None]) -> None:
+    """Call `changed` when the set of agents in discovery changes; look often while this process is young."""
+    young_until = trio.current_time() + YOUNG_S
+    known: list[str] | None = None
+    while True:
+        try:
+            found = await discovered_agents(context.store, context.now_ms())
+        except RealmError as error:
+            context.log.warning("discovery not readable", error=str(error))
+        else:
+            if found != known:
+                known = found
+                changed()
+        await trio.sleep(DISCOVERY_POLL_YOUNG_S if trio.current_time() < young_until else DISCOVERY_POLL_S)
+
+
+class Pacer:
+    """Pauses between passes: short after something changed, doubling up to the interval."""
+
+    def __init__(self, interval_s: float, first_s: float = FIRST_PAUSE_S) -> None:
+        self._interval_s = interval_s
+        self._pause_s = min(first_s, interval_s)
+        self._changed = trio.Event()
+
+    def hurry(self) -> None:
+        """Make the next passes come soon."""
+        self._pause_s = min(FIRST_PAUSE_S, self._interval_s)
+        self._changed.set()
+
+    async def pause(self) -> None:
+        """Wait before the next pass; a change cuts the wait to the shortest one."""
+        wait_s = self._pause_s
+        self._pause_s = min(self._pause_s * 2, self._interval_s)
+        with trio.move_on_after(wait_s):
+            await self._changed.wait()
+            await trio.sleep(min(FIRST_PAUSE_S, self._interval_s))
+        self._changed = trio.Event()
+
+
+async def run_loop(context: ManagerContext, name: str, pacer: Pacer, work: Callable[[], Awaitable[object]]) -> None:
+    """Run `work` for ever with pauses between; only `RealmError`s are survived."""
+    while True:
+        await pacer.pause()
+        begun_ns = time.perf_counter_ns()
+        problem = ""
+        try:
+            await work()
+        except RealmError as error:
+            problem = str(error) or type(error).__name__
+            context.meter.count("manager.loop.errors", loop=name)
+            context.log.warning("pass failed", loop=name, error=problem)
+        elapsed_ns = time.perf_counter_ns() - begun_ns
+        context.meter.timing("manager.loop.time.ns", elapsed_ns, loop=name)
+        context.state.loops[name] = {"at_ms": context.now_ms(), "took_ms": elapsed_ns // 1_000_000, "error": problem}
+
+
+async def run_loops(
+    context: ManagerContext, appointer: Appointer, *, interval_s: float, rebalance_interval_s: float
+) -> None:
+    """Run all background passes until cancelled."""
+    leaders, transfers = Pacer(interval_s), Pacer(interval_s)
+
+    async def spread() -> None:
+        await rebalance(context, appointer, periodic=True)
+
+    async def recover() -> None:
+        await recover_transfers(context)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(watch_agents, context, leaders.hurry)
+        nursery.start_soon(run_loop, context, "leaders", leaders, appointer.run_pass)
+        nursery.start_soon(run_loop, context, "transfers", transfers, recover)
+        nursery.start_soon(run_loop, context, "rebalance", Pacer(rebalance_interval_s, rebalance_interval_s), spread)
+
+
+async def register(context: ManagerContext, url: str, registered: trio.Event) -> None:
+    """Keep this manager in discovery."""
+    while True:
+        try:
+            await context.store.discovery.register(ServiceKind.MANAGER, url, context.now_ms())
+        except RealmError as error:
+            context.log.warning("registration failed", error=str(error))
+            await trio.sleep(REGISTER_RETRY_S)
+        else:
+            registered.set()
+            await trio.sleep(REGISTER_EVERY_S)

@@ -1,0 +1,182 @@
+"""`juicebox-hsm --role manager`: wiring, start order, signals (manager.md, operator-tools.md 10)."""
+
+from __future__ import annotations
+
+import sys
+import time
+from functools import partial
+from typing import Any, Final
+
+import click
+import trio
+
+from juicebox_hsm import __version__
+from juicebox_hsm.adapters.cluster_tls import ClusterTls
+from juicebox_hsm.adapters.http.probes import serve_probes
+from juicebox_hsm.adapters.logging import configure, get_logger
+from juicebox_hsm.adapters.metrics import Metrics
+from juicebox_hsm.adapters.rpc import RpcPool, RpcServer, serve_rpc
+from juicebox_hsm.adapters.store import open_store
+from juicebox_hsm.adapters.supervision import ExitCode, handle_signals, notify, report_crash
+from juicebox_hsm.errors import InvariantViolation, RealmError
+from juicebox_hsm.ports import ServiceKind, Store, StoreUnavailable
+from juicebox_hsm.wire.rpc import MANAGER_METHODS
+from roles.durations import DurationType
+from roles.manager.appointment import Appointer
+from roles.manager.context import ManagerContext
+from roles.manager.loops import register, run_loops
+from roles.manager.service import ManagerService
+from roles.options import CommonOptions, role_options
+
+SHUTDOWN_S: Final = 10.0
+DRAIN_S: Final = 8.0
+
+_log = get_logger("manager")
+
+
+@click.command("manager")
+@role_options("127.0.0.1:8079")
+@click.option(
+    "--interval",
+    "-i",
+    "interval_s",
+    type=DurationType(),
+    default="2s",
+    show_default=True,
+    help="Pause between looks at leaders and at pending transfers.",
+)
+@click.option(
+    "--rebalance-interval",
+    "rebalance_interval_s",
+    type=DurationType(),
+    default="60s",
+    show_default=True,
+    help="Pause between rebalancing passes.",
+)
+def command(common: CommonOptions, interval_s: float, rebalance_interval_s: float) -> None:
+    """Run a cluster manager: it appoints leaders, spreads them evenly and moves key ranges."""
+    configure(common.log_level)
+    try:
+        trio.run(_run, common, interval_s, rebalance_interval_s)
+    except StoreUnavailable as error:
+        _log.error("store unavailable at start", error=str(error))
+        sys.exit(ExitCode.UNAVAILABLE)
+    except (Exception, InvariantViolation, BaseExceptionGroup) as error:  # noqa: BLE001 -- the process ends with it
+        sys.exit(report_crash(error))
+
+
+def _wall_clock_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+async def _run(common: CommonOptions, interval_s: float, rebalance_interval_s: float) -> None:
+    """Open the store and run until a stop signal. Raises `StoreUnavailable` when the store cannot be opened."""
+    tls = None if common.insecure_rpc or common.cluster_tls is None else ClusterTls.load(common.cluster_tls)
+    if common.advertise.is_loopback and not common.allow_loopback:
+        _log.warning("advertising a loopback address: only this machine can reach it", address=str(common.advertise))
+    async with open_store(common.store_url) as store:
+        await store.realms.create_shared()
+        manager = _Manager(common, store, tls)
+        async with trio.open_nursery() as nursery:
+            await manager.run(nursery, interval_s, rebalance_interval_s)
+            nursery.cancel_scope.cancel()
+    _log.info("manager stopped")
+
+
+class _Manager:
+    """One running manager: what start-up, probes and shutdown share."""
+
+    def __init__(self, common: CommonOptions, store: Store, tls: ClusterTls | None) -> None:
+        self.common = common
+        self.store = store
+        self.tls = tls
+        self.metrics = Metrics()
+        self.registered = trio.Event()
+        self.stop = trio.Event()
+        self.url = f"{'tcp' if tls is None else 'tls'}://{common.advertise}"
+
+    async def run(self, nursery: trio.Nursery, interval_s: float, rebalance_interval_s: float) -> None:
+        """Start everything in order, wait for a stop signal, and leave in order."""
+        await nursery.start(handle_signals, self._on_stop, self._reload)
+        pool = RpcPool(nursery, self.tls, build=__version__, metrics=self.metrics)
+        context = ManagerContext(
+            store=self.store, rpc=pool, name=self.common.name, now_ms=_wall_clock_ms, meter=self.metrics, log=_log
+        )
+        appointer = Appointer(context)
+        work = await nursery.start(_work, context, appointer, interval_s, rebalance_interval_s)
+        service = ManagerService(context, appointer, nursery)
+        server: RpcServer = await nursery.start(
+            partial(
+                serve_rpc,
+                (self.common.listen.host, self.common.listen.port),
+                tls=self.tls,
+                methods=MANAGER_METHODS,
+                handlers=service.handlers(),
+                build=__version__,
+                metrics=self.metrics,
+            )
+        )
+        registering = await nursery.start(_register, context, self.url, self.registered)
+        await nursery.start(
+            partial(
+                serve_probes,
+                (self.common.http_listen.host, self.common.http_listen.port),
+                name=self.common.name,
+                livez=self._livez,
+                readyz=self._livez,
+                metrics=self.metrics,
+            )
+        )
+        _log.info("manager started", url=self.url, version=__version__, store=self.store.description)
+        nursery.start_soon(self._say_ready)
+        await self.stop.wait()
+        notify("STOPPING=1", f"EXTEND_TIMEOUT_USEC={round(SHUTDOWN_S * 1e6)}")
+        with trio.move_on_after(SHUTDOWN_S):
+            registering.cancel()
+            await self._deregister()
+            await server.shutdown(DRAIN_S)
+        work.cancel()
+
+    def _on_stop(self, signal_name: str) -> None:  # noqa: ARG002 - the log line is written by the caller
+        self.stop.set()
+
+    async def _reload(self) -> None:
+        if self.tls is not None:
+            self.tls.reload()
+
+    async def _livez(self) -> tuple[bool, str]:
+        if self.registered.is_set():
+            return True, f"ok\nversion: {__version__}"
+        return False, f"not yet registered with service discovery\nversion: {__version__}"
+
+    async def _say_ready(self) -> None:
+        await self.registered.wait()
+        notify("READY=1", f"STATUS=manager at {self.url}")
+
+    async def _deregister(self) -> None:
+        try:
+            await self.store.discovery.deregister(ServiceKind.MANAGER, self.url)
+        except RealmError as error:
+            _log.warning("not deregistered, the entry will expire", error=str(error))
+
+
+async def _work(
+    context: ManagerContext,
+    appointer: Appointer,
+    interval_s: float,
+    rebalance_interval_s: float,
+    *,
+    task_status: trio.TaskStatus[trio.CancelScope],
+) -> None:
+    """Run the loops in a scope of their own, which shutdown cancels after the last request was answered."""
+    with trio.CancelScope() as scope:
+        task_status.started(scope)
+        await run_loops(context, appointer, interval_s=interval_s, rebalance_interval_s=rebalance_interval_s)
+
+
+async def _register(
+    context: ManagerContext, url: str, registered: trio.Event, *, task_status: trio.TaskStatus[Any]
+) -> None:
+    with trio.CancelScope() as scope:
+        task_status.started(scope)
+        await register(context, url, registered)
