@@ -1,0 +1,44 @@
+"""`juicebox-hsm cluster`: see and change a cluster (operator-tools.md 2). Each command is imported when asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from roles.lazy import LazyCommand, LazyGroup
+from roles.tools.cluster_session import remember_connection
+
+_SHOW = "roles.tools.cluster_show"
+_CHANGE = "roles.tools.cluster_change"
+_LEADERS = "roles.tools.cluster_leaders"
+_CLIENTS = "roles.tools.cluster_clients"
+_ADMIN = "roles.tools.cluster_admin"
+
+
+@click.group(
+    cls=LazyGroup,
+    lazy={
+        "agents": LazyCommand(_SHOW, "Show every agent with its HSM.", "agents"),
+        "groups": LazyCommand(_SHOW, "Show every group with its members.", "groups"),
+        "status": LazyCommand(_SHOW, "Judge the cluster's health on one page; exit 5 on trouble.", "status"),
+        "partitions": LazyCommand(_SHOW, "Show which group owns which range.", "partitions"),
+        "leases": LazyCommand(_ADMIN, "Show the management leases.", "leases"),
+        "discovery": LazyCommand(_ADMIN, "List or remove service registrations.", "discovery"),
+        "ca": LazyCommand(_ADMIN, "Make the cluster's certificate authority and certificates.", "ca"),
+        "new-realm": LazyCommand(_CHANGE, "Create a realm at one agent.", "new_realm_command"),
+        "join-realm": LazyCommand(_CHANGE, "Let HSMs join a realm; irreversible.", "join_realm_command"),
+        "new-group": LazyCommand(_CHANGE, "Create a group over HSMs of a realm.", "new_group_command"),
+        "transfer": LazyCommand(_CHANGE, "Move a key range from one group to another.", "transfer"),
+        "stepdown": LazyCommand(_LEADERS, "Hand over what an HSM or a group leads.", "stepdown"),
+        "rebalance": LazyCommand(_LEADERS, "Move one leadership to a less busy HSM.", "rebalance"),
+        "drain": LazyCommand(_LEADERS, "Take an HSM out of leadership.", "drain"),
+        "undrain": LazyCommand(_LEADERS, "Let a drained HSM lead again.", "undrain"),
+        "tenant": LazyCommand(_CLIENTS, "Set and show tenants' limits.", "tenant"),
+        "configuration": LazyCommand(_CLIENTS, "Print the client configuration.", "configuration"),
+        "auth-token": LazyCommand(_CLIENTS, "Mint a token for a test tenant.", "auth_token"),
+    },
+)
+@remember_connection
+def command(**values: Any) -> None:
+    """See and change a cluster: agents, realms, groups, leaders, limits, certificates."""

@@ -1,0 +1,178 @@
+"""`cluster stepdown|rebalance|drain|undrain`: who leads (operator-tools.md 2, manager.md 4, 5)."""
+
+from __future__ import annotations
+
+import getpass
+import socket
+import time
+from typing import Final
+
+import click
+
+from juicebox_hsm.cluster_view import ClusterView
+from juicebox_hsm.ids import HsmId
+from juicebox_hsm.wire.rpc import Empty, Rebalanced, Refusal, Refused, StepdownOrder
+from roles.manager.assign import DRAIN_PREFIX
+from roles.manager.overview import IDS_TIMEOUT_S, read_overview
+from roles.manager.rebalance import PAUSED
+from roles.tools.cluster_ids import resolve_id
+from roles.tools.cluster_session import (
+    COMMAND_TIMEOUT_S,
+    Connection,
+    ExitCode,
+    Session,
+    ToolFailure,
+    call_manager,
+    refusal_text,
+    with_connection,
+)
+from roles.tools.cluster_show import with_session
+
+MOVES_MAX: Final = 10_000  # groups x HSMs of a large cluster: rebalancing ends long before
+TEXTS: Final = {
+    "NoHsm": "the agent has no HSM",
+    "NoStore": "the store cannot be reached",
+    "NotLeader": "leads nothing",
+    "InvalidRealm": "no such realm",
+    "InvalidGroup": "no such group",
+    "InvalidHsm": "no such HSM",
+    "Busy": "another manager is working on the group; try again",
+    "RpcError": "an agent did not answer",
+    "StepDownFailed": "the leader did not step down",
+    "LeadershipTransferRolledBack": "the new HSM refused; the old leader leads again",
+    "LeadershipTransferFailed": "no candidate took the leadership; the manager keeps trying",
+}
+
+manager_option = click.option(
+    "-c", "--cluster", "manager", metavar="URL", help="Manager to ask; default any in discovery."
+)
+
+
+def _who_and_when() -> bytes:
+    try:
+        user = getpass.getuser()
+    except (OSError, KeyError):
+        user = "unknown"
+    return f"{user}@{socket.gethostname()} {time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())}".encode()
+
+
+def _order(view: ClusterView, text: str, kind: str | None) -> tuple[str, StepdownOrder]:
+    """Find what an id or prefix means among HSMs and groups."""
+    hsms = {bytes(hsm) for hsm in view.hsms} if kind != "group" else set()
+    groups = {bytes(key[1]): key for key in view.groups} if kind != "hsm" else {}
+    found = resolve_id(text, hsms | set(groups), kind or "HSM or group")
+    if found in groups:
+        realm, group = groups[found]
+        return f"group {group.hex()}", StepdownOrder(realm=realm, group=group)
+    if kind == "group":
+        raise ToolFailure(f"no item with that ID: group {text}", ExitCode.ID)
+    return f"HSM {found.hex()}", StepdownOrder(hsm=found)
+
+
+@click.command()
+@manager_option
+@click.option("--type", "kind", type=click.Choice(["hsm", "group"]), help="What ID names; default either.")
+@click.argument("id_text", metavar="ID")
+@click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
+@with_connection
+def stepdown(connection: Connection, manager: str | None, kind: str | None, id_text: str, *, dry_run: bool) -> None:
+    """Hand over the leadership of a group, or of all groups an HSM leads. ID may be a prefix."""
+
+    async def body(session: Session) -> None:
+        view = await read_overview(session.store, session.rpc, session.now_ms(), IDS_TIMEOUT_S)
+        subject, order = _order(view, id_text, kind)
+        if dry_run:
+            click.echo(f"would hand over {subject}")
+            return
+        reply = await call_manager(session, manager, "leader_stepdown", order, timeout_s=COMMAND_TIMEOUT_S)
+        if isinstance(reply, Refused):
+            raise ToolFailure(f"{subject}: {refusal_text(reply, TEXTS)}")
+        click.echo(f"Leadership handed over: {subject}")
+
+    with_session(connection, body)
+
+
+@click.command()
+@manager_option
+@click.option("-f", "--full", is_flag=True, help="Go on until balanced.")
+@click.option("--pause", is_flag=True, help="Stop the managers' periodic rebalancing.")
+@click.option("--resume", is_flag=True, help="Let it go on.")
+@with_connection
+def rebalance(connection: Connection, manager: str | None, *, full: bool, pause: bool, resume: bool) -> None:
+    """Move one leadership from the busiest HSM to a less busy one, or all that help with --full."""
+    if pause and resume:
+        raise click.UsageError("--pause and --resume exclude each other")
+
+    async def body(session: Session) -> None:
+        if pause:
+            await session.store.settings.put(PAUSED, _who_and_when())
+            click.echo("Periodic rebalancing paused.")
+            return
+        if resume:
+            await session.store.settings.remove(PAUSED)
+            click.echo("Periodic rebalancing resumed.")
+            return
+        for _ in range(MOVES_MAX if full else 1):
+            reply = await call_manager(session, manager, "rebalance", Empty(), timeout_s=COMMAND_TIMEOUT_S)
+            if isinstance(reply, Refused):
+                raise ToolFailure(f"rebalancing: {refusal_text(reply, TEXTS)}")
+            if not isinstance(reply, Rebalanced) or not reply.group:
+                click.echo("Already balanced.")
+                return
+            click.echo(f"Moved group {reply.group.hex()} from {reply.source.hex()} to {reply.destination.hex()}")
+
+    with_session(connection, body)
+
+
+def _hsm_of(view: ClusterView, text: str) -> HsmId:
+    """Return the HSM behind an agent URL, or with this id or prefix."""
+    if "://" not in text:
+        return HsmId(resolve_id(text, view.hsms, "HSM"))
+    found = view.by_url(text)
+    if found is None:
+        raise ToolFailure(f"{text}: no agent with an HSM answers there; give the HSM's full id", ExitCode.UNREACHABLE)
+    return found.id
+
+
+@click.command()
+@manager_option
+@click.argument("agent")
+@with_connection
+def drain(connection: Connection, manager: str | None, agent: str) -> None:
+    """Take an HSM out of leadership: AGENT is an agent's URL or an HSM id. Done when it leads nothing."""
+
+    async def body(session: Session) -> None:
+        view = await read_overview(session.store, session.rpc, session.now_ms(), IDS_TIMEOUT_S)
+        hsm = _hsm_of(view, agent)
+        await session.store.settings.put(f"{DRAIN_PREFIX}{hsm.hex()}", _who_and_when())
+        reply = await call_manager(
+            session, manager, "leader_stepdown", StepdownOrder(hsm=hsm), timeout_s=COMMAND_TIMEOUT_S
+        )
+        if isinstance(reply, Refused) and reply.outcome is not Refusal.NOT_LEADER:
+            raise ToolFailure(f"HSM {hsm.hex()} is marked as drained, but: {refusal_text(reply, TEXTS)}")
+        after = await read_overview(session.store, session.rpc, session.now_ms(), IDS_TIMEOUT_S)
+        leading = [key[1].hex() for key, group in after.groups.items() if group.leader and group.leader.hsm == hsm]
+        if leading:
+            raise ToolFailure(f"HSM {hsm.hex()} is drained but leads {', '.join(leading)}: nobody else could take over")
+        click.echo(f"HSM {hsm.hex()} is drained and leads nothing")
+
+    with_session(connection, body)
+
+
+@click.command()
+@click.argument("agent")
+@with_connection
+def undrain(connection: Connection, agent: str) -> None:
+    """Let a drained HSM lead again: AGENT is an agent's URL or an HSM id."""
+
+    async def body(session: Session) -> None:
+        known = await session.store.settings.list(DRAIN_PREFIX)
+        if "://" in agent:
+            hsm = _hsm_of(await read_overview(session.store, session.rpc, session.now_ms(), IDS_TIMEOUT_S), agent)
+        else:
+            drained = [bytes.fromhex(name.removeprefix(DRAIN_PREFIX)) for name in known]
+            hsm = HsmId(resolve_id(agent, drained, "drained HSM"))
+        await session.store.settings.remove(f"{DRAIN_PREFIX}{hsm.hex()}")
+        click.echo(f"HSM {hsm.hex()} may lead again")
+
+    with_session(connection, body)

@@ -1,0 +1,274 @@
+"""What every `cluster` command shares: flags, exit codes, a session with store and agents (operator-tools.md 1)."""
+
+from __future__ import annotations
+
+import enum
+import functools
+import random
+import ssl
+import sys
+import time
+import tomllib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, NoReturn, TypeVar
+
+import click
+
+from juicebox_hsm.errors import LocalError, RealmError
+from juicebox_hsm.wire.rpc import MANAGER_METHODS, Refused, RpcCode
+
+T = TypeVar("T")
+
+STATUS_TIMEOUT_S: Final = 5.0
+COMMAND_TIMEOUT_S: Final = 30.0
+TRANSFER_TIMEOUT_S: Final = 150.0
+_CONFIG_KEYS: Final = frozenset({"store", "cluster_tls", "insecure_rpc"})
+_SHARED: Final = "roles.tools.cluster.shared"
+
+
+class ExitCode(enum.IntEnum):
+    """How one-shot commands end."""
+
+    OK = 0
+    FAILED = 1
+    USAGE = 2
+    ID = 3
+    UNREACHABLE = 4
+    FINDINGS = 5
+
+
+class ToolFailure(click.ClickException):
+    """One line for the operator, and the exit code that goes with it."""
+
+    def __init__(self, message: str, code: ExitCode = ExitCode.FAILED) -> None:
+        super().__init__(message)
+        self.exit_code = int(code)  # type: ignore[misc]  # click's own subclasses do the same
+
+    def show(self, file: Any = None) -> None:
+        """Print the line to stderr."""
+        click.echo(f"juicebox-hsm: {self.format_message()}", file=file, err=file is None)
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """How to reach the cluster, as the flags and the configuration file say."""
+
+    store_url: str | None = None
+    cluster_tls: Path | None = None
+    insecure_rpc: bool = False
+
+    @property
+    def store(self) -> str:
+        """Return the store's URL, or fail as a usage error."""
+        if self.store_url is None:
+            raise ToolFailure("--store URL is required (or --config FILE that names it)", ExitCode.USAGE)
+        return self.store_url
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read cluster.toml: `store`, `cluster_tls`, `insecure_rpc`. Raises `ToolFailure` naming file and key."""
+    try:
+        settings = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ToolFailure(f"--config {path}: {error.strerror}", ExitCode.USAGE) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ToolFailure(f"--config {path}: not TOML: {error}", ExitCode.USAGE) from None
+    settings = {key.replace("-", "_"): value for key, value in settings.items()}
+    for key in settings:
+        if key not in _CONFIG_KEYS:
+            raise ToolFailure(
+                f"--config {path}: unknown setting {key!r}; known are {', '.join(sorted(_CONFIG_KEYS))}",
+                ExitCode.USAGE,
+            )
+    for key in ("store", "cluster_tls"):
+        if key in settings and not isinstance(settings[key], str):
+            raise ToolFailure(f"--config {path}: {key} must be text", ExitCode.USAGE)
+    return settings
+
+
+def _merge(before: Connection, values: dict[str, Any]) -> Connection:
+    """Lay flags over the file, and both over what the group was given."""
+    config: Path | None = values.pop("config")
+    settings = {} if config is None else read_config(config)
+    directory = settings.get("cluster_tls")
+    if directory is not None and config is not None:
+        directory = config.parent / directory  # an absolute path stays itself
+    return Connection(
+        store_url=values.pop("store_url") or settings.get("store") or before.store_url,
+        cluster_tls=values.pop("cluster_tls") or directory or before.cluster_tls,
+        insecure_rpc=values.pop("insecure_rpc") or bool(settings.get("insecure_rpc")) or before.insecure_rpc,
+    )
+
+
+def _flags(function: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(
+        (
+            click.option(
+                "--store", "store_url", metavar="URL", help="Store: sqlite:PATH or bigtable:PROJECT/INSTANCE."
+            ),
+            click.option(
+                "--cluster-tls",
+                type=click.Path(path_type=Path, file_okay=False),
+                help="Directory with an operator certificate: ca.pem, cert.pem, key.pem.",
+            ),
+            click.option(
+                "--insecure-rpc", is_flag=True, help="Plain TCP to services on loopback addresses; for tests."
+            ),
+            click.option(
+                "--config",
+                type=click.Path(path_type=Path, dir_okay=False),
+                help="cluster.toml with `store` and `cluster_tls`.",
+            ),
+        )
+    ):
+        function = option(function)
+    return function
+
+
+def remember_connection(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a group take the connection flags before the subcommand."""
+
+    @functools.wraps(function)
+    def wrapper(**values: Any) -> Any:
+        context = click.get_current_context()
+        context.meta[_SHARED] = _merge(context.meta.get(_SHARED, Connection()), values)
+        return function(**values)
+
+    return _flags(wrapper)
+
+
+def with_connection(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a command take the connection flags; it receives `connection`."""
+
+    @functools.wraps(function)
+    def wrapper(**values: Any) -> Any:
+        shared = click.get_current_context().meta.get(_SHARED, Connection())
+        connection = _merge(shared, values)
+        return function(connection=connection, **values)
+
+    return _flags(wrapper)
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """An opened store and a pool of streams to agents and managers."""
+
+    store: Any
+    rpc: Any
+
+    @staticmethod
+    def now_ms() -> int:
+        """Return Unix time in ms."""
+        return time.time_ns() // 1_000_000
+
+
+@asynccontextmanager
+async def open_session(connection: Connection) -> AsyncIterator[Session]:
+    """Open the store and a pool with the operator's certificate."""
+    import trio
+
+    from juicebox_hsm.adapters.rpc import RpcPool
+    from juicebox_hsm.adapters.store import open_store
+
+    tls = load_cluster_tls(connection)
+    async with open_store(connection.store) as store, trio.open_nursery() as nursery:
+        try:
+            yield Session(store, RpcPool(nursery, tls))
+        finally:
+            nursery.cancel_scope.cancel()
+
+
+def load_cluster_tls(connection: Connection) -> Any:
+    """Load the operator's certificate; None with --insecure-rpc. Fails with exit 4, naming the file."""
+    if connection.insecure_rpc:
+        return None
+    if connection.cluster_tls is None:
+        raise ToolFailure(
+            "--cluster-tls DIR is required: an operator certificate; "
+            "issue one with `juicebox-hsm cluster ca issue --role operator`",
+            ExitCode.UNREACHABLE,
+        )
+    from juicebox_hsm.adapters.cluster_tls import ClusterTls
+
+    try:
+        return ClusterTls.load(connection.cluster_tls)
+    except (LocalError, OSError, ssl.SSLError) as error:
+        raise ToolFailure(f"--cluster-tls {connection.cluster_tls}: {error}", ExitCode.UNREACHABLE) from None
+
+
+def run(main: Callable[[], Awaitable[T]]) -> T:
+    """Run a command's async body; errors leave as they would without nurseries around them."""
+    import trio
+
+    try:
+        return trio.run(main)
+    except (BaseExceptionGroup, RealmError) as error:
+        problem = first_leaf(error)
+    raise for_operator(problem) from None
+
+
+def first_leaf(error: BaseException) -> BaseException:
+    """Return the most telling exception in nested groups: a broken invariant or bug before a failed operation."""
+    leaves = [error]
+    while any(isinstance(leaf, BaseExceptionGroup) for leaf in leaves):
+        leaves = [
+            inner for leaf in leaves for inner in (leaf.exceptions if isinstance(leaf, BaseExceptionGroup) else [leaf])
+        ]
+    expected = (RealmError, click.ClickException, click.exceptions.Exit)
+    return next((leaf for leaf in leaves if not isinstance(leaf, expected)), leaves[0])
+
+
+def for_operator(problem: BaseException) -> BaseException:
+    """Return an expected failure as one line with its exit code; anything else as it is."""
+    if isinstance(problem, LocalError):
+        return ToolFailure(str(problem))
+    if isinstance(problem, RealmError):
+        return ToolFailure(str(problem) or type(problem).__name__, ExitCode.UNREACHABLE)
+    return problem
+
+
+async def call_manager(session: Session, url: str | None, method: str, body: Any, *, timeout_s: float) -> Any:
+    """Call a manager: the given one, else those in discovery in random order until one answers."""
+    from juicebox_hsm.adapters.rpc import RpcFailed, RpcUnreachable
+    from juicebox_hsm.ports import ServiceKind
+
+    if url is not None:
+        urls = [url]
+    else:
+        urls = [entry.url for entry in await session.store.discovery.list(session.now_ms(), ServiceKind.MANAGER)]
+        random.SystemRandom().shuffle(urls)
+    if not urls:
+        raise ToolFailure(
+            "no cluster manager in discovery; start one (juicebox-hsm --role manager) or name one with -c URL",
+            ExitCode.UNREACHABLE,
+        )
+    problems = []
+    for candidate in urls:
+        try:
+            return await session.rpc.call(candidate, MANAGER_METHODS[method], body, timeout_s=timeout_s)
+        except RpcFailed as error:
+            if error.code is not RpcCode.SHUTTING_DOWN:
+                raise ToolFailure(f"manager {candidate}: {error}", _code_of(error.code)) from None
+            problems.append(f"{candidate}: shutting down")
+        except RpcUnreachable as error:
+            problems.append(f"{candidate}: {error}")
+    raise ToolFailure(f"no manager answered: {'; '.join(problems)}", ExitCode.UNREACHABLE)
+
+
+def _code_of(code: RpcCode) -> ExitCode:
+    return ExitCode.UNREACHABLE if code in (RpcCode.FORBIDDEN, RpcCode.DEADLINE_EXCEEDED) else ExitCode.FAILED
+
+
+def refusal_text(reply: Refused, texts: dict[str, str]) -> str:
+    """Return what a refusal means, with its detail."""
+    said = texts.get(reply.outcome.value, reply.outcome.value)
+    return f"{said}: {reply.detail}" if reply.detail else said
+
+
+def end(code: ExitCode) -> NoReturn:
+    """End the command with this exit code after its output is complete."""
+    sys.stdout.flush()
+    raise click.exceptions.Exit(int(code))
