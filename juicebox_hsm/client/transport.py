@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import ssl
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol, Self
 from urllib.parse import urlsplit
@@ -30,6 +30,7 @@ _RECEIVE_BYTES: Final = 16 * 1024
 _HEADER_BYTES_MAX: Final = 16 * 1024
 
 Headers = Sequence[tuple[str, str]]
+Connect = Callable[[str, int], Awaitable[trio.SocketStream]]
 
 
 class TransportError(RealmError):
@@ -72,7 +73,7 @@ class HttpTransport:
     """A pool of HTTP/1.1 connections. One may serve many clients; close it with `aclose` or `async with`.
 
     `ca_file` names a PEM file to trust instead of the system's certificates. `reuse=False` opens a connection for
-    every request.
+    every request. `connect` opens the byte stream to (host, port).
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class HttpTransport:
         connections_per_host_max: int = CONNECTIONS_PER_HOST_MAX,
         reuse: bool = True,
         response_bytes_max: int = RESPONSE_BYTES_MAX,
+        connect: Connect = trio.open_tcp_stream,
     ) -> None:
         check(connections_per_host_max >= 1, "a transport may open at least one connection")
         self._tls = ssl.create_default_context(cafile=None if ca_file is None else os.fspath(ca_file))
@@ -89,6 +91,7 @@ class HttpTransport:
         self._connections_per_host_max = connections_per_host_max
         self._reuse = reuse
         self._response_bytes_max = response_bytes_max
+        self._connect = connect
         self._hosts: dict[tuple[str, str, int], _Host] = {}
         self._targets: dict[str, tuple[_Host, str, str]] = {}
         self._closed = False
@@ -152,9 +155,10 @@ class HttpTransport:
         except (OSError, trio.BrokenResourceError, trio.ClosedResourceError, h11.ProtocolError) as failure:
             raise TransportError(f"request to {host.name} failed: {type(failure).__name__}") from failure
         finally:
-            if not reusable:
+            if reusable:
+                host.idle.append(connection)
+            else:
                 await trio.aclose_forcefully(connection.stream)
-        host.idle.append(connection)
         return status, answer
 
     async def _connection(self, host: _Host) -> _Connection:
@@ -165,7 +169,7 @@ class HttpTransport:
             await trio.aclose_forcefully(connection.stream)
         try:
             stream: trio.SSLStream[trio.SocketStream] | trio.SocketStream
-            stream = await trio.open_tcp_stream(host.name, host.port)
+            stream = await self._connect(host.name, host.port)
             if host.scheme == "https":
                 tls = trio.SSLStream(stream, self._tls, server_hostname=host.name, https_compatible=True)
                 await _handshake(tls)
