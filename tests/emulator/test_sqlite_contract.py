@@ -1,0 +1,53 @@
+"""The SQLite back end keeps the contract of the ports."""
+
+from __future__ import annotations
+
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+
+import pytest
+
+from juicebox_hsm.adapters.store import open_store
+from juicebox_hsm.ports import Store
+from tests.emulator import contract
+from tests.emulator.contract import ClusterContract, LogContract, NodeContract
+from tests.emulator.contract_outbox import AccountingContract, OutboxContract
+
+store = contract.store
+
+
+class SqliteBackend:
+    """One file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def open(self) -> AbstractAsyncContextManager[Store]:
+        """Open the file."""
+        return open_store(f"sqlite:{self.path}")
+
+
+@pytest.fixture
+def backend(tmp_path: Path) -> SqliteBackend:
+    """Name a file that does not exist yet."""
+    return SqliteBackend(tmp_path / "realm.db")
+
+
+class TestLog(LogContract):
+    """Logs in one file."""
+
+
+class TestNodes(NodeContract):
+    """Trees in one file."""
+
+
+class TestCluster(ClusterContract):
+    """Cluster facts in one file."""
+
+
+class TestOutbox(OutboxContract):
+    """Outbox in one file."""
+
+
+class TestAccounting(AccountingContract):
+    """Accounting in one file."""
