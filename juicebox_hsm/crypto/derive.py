@@ -23,6 +23,7 @@ SECRET_BYTES_MAX: Final = 128
 """Longest secret a registration holds."""
 
 _PADDED_SECRET_BYTES: Final = 129
+_ENCRYPTED_SECRET_BYTES: Final = 145
 _ZERO_NONCE: Final = bytes(12)
 """Fixed nonce of the secret's encryption; safe because its key is new for each registration."""
 
@@ -64,11 +65,13 @@ def encrypt_secret(key: bytes, secret: bytes) -> bytes:
 
 def decrypt_secret(key: bytes, encrypted: bytes) -> bytes:
     """Decrypt and strip the padding; raises `DeriveError`."""
+    if len(encrypted) != _ENCRYPTED_SECRET_BYTES:
+        raise DeriveError(f"an encrypted secret has {_ENCRYPTED_SECRET_BYTES} bytes, not {len(encrypted)}")
     try:
         padded = crypto_aead_chacha20poly1305_ietf_decrypt(encrypted, b"", _ZERO_NONCE, key)
     except CryptoError:
         raise DeriveError("the encrypted secret does not open") from None
-    if len(padded) != _PADDED_SECRET_BYTES or padded[0] > SECRET_BYTES_MAX:
+    if padded[0] > SECRET_BYTES_MAX:
         raise DeriveError("the decrypted secret is not padded as it should be")
     return padded[1 : 1 + padded[0]]
 

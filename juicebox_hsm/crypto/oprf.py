@@ -72,9 +72,10 @@ def scalar_from_entropy(entropy: bytes) -> bytes:
 
 def multiply_base(scalar: bytes) -> bytes:
     """Return scalar * G; raises `OprfError` for the zero scalar."""
-    product: bytes = rbcl.crypto_scalarmult_ristretto255_base(scalar)
-    if product == _IDENTITY:
-        raise OprfError("the zero scalar has no public key")
+    try:
+        product: bytes = rbcl.crypto_scalarmult_ristretto255_base(scalar)
+    except RuntimeError:
+        raise OprfError("the zero scalar has no public key") from None
     return product
 
 
