@@ -1,0 +1,340 @@
+"""BecomeLeader, StepDown and Commit (hsm.md 10; M6, M7, M19, I3, I12)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from juicebox_hsm.consensus.types import Captured, Leader, LogEntry, Partition, SteppingDown, Witness
+from juicebox_hsm.hsm.messages import (
+    BecomeLeader,
+    CaptureNext,
+    Commit,
+    CommitOk,
+    NotCaptured,
+    NotLeader,
+    Outcome,
+    ResultKind,
+    RoleOk,
+    StepDown,
+    StepDownOk,
+)
+from juicebox_hsm.hsm.state import LeaderState
+from juicebox_hsm.ids import FULL_RANGE, GroupId, RealmId
+from juicebox_hsm.wire import secrets
+from tests.fakes.hsm import World, expect, refused, snapshot
+
+
+def three() -> tuple[World, GroupId]:
+    world = World(3)
+    group = world.new_group([0, 1, 2])
+    world.move(world.first, 0, group, 0, FULL_RANGE)
+    return world, group
+
+
+def test_m6_checks_in_order() -> None:
+    """Membership, head and mac are checked in order; only captures may have become durable."""
+    world, group = three()
+    tail = world.logs[group][-1]
+    hsm = world.hsms[1]
+
+    def answer(entry: LogEntry, *, realm: RealmId = world.realm, of: GroupId = group) -> object:
+        return refused(hsm, BecomeLeader(realm, of, entry))
+
+    assert answer(tail, realm=RealmId(b"")) is Outcome.INVALID_REALM
+    assert answer(tail, of=world.first) is Outcome.INVALID_GROUP
+    assert answer(world.logs[group][-2]) == NotCaptured(tail.index), "older than the head"
+    assert answer(replace(tail, index=tail.index + 1)) == NotCaptured(tail.index)
+    assert answer(replace(tail, entry_mac=bytes(32))) == NotCaptured(tail.index)
+    assert answer(replace(tail, entry_mac=b"")) == NotCaptured(tail.index)
+    assert answer(replace(tail, partition=None)) is Outcome.INVALID_MAC, "right index and mac, other body"
+    assert answer(replace(tail, partition=Partition(FULL_RANGE, bytes(32)))) is Outcome.INVALID_MAC
+    assert answer(replace(tail, hsm=world.id(1))) is Outcome.INVALID_MAC
+
+
+def test_m6_never_captured() -> None:
+    """Without a captured head nobody leads."""
+    world = World(2)
+    group = world.new_group([0, 1], commit=False)
+    request = BecomeLeader(world.realm, group, world.logs[group][0])
+    assert refused(world.hsms[1], request) == NotCaptured(None)
+
+
+def test_m6_rival_head() -> None:
+    """The head of another branch at the same index is not the own one."""
+    world, group = three()
+    stored = list(world.logs[group])
+    world.lead(group, 1)
+    theirs = world.app(group, 1, world.client(b"\1" * 32), secrets.Register1()).entry
+    world.logs[group] = stored
+    mine = world.app(group, 0, world.client(b"\1" * 32), secrets.Register1()).entry
+    expect(world.send(2, CaptureNext(world.realm, group, (mine,))), RoleOk)
+    world.persist(2, group)
+    assert refused(world.hsms[2], BecomeLeader(world.realm, group, theirs)) == NotCaptured(mine.index)
+
+
+def test_m6_volatile_head_is_made_durable_and_lost_by_a_crash() -> None:
+    """BecomeLeader persists captures itself; a head that a crash took cannot be led from."""
+    world, group = three()
+    entry = world.app(group, 0, world.client(b"\1" * 32), secrets.Register1()).entry
+    world.capture(1, group)
+    world.crash(1)
+    assert world.send(1, BecomeLeader(world.realm, group, entry)) == NotCaptured(entry.index - 1)
+    world.capture(1, group)
+    expect(world.send(1, BecomeLeader(world.realm, group, entry)), RoleOk)
+    world.crash(1)
+    assert world.captured(1, group) == entry.index
+
+
+def test_i16_become_leader_refused_still_persists() -> None:
+    """The one effect of a refused BecomeLeader is that captures became durable."""
+    world, group = three()
+    world.app(group, 0, world.client(b"\1" * 32), secrets.Register1())
+    world.capture(1, group)
+    writes = len(world.platforms[1].history)
+    request = BecomeLeader(world.realm, GroupId(b""), world.logs[group][-1])
+    assert world.send(1, request) is Outcome.INVALID_GROUP
+    assert len(world.platforms[1].history) == writes + 1
+    assert refused(world.hsms[1], request) is Outcome.INVALID_GROUP
+
+
+def test_m6_not_during_step_down() -> None:
+    """A stepping-down HSM first finishes."""
+    world, group = three()
+    world.app(group, 0, world.client(b"\1" * 32), secrets.Register1())
+    expect(world.send(0, StepDown(world.realm, group, force=False)), StepDownOk)
+    world.capture(0, group)
+    world.persist(0, group)
+    request = BecomeLeader(world.realm, group, world.logs[group][-1])
+    assert refused(world.hsms[0], request) is Outcome.STEPDOWN_IN_PROGRESS
+
+
+def test_become_leader_twice_keeps_everything() -> None:
+    """Becoming leader again changes neither log, sessions nor clock."""
+    world, group = three()
+    client = world.client(b"\1" * 32)
+    world.open_session(group, 0, client)
+    world.capture(0, group)
+    world.persist(0, group)
+    before = snapshot(world.hsms[0])
+    request = BecomeLeader(world.realm, group, world.logs[group][-1])
+    expect(world.send(0, request), RoleOk)
+    assert snapshot(world.hsms[0]) == before
+
+
+def test_new_leader_commits_what_it_inherits() -> None:
+    """An inherited entry commits under the new leader, without its reply."""
+    world, group = three()
+    entry = world.app(group, 0, world.client(b"\1" * 32), secrets.Register1()).entry
+    world.lead(group, 1)
+    done = world.commit(group, 1, voters=[1, 2])
+    assert done.committed == entry.index
+    assert done.responses == ()
+
+
+def test_step_down_forms() -> None:
+    """Gentle step-down with everything committed is immediate; else it waits; force always ends it."""
+    world, group = three()
+    realm = world.realm
+    assert refused(world.hsms[1], StepDown(RealmId(b""), group, force=True)) is Outcome.INVALID_REALM
+    assert refused(world.hsms[1], StepDown(realm, GroupId(b""), force=True)) is Outcome.INVALID_GROUP
+    for force in (False, True):
+        assert isinstance(refused(world.hsms[1], StepDown(realm, group, force=force)), NotLeader)
+    entry = world.app(group, 0, world.client(b"\1" * 32), secrets.Register1()).entry
+    down = expect(world.send(0, StepDown(realm, group, force=False)), StepDownOk)
+    assert down.last == entry.index
+    assert isinstance(down.role.role, SteppingDown)
+    again = refused(world.hsms[0], StepDown(realm, group, force=False))
+    assert again == NotLeader(down.role)
+    done = world.commit(group, 0)
+    assert [mac for mac, _, _ in done.responses] == [entry.entry_mac]
+    assert isinstance(done.role.role, Witness)
+    world.lead(group, 0)
+    world.commit(group, 0)
+    assert isinstance(expect(world.send(0, StepDown(realm, group, force=False)), StepDownOk).role.role, Witness)
+    world.lead(group, 0)
+    forced = expect(world.send(0, StepDown(realm, group, force=True)), StepDownOk)
+    assert forced.last == world.logs[group][-1].index
+    assert isinstance(forced.role.role, Witness)
+
+
+def test_leader_that_never_committed_steps_down_slowly() -> None:
+    """Even without own entries a leader that knows of no commit goes through stepping down."""
+    world, group = three()
+    world.lead(group, 1)
+    down = expect(world.send(1, StepDown(world.realm, group, force=False)), StepDownOk)
+    assert isinstance(down.role.role, SteppingDown)
+    forced = expect(world.send(1, StepDown(world.realm, group, force=True)), StepDownOk)
+    assert forced.last == down.last
+
+
+def test_i12_forced_step_down_drops_replies_for_good() -> None:
+    """Replies dropped by force are never released, whatever commits later."""
+    world, group = three()
+    entry = world.app(group, 0, world.client(b"\1" * 32), secrets.Register1()).entry
+    expect(world.send(0, StepDown(world.realm, group, force=True)), StepDownOk)
+    world.lead(group, 0)
+    done = world.commit(group, 0)
+    assert done.committed == entry.index
+    assert done.responses == ()
+
+
+def pipelined(count: int = 3) -> tuple[World, GroupId, list[LogEntry]]:
+    world, group = three()
+    made = []
+    for number in range(count):
+        client = world.client(b"\1" * 32, number)
+        made.append(world.app(group, 0, client, secrets.Register1()).entry)
+    return world, group, made
+
+
+def test_i3_reply_leaves_once_and_only_with_a_majority() -> None:
+    """Pipelined replies are released up to the elected index, in order, each exactly once."""
+    world, group, made = pipelined()
+    expect(world.send(1, CaptureNext(world.realm, group, tuple(made[:2]))), RoleOk)
+    votes = world.persist(1, group)
+    assert refused(world.hsms[0], Commit(world.realm, group, votes)) is Outcome.NO_QUORUM
+    expect(world.send(2, CaptureNext(world.realm, group, tuple(made))), RoleOk)
+    votes += world.persist(2, group)
+    done = expect(world.send(0, Commit(world.realm, group, votes)), CommitOk)
+    assert done.committed == made[1].index
+    assert [mac for mac, _, _ in done.responses] == [made[0].entry_mac, made[1].entry_mac]
+    assert {result.kind for _, _, result in done.responses} == {ResultKind.REGISTER1}
+    again = expect(world.send(0, Commit(world.realm, group, votes)), CommitOk)
+    assert (again.committed, again.responses) == (made[1].index, ())
+
+
+def test_i11_replayed_captures_do_not_move_the_commit_back() -> None:
+    """Old statements lie below the log and are skipped, so the commit index never falls."""
+    world, group, made = pipelined()
+    expect(world.send(1, CaptureNext(world.realm, group, (made[0],))), RoleOk)
+    expect(world.send(2, CaptureNext(world.realm, group, (made[0],))), RoleOk)
+    old = (*world.persist(1, group), *world.persist(2, group))
+    world.commit(group, 0)
+    assert refused(world.hsms[0], Commit(world.realm, group, old)) is Outcome.NO_QUORUM
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "none",
+        "minority",
+        "duplicates",
+        "stranger",
+        "forged",
+        "empty statement",
+        "other group",
+        "relabelled",
+        "rival mac",
+        "beyond the log",
+        "other realm",
+        "index 0",
+    ],
+)
+def test_m7_no_quorum(case: str) -> None:
+    """Nothing but authentic statements of a majority of members about the log's own entries commits."""
+    world, group, made = pipelined()
+    votes = world.witness(group, [1, 2])
+    one, two = votes
+    elsewhere = world.new_group([1, 2])
+    foreign = world.witness(elsewhere)
+    macs = world.hsms[0]._state.macs
+
+    def signed(captured: Captured) -> Captured:
+        key = (captured.hsm, captured.realm, captured.group, captured.index, captured.mac)
+        return replace(captured, statement=macs.captured(*key))
+
+    chosen: dict[str, tuple[Captured, ...]] = {
+        "none": (),
+        "minority": (one,),
+        "duplicates": (one, one, replace(one), one),
+        "stranger": (one, signed(replace(two, hsm=bytes(16)))),  # type: ignore[arg-type]  # a raw id
+        "forged": (one, replace(two, statement=bytes(32))),
+        "empty statement": (one, replace(two, statement=b"")),
+        "other group": (one, *foreign),
+        "relabelled": (one, replace(foreign[1], group=group)),
+        "rival mac": (one, signed(replace(two, mac=bytes(32)))),
+        "beyond the log": (one, signed(replace(two, index=made[-1].index + 1))),
+        "other realm": (one, signed(replace(two, realm=RealmId(bytes(16))))),
+        "index 0": (one, signed(replace(two, index=0))),
+    }
+    assert refused(world.hsms[0], Commit(world.realm, group, chosen[case])) is Outcome.NO_QUORUM
+    expect(world.send(0, Commit(world.realm, group, votes)), CommitOk)
+
+
+def test_m7_witness_and_forced_step_down_do_not_commit() -> None:
+    """Only leading or stepping-down HSMs commit."""
+    world, group, _ = pipelined()
+    votes = world.witness(group)
+    assert isinstance(refused(world.hsms[1], Commit(world.realm, group, votes)), NotLeader)
+    assert refused(world.hsms[1], Commit(RealmId(b""), group, votes)) is Outcome.INVALID_REALM
+    assert refused(world.hsms[1], Commit(world.realm, GroupId(b""), votes)) is Outcome.INVALID_GROUP
+    expect(world.send(0, StepDown(world.realm, group, force=True)), StepDownOk)
+    answer = refused(world.hsms[0], Commit(world.realm, group, votes))
+    assert isinstance(answer, NotLeader)
+    assert answer.role is not None
+
+
+def test_leader_commits_without_having_captured() -> None:
+    """The leader's own statement is not special."""
+    world, group, made = pipelined()
+    done = world.commit(group, 0, voters=[1, 2])
+    assert done.committed == made[-1].index
+    role = world.hsms[0]._state.groups[group].role
+    assert isinstance(role, LeaderState)
+    assert len(role.log) == 1
+
+
+def test_i12_abandoned_macs_wait_for_a_quorum_and_are_told_once() -> None:
+    """NoQuorum keeps abandoned macs queued; the commit that reports them does so once."""
+    world, group, mine = pipelined()
+    world.logs[group] = world.logs[group][:-2]
+    world.lead(group, 1)
+    theirs = world.app(group, 1, world.client(b"\1" * 32, "rival"), secrets.Register1()).entry
+    expect(world.send(0, CaptureNext(world.realm, group, (mine[0], theirs))), RoleOk)
+    assert refused(world.hsms[0], Commit(world.realm, group, ())) is Outcome.NO_QUORUM
+    expect(world.send(1, CaptureNext(world.realm, group, (theirs,))), RoleOk)
+    votes = (*world.persist(0, group), *world.persist(1, group))
+    done = expect(world.send(0, Commit(world.realm, group, votes)), CommitOk)
+    assert [mac for mac, _, _ in done.responses] == [mine[0].entry_mac]
+    assert done.abandoned == (mine[1].entry_mac, mine[2].entry_mac)
+    assert isinstance(done.role.role, Witness)
+
+
+def test_m19_two_leaders_one_branch_releases() -> None:
+    """With two leaders fed traffic and the host alternating whose entries it shows, only one branch releases."""
+    world, group = three()
+    world.lead(group, 1)
+    released: dict[int, set[bytes]] = {}
+    branches: dict[int, list[LogEntry]] = {0: [], 1: []}
+    stored = list(world.logs[group])
+    for leader in (0, 1):
+        world.logs[group] = list(stored)
+        for number in range(3):
+            client = world.client(b"\1" * 32, (leader, number))
+            branches[leader].append(world.app(group, leader, client, secrets.Register1()).entry)
+    for number in range(6):
+        for hsm in range(3):
+            for leader in ((number + hsm) % 2, (number + hsm + 1) % 2):
+                world.send(hsm, CaptureNext(world.realm, group, tuple(branches[leader][: number + 1])))
+                head = world.captured(hsm, group)
+                rest = tuple(entry for entry in branches[leader] if entry.index == head + 1)
+                if rest:
+                    world.send(hsm, CaptureNext(world.realm, group, rest))
+        votes = tuple(vote for hsm in range(3) for vote in world.persist(hsm, group))
+        for leader in (0, 1):
+            done = world.send(leader, Commit(world.realm, group, votes))
+            if isinstance(done, CommitOk):
+                released.setdefault(leader, set()).update(mac for mac, _, _ in done.responses)
+    winners = [leader for leader, macs in released.items() if macs]
+    assert len(winners) == 1
+    assert released[winners[0]] <= {entry.entry_mac for entry in branches[winners[0]]}
+
+
+def test_leader_status_in_role() -> None:
+    """The role names the first index this leadership may create."""
+    world, group = three()
+    world.lead(group, 2)
+    role = world.hsms[2]._state.groups[group].status().role
+    assert role == Leader(world.logs[group][-1].index + 1)
