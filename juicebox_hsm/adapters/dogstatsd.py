@@ -41,7 +41,8 @@ async def send_metrics(metrics: Metrics, tags: Mapping[str, str], environment: M
     while True:
         endpoint = await _connect(host, port)
         if endpoint is None:
-            drain(metrics, tags)  # or it would grow
+            for _ in drain(metrics, tags):
+                pass  # or old values would be sent as new ones later
             await trio.sleep(RESOLVE_AGAIN_S)
             continue
         with endpoint, trio.move_on_after(RESOLVE_AGAIN_S):
@@ -102,7 +103,7 @@ def _values(name: str, tags: Tags, distribution: Distribution) -> Iterator[str]:
         return
     rate = f"|@{len(samples) / distribution.unsent:.6f}" if distribution.unsent > len(samples) else ""
     for start in range(0, len(samples), VALUES_PER_LINE_MAX):
-        values = ":".join(f"{value:g}" for value in samples[start : start + VALUES_PER_LINE_MAX])
+        values = ":".join(f"{value:.9g}" for value in samples[start : start + VALUES_PER_LINE_MAX])
         yield f"{name}:{values}|d{rate}{_tags(tags)}"
     distribution.samples = []
     distribution.unsent = 0

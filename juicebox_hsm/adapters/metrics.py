@@ -237,4 +237,6 @@ def _escape(value: str) -> str:
 
 
 def _number(value: float) -> str:
-    return "+Inf" if value == math.inf else f"{value:.17g}" if value != int(value) else str(int(value))
+    if math.isfinite(value):
+        return str(int(value)) if value == int(value) else repr(value)
+    return "NaN" if math.isnan(value) else "+Inf" if value > 0 else "-Inf"

@@ -309,14 +309,14 @@ async def serve_rpc(
     host, port = listen
     if tls is None and not is_loopback(host):
         raise LocalError(f"--insecure-rpc serves only loopback addresses, not {host}; use --cluster-tls")
+    try:
+        listeners = await trio.open_tcp_listeners(port, host=host, backlog=BACKLOG)
+    except OSError as error:
+        raise LocalError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
     async with trio.open_nursery() as bodies:
         server = RpcServer(
             bodies, tls=tls, methods=methods, handlers=handlers, build=build, metrics=metrics, fatal=fatal
         )
-        try:
-            listeners = await trio.open_tcp_listeners(port, host=host, backlog=BACKLOG)
-        except OSError as error:
-            raise LocalError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
         server.port = listeners[0].socket.getsockname()[1]
         async with trio.open_nursery() as streams:
             # The accept loop and the streams are apart: shutting down ends the first and keeps serving the second.

@@ -246,12 +246,14 @@ class FramedStream:
 
     async def _tick(self) -> None:
         silent = 0
-        pinged_at = trio.current_time()
+        heard_at = pinged_at = trio.current_time()
         while True:
             now = trio.current_time()
-            if self._heard_at + PING_AFTER_S > now:
+            if heard_at != self._heard_at:
+                heard_at = self._heard_at
                 silent = 0
-                quiet_at = self._heard_at + PING_AFTER_S
+            if heard_at + PING_AFTER_S > now:
+                quiet_at = heard_at + PING_AFTER_S
             elif pinged_at + PING_AFTER_S > now:
                 quiet_at = pinged_at + PING_AFTER_S
             else:
