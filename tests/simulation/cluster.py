@@ -6,6 +6,7 @@ their NVRAM, peers cut off, stores that conflict, answer ambiguously or refuse (
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -25,6 +26,7 @@ from juicebox_hsm.client.configuration import Configuration, Realm
 from juicebox_hsm.client.exchange import Exchange
 from juicebox_hsm.client.transport import Headers
 from juicebox_hsm.consensus.types import LogEntry
+from juicebox_hsm.crypto.noise import Initiator
 from juicebox_hsm.crypto.pin import PinHashingMode
 from juicebox_hsm.errors import RealmError
 from juicebox_hsm.hsm.core import Hsm
@@ -35,6 +37,7 @@ from juicebox_hsm.wire.client import (
     HTTP_STATUS,
     ClientOutcome,
     ClientResponse,
+    HandshakeRequest,
     RequestKind,
     decode_client_request,
     decode_noise_response,
@@ -42,7 +45,6 @@ from juicebox_hsm.wire.client import (
     encode_noise_request,
 )
 from juicebox_hsm.wire.rpc import (
-    AGENT_METHODS,
     MANAGER_METHODS,
     App,
     AppOk,
@@ -67,6 +69,7 @@ from juicebox_hsm.wire.rpc import (
     TransferPrepare,
     TransferredOut,
 )
+from juicebox_hsm.wire.secrets import Register1, encode_secrets_request
 from roles.agent.context import Agent, AgentConfig, Timings
 from roles.agent.leader import lead
 from roles.agent.registration import register
@@ -98,6 +101,8 @@ QUICK = Timings(
     backlog_s=0.1,
     shutdown_s=5.0,
 )
+KEEP_EVENTS = dataclasses.replace(QUICK, dispatch_idle_s=1000.0)
+"""No dispatcher after the first round, so that published rows are not removed under a test that reads them."""
 TENANT = "test-acme"
 
 _CODES = {
@@ -305,6 +310,11 @@ class SimAgent:
             raise Unreachable(f"{self.name} went down")
         return result[0]
 
+    async def call_and_forget(self, method: str, body: Any) -> None:
+        """Call and take no notice of what comes back, or does not."""
+        with contextlib.suppress(Unreachable):
+            await self.call(method, body)
+
     def group(self, group: GroupId) -> Any:
         found = self.agent.groups.get(self.sim.realm, group)
         assert found is not None
@@ -437,26 +447,30 @@ class Simulation:
             if not sim_agent.handlers:
                 continue
             found = sim_agent.agent.groups.get(self.realm, group)
-            if found is not None and found.is_leader and found.leader is not None:
-                if found.leader.starting > best_starting:
-                    best, best_starting = sim_agent, found.leader.starting
+            if found is None or not found.is_leader or found.leader is None:
+                continue
+            if found.leader.starting > best_starting:
+                best, best_starting = sim_agent, found.leader.starting
         return best
 
     async def committed(self, group: GroupId, index: int, timeout_s: float = 5.0) -> None:
         """Wait until some leader committed `index`."""
-        with trio.fail_after(timeout_s):
-            while True:
-                leading = self.leader_of(group)
-                if leading is not None and (leading.group(group).leader.committed or 0) >= index:
-                    return
-                await trio.sleep(0.005)
+
+        def reached() -> bool:
+            leading = self.leader_of(group)
+            return leading is not None and (leading.group(group).leader.committed or 0) >= index
+
+        await until(reached, timeout_s)
 
     async def become_leader(self, sim_agent: SimAgent, group: GroupId, last: int | None = None) -> Any:
         return await sim_agent.call("become_leader", BecomeLeaderCall(self.realm, group, last))
 
-    async def appoint(self, group: GroupId, exclude: SimAgent | None = None, last: int | None = None) -> SimAgent | None:
+    async def appoint(
+        self, group: GroupId, exclude: SimAgent | None = None, last: int | None = None
+    ) -> SimAgent | None:
         """Do what a manager does: the first member that accepts leads."""
-        candidates = [a for a in self.agents if a.handlers and a is not exclude and a.agent.groups.get(self.realm, group)]
+        running = [a for a in self.agents if a.handlers and a is not exclude]
+        candidates = [a for a in running if a.agent.groups.get(self.realm, group)]
         candidates.sort(key=lambda a: -a.group(group).position)
         for candidate in candidates:
             try:
@@ -482,12 +496,16 @@ class Simulation:
 
     async def settle_peers(self, timeout_s: float = 5.0) -> None:
         """Wait until every running agent knows the others."""
-        with trio.fail_after(timeout_s):
-            while True:
-                running = [a for a in self.agents if a.handlers]
-                if all(a.agent.peers.url_of(b.hsm_id) for a in running for b in running if a is not b):
-                    return
-                await trio.sleep(0.01)
+
+        def known() -> bool:
+            running = [a for a in self.agents if a.handlers]
+            return all(a.agent.peers.url_of(b.hsm_id) for a in running for b in running if a is not b)
+
+        await until(known, timeout_s)
+
+    @staticmethod
+    def upper_half() -> Range:
+        return Range(b"\x80" + bytes(31), b"\xff" * 32)
 
     # --- front end ---------------------------------------------------------------------------------
 
@@ -501,6 +519,16 @@ class Simulation:
 
     def client(self, user: str) -> Client:
         return Client(self.configuration(), lambda _realm: user, transport=self, random=SeededRandom(user.encode()))
+
+    def register1(self, group: GroupId, user: str) -> App:
+        """Return a Register1 in a handshake, as a balancer would send it for `user`."""
+        initiator = Initiator(self.public_key, self.random(32))
+        noise = HandshakeRequest(*initiator.write(encode_secrets_request(Register1())))
+        hashed = hashlib.sha256(f"{TENANT}:{user}".encode()).hexdigest()
+        session_id = int.from_bytes(self.random(4), "big")
+        return App(
+            self.realm, group, record_id_of(user), session_id, False, encode_noise_request(noise), TENANT, hashed
+        )
 
     def exchange(self, user: str) -> Exchange:
         """Return the request-level client of one user."""
@@ -560,11 +588,16 @@ class Simulation:
         return None if best is None else (best[1], best[2])
 
 
+async def until(condition: Callable[[], object], timeout_s: float = 5.0) -> None:
+    """Wait until `condition()` is true; raises `TooSlowError` after `timeout_s`."""
+    with trio.fail_after(timeout_s):
+        while not condition():  # noqa: ASYNC110 - tests look from outside; there is no event to wait for
+            await trio.sleep(0.005)
+
+
 def msgspec_replace(app: App, *, group: bytes) -> App:
     """Return `app` addressed to `group`."""
-    return App(
-        app.realm, group, app.record_id, app.session_id, app.handshake_only, app.encrypted, app.tenant, app.user
-    )
+    return App(app.realm, group, app.record_id, app.session_id, app.handshake_only, app.encrypted, app.tenant, app.user)
 
 
 def record_id_of(user: str) -> RecordId:
@@ -587,6 +620,3 @@ async def simulation(path: Path, timings: Timings = QUICK) -> AsyncIterator[Simu
             nursery.cancel_scope.cancel()
         if crashed:
             raise crashed[0]
-
-
-__all__ = ["AGENT_METHODS", "QUICK", "TENANT", "SimAgent", "Simulation", "record_id_of", "simulation"]

@@ -10,7 +10,7 @@ import trio
 from juicebox_hsm.client import InvalidPin, NotRegistered
 from juicebox_hsm.ids import RealmId
 from juicebox_hsm.ports import EventKind
-from tests.simulation.cluster import TENANT, simulation
+from tests.simulation.cluster import KEEP_EVENTS, TENANT, simulation
 
 
 async def test_register_recover_delete(tmp_path: Path) -> None:
@@ -30,7 +30,7 @@ async def test_register_recover_delete(tmp_path: Path) -> None:
 
 async def test_sixteen_clients_share_batches(tmp_path: Path) -> None:
     """Concurrent requests are committed in few appends and every client gets its own secret."""
-    async with simulation(tmp_path) as sim:
+    async with simulation(tmp_path, KEEP_EVENTS) as sim:
         await sim.new_realm(1)
 
         async def one(user: str) -> None:
