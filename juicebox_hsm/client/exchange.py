@@ -95,18 +95,19 @@ class Exchange:
             state = self._states[realm] = _RealmState(realm.url)
         attempts_max = ATTEMPTS_MAX if realm.public_key is not None else SOFTWARE_REALM_ATTEMPTS_MAX
         async with state.lock:
-            for attempt in range(1, attempts_max + 1):
+            for attempt in range(1, attempts_max):
                 try:
-                    if realm.public_key is None:
-                        return await self._ask_software(realm, request)
-                    return await self._ask(realm, realm.public_key, state, request)
+                    return await self._attempt(realm, state, request)
                 except _SessionLost:
-                    pass
+                    pass  # only the first attempt can have had a cached session to lose
                 except Transient:
-                    if attempt == attempts_max:
-                        raise
                     await trio.sleep(RETRY_PAUSE_S * attempt)
-        raise Transient(f"realm {realm.id.hex()} lost the session of every attempt")
+            return await self._attempt(realm, state, request)
+
+    async def _attempt(self, realm: Realm, state: _RealmState, request: SecretsRequest) -> SecretsResponse:
+        if realm.public_key is None:
+            return await self._ask_software(realm, request)
+        return await self._ask(realm, realm.public_key, state, request)
 
     async def _ask(
         self, realm: Realm, public_key: bytes, state: _RealmState, request: SecretsRequest

@@ -508,6 +508,30 @@ def test_minting_refuses_what_realms_would(options: dict[str, Any]) -> None:
         tokens.create(hmac_secret(), version=1, realm=REALM, now_s=NOW, **arguments)
 
 
+def test_minting_without_scope() -> None:
+    """A token without scope can be made, for realms that still accept it, and works for users only."""
+    token = tokens.create(hmac_secret(), tenant="acme", version=1, user="m", realm=REALM, now_s=NOW, scope=None)
+    assert judge(token) is None
+    assert judge(token, scope=Scope.AUDIT) is RejectionReason.SCOPE
+
+
+def test_minting_with_a_key_of_another_type(rsa: RSAPrivateKey) -> None:
+    """A private key of another type than its label says does not sign."""
+    private, _ = asymmetric(rsa, "RS256")
+    mislabelled = TenantSecret(private.data, SecretAlgorithm.EDWARDS25519)
+    with pytest.raises(BadKeyError):
+        tokens.create(mislabelled, tenant="acme", version=1, user="m", realm=REALM, now_s=NOW)
+
+
+def test_cache_with_a_key_that_vanishes_meanwhile() -> None:
+    """A token whose key is gone right after its verification is answered but not kept."""
+    answers = [TokenKey(hmac_secret()), None]
+    cache = TokenCache()
+    result = cache.validate(forge(), realm=REALM, now_s=NOW, keys=lambda tenant, version: answers.pop(0))
+    assert isinstance(result, ValidToken)
+    assert len(cache) == 0
+
+
 def test_nothing_prints_keys_or_users() -> None:
     """Keys and user ids stay out of every printed form."""
     secret = hmac_secret()

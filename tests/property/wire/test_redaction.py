@@ -54,7 +54,9 @@ def messages(key: bytes) -> Iterator[Any]:
     yield RegistrationSigner(key)
     yield Session(key, key)
     yield Initiator(public_key(b"x" * 32), key)
-    yield Responder(key, public_key(b"x" * 32))
+    responder = Responder(key, public_key(key))
+    yield responder
+    yield responder.read(*Initiator(public_key(key), b"e" * 32).write(key))
 
 
 def printed(value: object) -> str:

@@ -122,3 +122,10 @@ def test_share_numbers_follow_ids() -> None:
     assert [read.share_number(each) for each in read.realms] == [1, 2, 3]
     assert [each.id[0] for each in read.realms] == [1, 2, 3]
     assert parse_realm_id("01" * 16) == read.realms[0].id
+
+
+@pytest.mark.parametrize(("realm_id", "public_key"), [(bytes(15), None), (bytes(17), None), (bytes(16), b"k" * 31)])
+def test_realms_made_by_hand(realm_id: bytes, public_key: bytes | None) -> None:
+    """A realm made without JSON is checked as well: the crypto below trusts its lengths."""
+    with pytest.raises(ConfigurationError):
+        Realm(RealmId(realm_id), "https://h/", public_key)

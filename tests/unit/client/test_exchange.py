@@ -9,7 +9,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from juicebox_hsm.client import AssertionFailed, InvalidPin, Transient
+from juicebox_hsm.client import AssertionFailed, InvalidAuth, InvalidPin, Transient
 from juicebox_hsm.client.errors import ClientError
 from juicebox_hsm.client.exchange import Exchange
 from juicebox_hsm.wire import client as wire
@@ -204,6 +204,50 @@ def _answer_with_payload(realm: FakeRealm) -> Any:
         return wire.HandshakeResponse(ephemeral, ciphertext, 0)
 
     return handshake
+
+
+@pytest.mark.parametrize("change", ["variant", "ciphertext"])
+async def test_broken_transport_answers(change: str, autojump_clock: MockClock) -> None:
+    """Inside a session only a transport message that opens is an answer."""
+    world = World(1)
+    await world.register()
+    honest = world.realms[0].post
+
+    def broken(headers: Any, body: bytes) -> tuple[int, bytes]:
+        status, encoded = honest(headers, body)
+        response = wire.decode_client_response(encoded)
+        assert isinstance(response, wire.TransportResponse)
+        changed: wire.ClientResponse = wire.TransportResponse(response.ciphertext[:-1] + b"?")
+        if change == "variant":
+            changed = wire.HandshakeResponse(b"k" * 32, response.ciphertext, 0)
+        return status, wire.encode_client_response(changed)
+
+    world.realms[0].post = broken  # type: ignore[method-assign]
+    with pytest.raises(AssertionFailed):
+        await world.client.delete()
+
+
+@pytest.mark.parametrize(
+    ("answers", "error"),
+    [
+        (["drop", "drop"], Transient),
+        (["drop", None], None),
+        ([(200, b"junk")], AssertionFailed),
+        ([(401, b"")], InvalidAuth),
+    ],
+)
+async def test_software_realm_answers(
+    answers: list[Any], error: type[ClientError] | None, autojump_clock: MockClock
+) -> None:
+    """Software realms follow the same table, with their two attempts."""
+    world = World(1, software=1)
+    world.transport.fault = lambda realm, number: answers[number - 1]
+    if error is None:
+        await world.client.delete()
+    else:
+        with pytest.raises(error):
+            await world.client.delete()
+    assert len(world.transport.posts) == len(answers)
 
 
 async def test_failure_leaves_no_session(autojump_clock: MockClock) -> None:

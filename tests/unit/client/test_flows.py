@@ -15,15 +15,19 @@ from juicebox_hsm.client import (
     Client,
     ClientError,
     Configuration,
+    HttpTransport,
     InvalidAuth,
     InvalidPin,
     NotRegistered,
     PinHashingMode,
     RateLimitExceeded,
     Transient,
+    TransportError,
     UpgradeRequired,
+    recovery,
 )
 from juicebox_hsm.crypto import derive
+from juicebox_hsm.crypto.pin import StretchedPin
 from juicebox_hsm.errors import LocalError
 from juicebox_hsm.ids import RealmId
 from juicebox_hsm.wire import client as wire
@@ -418,3 +422,34 @@ async def test_a_client_may_be_shared_by_tasks(autojump_clock: MockClock) -> Non
 def test_configuration_is_reexported() -> None:
     """The package's front door has what a ten-line script needs."""
     assert Configuration.from_json(configure(make_realms(3, SeededRandom(b"x"))).to_json()).recover_threshold == 2
+
+
+async def test_own_and_borrowed_transports() -> None:
+    """A client closes the transport it made and leaves alone the one it was given."""
+    world = World(1)
+    async with Client(world.configuration, {}) as client:
+        transport = client._own_transport
+        assert transport is not None
+    with pytest.raises(TransportError, match="closed"):
+        await transport.post("https://realm.test/req", (), b"", 1.0)
+    async with HttpTransport() as shared:
+        async with Client(world.configuration, {}, transport=shared):
+            pass
+        assert not shared._closed
+
+
+def test_a_secret_that_does_not_open() -> None:
+    """Realms that agree on a ciphertext of another key cannot make the client return anything."""
+    world = World(3)
+    stretched = StretchedPin(b"a" * 32, b"s" * 32)
+    unlock_key, share, encrypted = b"u" * 32, b"\1" + bytes(31), b"e" * 145
+    answers = {
+        realm.realm: secrets.Recover3Ok(
+            share,
+            encrypted,
+            derive.encrypted_secret_commitment(unlock_key, realm.realm_id, share, encrypted),
+        )
+        for realm in world.realms
+    }
+    with pytest.raises(AssertionFailed):
+        recovery.open_secret(world.configuration, stretched, unlock_key, answers)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from nacl.bindings import crypto_aead_chacha20poly1305_ietf_encrypt
 
 from juicebox_hsm.crypto import derive, oprf, sharing
 from juicebox_hsm.crypto.oprf import OprfError
@@ -126,7 +127,8 @@ def test_secret_padding() -> None:
         assert derive.decrypt_secret(key, encrypted) == b"s" * size
     with pytest.raises(InvariantViolation):
         derive.encrypt_secret(key, b"s" * 129)
-    for forged in (b"", b"x" * 15, b"x" * 145):
+    overlong = crypto_aead_chacha20poly1305_ietf_encrypt(bytes([129]) + bytes(128), b"", bytes(12), key)
+    for forged in (b"", b"x" * 15, b"x" * 145, overlong):
         with pytest.raises(derive.DeriveError):
             derive.decrypt_secret(key, forged)
 

@@ -96,3 +96,10 @@ def test_decoding_errors_carry_no_input() -> None:
     assert "secret" not in str(caught.value)
     assert caught.value.__cause__ is None
     assert caught.value.__suppress_context__
+
+
+def test_strict_refuses_what_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An item that our encoder cannot write was not written by us, whatever the encoder raises."""
+    monkeypatch.setattr(cbor2, "dumps", lambda item: {}[item])
+    with pytest.raises(DecodingError):
+        cbor.decode_strict(b"\x00")
