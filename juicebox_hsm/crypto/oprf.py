@@ -120,12 +120,13 @@ def evaluate_and_prove(private_key: bytes, public_key: bytes, blinded_input: byt
 
 def verify_proof(public_key: bytes, blinded_input: bytes, blinded_result: bytes, c: bytes, beta_z: bytes) -> bool:
     """Tell whether the proof shows that `blinded_result` was made with the key behind `public_key`."""
-    if not (is_valid_point(public_key) and is_valid_point(blinded_input) and is_valid_point(blinded_result)):
-        return False
     if not (is_canonical_scalar(c) and is_canonical_scalar(beta_z)) or _ZERO in (c, beta_z):
         return False
-    v_t = rbcl.crypto_core_ristretto255_sub(multiply_base(beta_z), multiply(c, public_key))
-    w_t = rbcl.crypto_core_ristretto255_sub(multiply(beta_z, blinded_input), multiply(c, blinded_result))
+    try:  # each operand is multiplied at least once, which refuses invalid points and identities
+        v_t = rbcl.crypto_core_ristretto255_sub(multiply_base(beta_z), multiply(c, public_key))
+        w_t = rbcl.crypto_core_ristretto255_sub(multiply(beta_z, blinded_input), multiply(c, blinded_result))
+    except OprfError:
+        return False
     return hmac.compare_digest(c, _challenge(blinded_input, public_key, blinded_result, v_t, w_t))
 
 

@@ -62,7 +62,12 @@ def combine_scalars(shares: Mapping[int, bytes]) -> bytes:
 
 
 def combine_points(shares: Mapping[int, bytes]) -> bytes:
-    """Return the point whose shares by number are given; raises `OprfError` for an invalid point."""
+    """Return the point whose shares by number are given; raises `OprfError` for an invalid point.
+
+    A share alone is the point itself and is returned as it is, unchecked: whoever uses it multiplies it.
+    """
+    if len(shares) == 1:
+        return next(iter(shares.values()))
     total: bytes | None = None
     for x, factor in lagrange_coefficients(shares).items():
         term = multiply(factor, shares[x])
