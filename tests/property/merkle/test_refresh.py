@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -14,7 +15,7 @@ from juicebox_hsm.merkle.memory import MemoryTree
 from juicebox_hsm.merkle.nodes import StaleProof
 from tests.property.merkle.forms import FORMS, Records, keys, new_tree, number_key, outcome
 
-few_keys = st.one_of(st.integers(0, 5).map(number_key), keys)
+few_keys = st.one_of(st.integers(0, 1).map(number_key), st.integers(0, 5).map(number_key), keys)
 few_values = st.sampled_from([b"", b"a", b"b"])  # few, so that the tree returns to former states
 
 
@@ -103,29 +104,33 @@ class RefreshMachine(RuleBasedStateMachine):
             assert tree.valid_roots() == self._valid()
 
 
-RefreshMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+RefreshMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
 
 
 class TestP7Refresh(RefreshMachine.TestCase):  # type: ignore[name-defined,misc]
     """P7: refreshing from every root in the window equals a fresh proof; beyond it is Stale."""
 
 
-def test_p7_window_counts_returning_states() -> None:
-    """P7: with capacity 1, A to B to A to B keeps exactly the latest root and the one before."""
-    host = MemoryTree.empty(FULL_RANGE)
-    trees = [new_tree(form, host, 1) for form in FORMS]
+@pytest.mark.parametrize("capacity", [1, 2, 3, 4])
+def test_p7_window_counts_returning_states(capacity: int) -> None:
+    """P7: values that come and go again leave exactly the window's roots, each of them refreshable."""
+    host = MemoryTree.build(FULL_RANGE, [(number_key(5), b""), (number_key(1 << 255), b"")])
+    trees = [new_tree(form, host, capacity) for form in FORMS]
     key = number_key(7)
-    roots = [host.root]
-    for value in (b"a", b"b", b"a", b"b", b"b"):
-        proof = host.read(key)
-        results = [tree.update(proof, value) for tree in trees]
+    proofs = [(host.root, host.read(key))]
+    for value in (b"a", b"b", b"a", b"b", b"b", b"a", b"c", b"a", b"b", b"a"):
+        results = [tree.update(host.read(key), value) for tree in trees]
         assert results[0] == results[1]
         host.apply(*results[0])
-        if roots[-1] != host.root:
-            roots.append(host.root)
+        if proofs[-1][0] != host.root:
+            proofs.append((host.root, host.read(key)))
+        valid = {root for root, _ in proofs[-capacity - 1 :]}
         for tree in trees:
-            assert tree.valid_roots() == set(roots[-2:])
-    assert roots[1] == roots[3]
+            assert tree.valid_roots() == valid
+            for root, proof in proofs:
+                found = outcome(lambda tree=tree, proof=proof: tree.latest(proof))
+                assert found.leaf == value if root in valid else found is StaleProof
+    assert len({root for root, _ in proofs}) == 4
 
 
 def test_p7_window_wraps_around() -> None:
