@@ -141,7 +141,7 @@ async def test_lost_recover2_answer_spends_a_second_guess(autojump_clock: MockCl
     """A lost answer may cost a second guess, never fewer guesses than attempts; the message itself is never resent."""
     world = World(1)
     await world.register(num_guesses=3)
-    lost = []
+    lost: list[int] = []
 
     def lose_once(realm: FakeRealm, number: int) -> Any:
         if realm.kinds[-1:] == ["Recover1"] and not lost:

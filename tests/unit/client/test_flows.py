@@ -398,7 +398,15 @@ async def test_exceptions_of_token_functions_pass_unwrapped(autojump_clock: Mock
 
 def test_numbers_of_the_official_bindings() -> None:
     """Errors carry the numbers that the official bindings report."""
-    order = [InvalidPin, NotRegistered, InvalidAuth, UpgradeRequired, RateLimitExceeded, AssertionFailed, Transient]
+    order: list[type[ClientError]] = [
+        InvalidPin,
+        NotRegistered,
+        InvalidAuth,
+        UpgradeRequired,
+        RateLimitExceeded,
+        AssertionFailed,
+        Transient,
+    ]
     assert [error.recover_number for error in order] == list(range(7))
     assert [error.operation_number for error in order] == [None, None, 0, 1, 2, 3, 4]
     assert InvalidPin(1).rank() < InvalidPin(2).rank() < NotRegistered().rank() < Transient().rank()
