@@ -1,0 +1,350 @@
+"""A cluster in memory for the manager: agents that answer its calls, and the shared records of a store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import structlog
+
+from juicebox_hsm.adapters.metrics import Metrics
+from juicebox_hsm.adapters.rpc import RpcUnreachable
+from juicebox_hsm.ids import FULL_RANGE, GroupId, HsmId, OwnedRange, RealmId, RecordId
+from juicebox_hsm.ports import Lease, ServiceAddress, ServiceKind, StoreUnavailable
+from juicebox_hsm.wire import rpc
+from roles.manager.context import ManagerContext
+
+REALM = RealmId(b"R" * 16)
+OTHER_REALM = RealmId(b"S" * 16)
+
+
+def hsm(number: int) -> HsmId:
+    """Return an HSM id that sorts by number."""
+    return HsmId(bytes([number]) * 16)
+
+
+def group(number: int) -> GroupId:
+    """Return a group id that sorts by number."""
+    return GroupId(b"G" + bytes([number]) * 15)
+
+
+def record(prefix: str, fill: int = 0) -> RecordId:
+    """Return the record id that begins with these hex digits."""
+    raw = bytes.fromhex(prefix)
+    return RecordId(raw + bytes([fill]) * (32 - len(raw)))
+
+
+@dataclass
+class FakeGroup:
+    """One group at one HSM."""
+
+    configuration: list[bytes]
+    role: str = "Witness"
+    clock: int = 1
+    starting: int | None = None
+    captured: int | None = 5
+    committed: int | None = None
+    owned: OwnedRange | None = None
+    transferring: rpc.TransferringInfo | None = None
+    requests_per_s: float = 0.0
+
+
+@dataclass
+class FakeAgent:
+    """One agent with its HSM. `refuse` maps a method to what it answers instead of doing it."""
+
+    url: str
+    hsm: HsmId
+    realm: RealmId = REALM
+    groups: dict[GroupId, FakeGroup] = field(default_factory=dict)
+    down: bool = False
+    refuse: dict[str, Any] = field(default_factory=dict)
+
+    def lead(self, wanted: GroupId, owned: OwnedRange | None = None, starting: int = 6) -> FakeAgent:
+        """Make this HSM the leader of a group."""
+        found = self.groups[wanted]
+        found.role, found.starting, found.owned = "Leader", starting, owned
+        found.committed = found.captured
+        return self
+
+    def status(self) -> rpc.AgentStatus:
+        """Return what the agent answers to `status`."""
+        infos = []
+        for key, found in self.groups.items():
+            leader = None
+            if found.role == "Leader":
+                owned = None if found.owned is None else rpc.Range(found.owned.start, found.owned.end)
+                leader = rpc.LeaderInfo(found.committed, found.captured or 0, owned, found.transferring)
+            captured = None if found.captured is None else (found.captured, b"m" * 32)
+            role = rpc.RoleInfo(found.role, found.clock, found.starting)
+            infos.append(rpc.GroupInfo(key, found.configuration, captured, leader, role))
+        own = [
+            rpc.AgentGroupInfo(
+                self.realm,
+                key,
+                rpc.RoleInfo(found.role, found.clock, found.starting),
+                found.role == "Leader",
+                requests_per_s=found.requests_per_s,
+            )
+            for key, found in self.groups.items()
+        ]
+        info = rpc.HsmInfo(self.hsm, rpc.RealmInfo(self.realm, b"statement", infos), b"k" * 32)
+        return rpc.AgentStatus(1.0, info, self.url, "build", own)
+
+
+class FakeRpc:
+    """Delivers the manager's calls to fake agents and remembers them."""
+
+    def __init__(self, agents: list[FakeAgent]) -> None:
+        self.agents = {agent.url: agent for agent in agents}
+        self.calls: list[tuple[str, str]] = []
+        self.on_call: Callable[[str, str], None] = lambda _url, _method: None
+
+    async def call(self, url: str, method: rpc.Method, body: Any, *, timeout_s: float) -> Any:
+        self.calls.append((url, method.name))
+        self.on_call(url, method.name)
+        agent = self.agents[url]
+        if agent.down:
+            raise RpcUnreachable(f"{url}: down", maybe_delivered=False)
+        if method.name in agent.refuse:
+            answer = agent.refuse[method.name]
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+        return getattr(self, "_" + method.name.replace("/", "_"))(agent, body)
+
+    def methods(self, *names: str) -> list[tuple[str, str]]:
+        """Return the calls of these methods, in order."""
+        return [call for call in self.calls if call[1] in names]
+
+    def _status(self, agent: FakeAgent, _: rpc.Empty) -> rpc.AgentStatus:
+        return agent.status()
+
+    def _become_leader(self, agent: FakeAgent, body: rpc.BecomeLeaderCall) -> Any:
+        found = agent.groups.get(GroupId(body.group))
+        if found is None:
+            return rpc.Refused(rpc.Refusal.INVALID_GROUP)
+        before = [other.groups[GroupId(body.group)] for other in self.agents.values() if body.group in other.groups]
+        found.starting = max((other.starting or 0) for other in before) + 10
+        found.role, found.clock = "Leader", found.clock + 1
+        found.committed = found.captured
+        found.owned = next((other.owned for other in before if other.owned is not None), found.owned)
+        found.transferring = next((other.transferring for other in before if other.transferring), found.transferring)
+        return rpc.Done()
+
+    def _stepdown(self, agent: FakeAgent, body: rpc.GroupCall) -> Any:
+        found = agent.groups.get(GroupId(body.group))
+        if found is None or found.role != "Leader":
+            return rpc.Refused(rpc.Refusal.NOT_LEADER)
+        found.role, found.clock = "Witness", found.clock + 1
+        return rpc.SteppedDown(found.captured or 0)
+
+    # --- transfers: every step commits at once -------------------------------------------------------
+
+    def _leading(self, agent: FakeAgent, wanted: bytes) -> FakeGroup | None:
+        found = agent.groups.get(GroupId(wanted))
+        return found if found is not None and found.role == "Leader" else None
+
+    def _transfer_prepare(self, agent: FakeAgent, body: rpc.TransferPrepare) -> Any:
+        found = self._leading(agent, body.destination)
+        if found is None:
+            return rpc.Refused(rpc.Refusal.NOT_LEADER)
+        wanted = OwnedRange(RecordId(body.range.start), RecordId(body.range.end))
+        if found.transferring is None:
+            if found.owned is not None and found.owned.join(wanted) is None:
+                return rpc.Refused(rpc.Refusal.UNACCEPTABLE_RANGE)
+            found.captured = (found.captured or 0) + 1
+            found.committed = found.captured
+            found.transferring = rpc.TransferringInfo("In", body.source, body.range, found.captured)
+        elif found.transferring.direction != "In" or found.transferring.range != body.range:
+            return rpc.Refused(rpc.Refusal.OTHER_TRANSFER_PENDING)
+        return rpc.Prepared(b"n" * 16, b"prepared")
+
+    def _transfer_cancel_prepare(self, agent: FakeAgent, body: rpc.TransferPrepare) -> Any:
+        found = self._leading(agent, body.destination)
+        if found is None:
+            return rpc.Refused(rpc.Refusal.NOT_LEADER)
+        found.transferring = None
+        return rpc.Done()
+
+    def _transfer_out(self, agent: FakeAgent, body: rpc.TransferOutCall) -> Any:
+        found = self._leading(agent, body.source)
+        if found is None:
+            return rpc.Refused(rpc.Refusal.NOT_LEADER)
+        wanted = OwnedRange(RecordId(body.range.start), RecordId(body.range.end))
+        if found.transferring is None:
+            if found.owned is None:
+                return rpc.Refused(rpc.Refusal.NOT_OWNER)
+            if found.owned != wanted and found.owned.split_at(wanted) is None:
+                return rpc.Refused(rpc.Refusal.UNACCEPTABLE_RANGE)
+            found.owned = subtract(found.owned, wanted)
+            found.captured = (found.captured or 0) + 1
+            found.committed = found.captured
+            found.transferring = rpc.TransferringInfo("Out", body.destination, body.range, found.captured, b"h" * 32)
+        return rpc.TransferredOut(rpc.PartitionInfo(body.range, b"h" * 32), found.transferring.at, b"out")
+
+    def _transfer_in(self, agent: FakeAgent, body: rpc.TransferInCall) -> Any:
+        found = self._leading(agent, body.destination)
+        if found is None:
+            return rpc.Refused(rpc.Refusal.NOT_LEADER)
+        if found.transferring is None:
+            return rpc.Refused(rpc.Refusal.NOT_PREPARED)
+        taken = OwnedRange(RecordId(body.transferring.range.start), RecordId(body.transferring.range.end))
+        found.owned = taken if found.owned is None else found.owned.join(taken)
+        found.transferring = None
+        self.arrived.add((body.source, body.destination, body.at))
+        return rpc.Done()
+
+    def _transfer_complete(self, agent: FakeAgent, body: rpc.TransferPrepare) -> Any:
+        found = self._leading(agent, body.source)
+        if found is None:
+            return rpc.Refused(rpc.Refusal.NOT_LEADER)
+        if found.transferring is None or found.transferring.direction != "Out":
+            return rpc.Refused(rpc.Refusal.NOT_TRANSFERRING)
+        found.transferring = None
+        return rpc.Done()
+
+    def _transfer_arrived(self, agent: FakeAgent, body: rpc.ArrivedCall) -> Any:
+        if self._leading(agent, body.destination) is None:
+            return rpc.Refused(rpc.Refusal.NOT_LEADER)
+        consumed = [at for source, to, at in self.arrived if (source, to) == (body.source, body.destination)]
+        return rpc.Done() if consumed and max(consumed) >= body.at else rpc.Refused(rpc.Refusal.NOT_ARRIVED)
+
+    @property
+    def arrived(self) -> set[tuple[bytes, bytes, int]]:
+        """Return (source, destination, at) of every range that was taken in."""
+        return self.__dict__.setdefault("_arrived", set())
+
+
+def subtract(owned: OwnedRange, part: OwnedRange) -> OwnedRange | None:
+    """Return what is left of a range without one of its ends."""
+    from juicebox_hsm.ids import next_record_id, prev_record_id
+
+    if owned == part:
+        return None
+    if owned.start == part.start:
+        return OwnedRange(next_record_id(part.end) or part.end, owned.end)
+    return OwnedRange(owned.start, prev_record_id(part.start) or part.start)
+
+
+class FakeLeases:
+    """Leases with the store's rules; `broken` makes every call fail."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, Lease] = {}
+        self.broken = False
+        self.grants = 0
+
+    async def obtain(self, name: str, owner: str, now_ms: int, length_ms: int) -> Lease | None:
+        if self.broken:
+            raise StoreUnavailable("down")
+        held = self.rows.get(name)
+        if held is not None and held.expires_ms >= now_ms:
+            return None
+        self.grants += 1
+        self.rows[name] = Lease(name, owner, f"{self.grants:032x}", now_ms + length_ms)
+        return self.rows[name]
+
+    async def extend(self, lease: Lease, now_ms: int, length_ms: int) -> Lease | None:
+        if self.broken:
+            raise StoreUnavailable("down")
+        held = self.rows.get(lease.name)
+        if held is None or held.id != lease.id:
+            return None
+        self.rows[lease.name] = replace(held, expires_ms=now_ms + length_ms)
+        return self.rows[lease.name]
+
+    async def terminate(self, lease: Lease) -> None:
+        if self.broken:
+            raise StoreUnavailable("down")
+        held = self.rows.get(lease.name)
+        if held is not None and held.id == lease.id:
+            del self.rows[lease.name]
+
+    async def list(self) -> list[Lease]:
+        return [self.rows[name] for name in sorted(self.rows)]
+
+
+class FakeDiscovery:
+    """Registrations by kind and URL."""
+
+    def __init__(self) -> None:
+        self.rows: dict[tuple[ServiceKind, str], int] = {}
+
+    async def register(self, kind: ServiceKind, url: str, now_ms: int) -> None:
+        self.rows[kind, url] = now_ms
+
+    async def deregister(self, kind: ServiceKind, url: str) -> None:
+        self.rows.pop((kind, url), None)
+
+    async def list(self, now_ms: int, kind: ServiceKind | None = None) -> list[ServiceAddress]:
+        return [
+            ServiceAddress(found, url, at)
+            for (found, url), at in sorted(self.rows.items(), key=lambda row: (row[0][0].value, row[0][1]))
+            if kind in (None, found)
+        ]
+
+
+class FakeSettings:
+    """Settings by name."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, bytes] = {}
+
+    async def get(self, name: str) -> bytes | None:
+        return self.rows.get(name)
+
+    async def put(self, name: str, value: bytes) -> None:
+        self.rows[name] = value
+
+    async def remove(self, name: str) -> None:
+        self.rows.pop(name, None)
+
+    async def list(self, prefix: str) -> dict[str, bytes]:
+        return {name: value for name, value in self.rows.items() if name.startswith(prefix)}
+
+
+@dataclass
+class FakeStore:
+    """The shared records the manager uses."""
+
+    leases: FakeLeases = field(default_factory=FakeLeases)
+    discovery: FakeDiscovery = field(default_factory=FakeDiscovery)
+    settings: FakeSettings = field(default_factory=FakeSettings)
+
+
+def make_context(agents: list[FakeAgent], now_ms: Callable[[], int] = lambda: 1_000_000) -> ManagerContext:
+    """Return a manager's surroundings over these agents, all of them registered."""
+    store = FakeStore()
+    for agent in agents:
+        store.discovery.rows[ServiceKind.AGENT, agent.url] = 0
+    log = structlog.wrap_logger(None, processors=[_drop], wrapper_class=structlog.stdlib.BoundLogger)
+    return ManagerContext(
+        store=store,  # type: ignore[arg-type]  # only the records the manager uses
+        rpc=FakeRpc(agents),
+        name="manager",
+        now_ms=now_ms,
+        meter=Metrics(),
+        log=log,
+    )
+
+
+def _drop(*_: Any) -> Any:
+    raise structlog.DropEvent
+
+
+def three(groups: int = 1) -> list[FakeAgent]:
+    """Return three agents that are members of the same groups; nobody leads."""
+    ids: list[bytes] = [hsm(1), hsm(2), hsm(3)]
+    return [
+        FakeAgent(
+            f"tls://a{number}",
+            hsm(number),
+            groups={group(index): FakeGroup(list(ids)) for index in range(1, groups + 1)},
+        )
+        for number in (1, 2, 3)
+    ]
+
+
+FULL = FULL_RANGE

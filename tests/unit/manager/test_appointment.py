@@ -1,0 +1,233 @@
+"""Appointing leaders: who is chosen, when the pass acts, and what a hint does."""
+
+from __future__ import annotations
+
+import pytest
+import trio
+import trio.testing
+
+from juicebox_hsm.cluster_view import AgentView, build_view
+from juicebox_hsm.wire.rpc import LeaderLost, Refusal, Refused
+from roles.manager.appointment import Appointer
+from roles.manager.assign import candidates
+from roles.manager.context import ManagerContext
+from tests.unit.manager.fakes import (
+    FULL,
+    REALM,
+    FakeAgent,
+    FakeGroup,
+    FakeLeases,
+    FakeRpc,
+    FakeSettings,
+    group,
+    hsm,
+    make_context,
+    three,
+)
+
+
+def _leaders(agents: list[FakeAgent], number: int = 1) -> list[int]:
+    return [agent.hsm[0] for agent in agents if agent.groups[group(number)].role == "Leader"]
+
+
+def _rpc(context: ManagerContext) -> FakeRpc:
+    assert isinstance(context.rpc, FakeRpc)
+    return context.rpc
+
+
+async def test_leaderless_group_gets_one_leader(autojump_clock: trio.testing.MockClock) -> None:
+    """When every member answers and none leads, the first pass appoints exactly one."""
+    agents = three()
+    await Appointer(make_context(agents)).run_pass()
+    assert _leaders(agents) == [1]
+
+
+async def test_led_groups_are_left_alone(autojump_clock: trio.testing.MockClock) -> None:
+    """A group with a leader is never asked to change."""
+    agents = three()
+    agents[1].lead(group(1), FULL)
+    context = make_context(agents)
+    for _ in range(3):
+        await Appointer(context).run_pass()
+        await trio.sleep(2)
+    assert not _rpc(context).methods("become_leader", "stepdown")
+
+
+async def test_one_lost_reply_starts_no_duel(autojump_clock: trio.testing.MockClock) -> None:
+    """A leader that is silent in one read keeps its leadership; silent in two, it is replaced."""
+    agents = three()
+    agents[0].lead(group(1), FULL)
+    context = make_context(agents)
+    appointer = Appointer(context)
+    agents[0].down = True
+    await appointer.run_pass()
+    assert not _rpc(context).methods("become_leader")
+    agents[0].down = False
+    await trio.sleep(2)
+    await appointer.run_pass()
+    agents[0].down = True
+    await trio.sleep(2)
+    await appointer.run_pass()
+    assert not _rpc(context).methods("become_leader")
+    await trio.sleep(2)
+    await appointer.run_pass()
+    assert _leaders(agents[1:]) == [2]
+
+
+async def test_busy_lease_is_respected(autojump_clock: trio.testing.MockClock) -> None:
+    """While another manager holds the group's lease, this one does nothing."""
+    agents = three()
+    context = make_context(agents)
+    leases = context.store.leases
+    assert isinstance(leases, FakeLeases)
+    await leases.obtain(f"{REALM.hex()}-{group(1).hex()}", "other", context.now_ms(), 3000)
+    await Appointer(context).run_pass()
+    assert not _rpc(context).methods("become_leader")
+
+
+async def test_looks_again_under_the_lease(autojump_clock: trio.testing.MockClock) -> None:
+    """A leader that another manager appointed between the first look and the lease is not deposed."""
+    agents = three()
+    context = make_context(agents)
+    seen = 0
+
+    def appoint_meanwhile(_: str, method: str) -> None:
+        nonlocal seen
+        seen += method == "status"
+        if seen == 4:  # the first look took three calls
+            agents[2].lead(group(1), FULL)
+
+    _rpc(context).on_call = appoint_meanwhile
+    await Appointer(context).run_pass()
+    assert not _rpc(context).methods("become_leader")
+
+
+async def test_orphans_are_spread(autojump_clock: trio.testing.MockClock) -> None:
+    """Several orphaned groups are not all given to the same idle HSM."""
+    agents = three(groups=3)
+    await Appointer(make_context(agents)).run_pass()
+    assert sorted(_leaders(agents, 1) + _leaders(agents, 2) + _leaders(agents, 3)) == [1, 2, 3]
+
+
+async def test_refusals_pass_to_the_next_candidate(autojump_clock: trio.testing.MockClock) -> None:
+    """A member that refuses, or does not answer, does not end the search."""
+    agents = three()
+    agents[0].refuse["become_leader"] = Refused(Refusal.NOT_CAPTURED, index=3)
+    context = make_context(agents)
+    await Appointer(context).run_pass()
+    assert _leaders(agents) == [2]
+
+
+async def test_all_refuse_then_one_recovers(autojump_clock: trio.testing.MockClock) -> None:
+    """When nobody can lead the pass ends in peace, and the next one tries again."""
+    agents = three()
+    for agent in agents:
+        agent.refuse["become_leader"] = Refused(Refusal.NO_STORE)
+    appointer = Appointer(make_context(agents))
+    await appointer.run_pass()
+    assert _leaders(agents) == []
+    agents[1].refuse.clear()
+    await appointer.run_pass()
+    assert _leaders(agents) == [2]
+
+
+async def test_one_failing_group_does_not_stop_the_others(autojump_clock: trio.testing.MockClock) -> None:
+    """A group whose member is unreachable at the wrong moment leaves the other groups their leader."""
+    agents = [*three(), FakeAgent("tls://a4", hsm(4), groups={group(9): FakeGroup([hsm(4)])})]
+    agents[3].refuse["become_leader"] = Refused(Refusal.TIMEOUT)
+    await Appointer(make_context(agents)).run_pass()
+    assert _leaders(agents[:3]) == [1]
+
+
+async def test_hint_appoints_at_once(autojump_clock: trio.testing.MockClock) -> None:
+    """A member's report replaces a killed leader without waiting for a second read."""
+    agents = three()
+    agents[0].lead(group(1), FULL, starting=6)
+    agents[0].down = True
+    context = make_context(agents)
+    await Appointer(context).leader_lost(LeaderLost(REALM, group(1), 6))
+    assert _leaders(agents[1:]) == [2]
+    assert trio.current_time() < 0.6
+
+
+async def test_hint_about_an_old_leadership_is_ignored(autojump_clock: trio.testing.MockClock) -> None:
+    """A late report does not depose the leader that came after the lost one."""
+    agents = three()
+    agents[2].lead(group(1), FULL, starting=20)
+    context = make_context(agents)
+    await Appointer(context).leader_lost(LeaderLost(REALM, group(1), 6))
+    assert not _rpc(context).methods("become_leader")
+
+
+async def test_hints_are_coalesced(autojump_clock: trio.testing.MockClock) -> None:
+    """All members report the same loss; one leader is appointed, once."""
+    agents = three()
+    context = make_context(agents)
+    appointer = Appointer(context)
+    async with trio.open_nursery() as nursery:
+        for _ in range(5):
+            nursery.start_soon(appointer.leader_lost, LeaderLost(REALM, group(1), 6))
+    assert len(_rpc(context).methods("become_leader")) == 1
+
+
+async def test_hint_is_tried_again_when_all_refuse(autojump_clock: trio.testing.MockClock) -> None:
+    """A candidate that needs a moment to catch up is asked again soon."""
+    agents = three()
+    context = make_context(agents)
+    for agent in agents:
+        agent.refuse["become_leader"] = Refused(Refusal.NOT_CAPTURED)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(Appointer(context).leader_lost, LeaderLost(REALM, group(1), 6))
+        await trio.sleep(0.3)
+        agents[2].refuse.clear()
+    assert _leaders(agents) == [3]
+    assert trio.current_time() < 1.0
+
+
+@pytest.mark.parametrize(
+    ("captured", "expected"),
+    [((5, 9, 7), [2, 3, 1]), ((None, 9, 7), [2, 3, 1]), ((5, 5, 5), [1, 2, 3]), ((0, None, 0), [1, 3, 2])],
+)
+def test_candidate_order(captured: tuple[int | None, ...], expected: list[int]) -> None:
+    """Equal work: the freshest capture first, none last, then the lowest id."""
+    agents = three()
+    for agent, index in zip(agents, captured, strict=True):
+        agent.groups[group(1)].captured = index
+    view = build_view([AgentView(agent.url, agent.status()) for agent in agents])
+    chosen = candidates(view, view.groups[REALM, group(1)])
+    assert [member.hsm[0] for member in chosen] == expected
+
+
+def test_candidates_prefer_idle_and_undrained() -> None:
+    """Less work goes first whatever the capture; drained HSMs come last; an excluded one not at all."""
+    agents = three(groups=2)
+    agents[0].lead(group(2), FULL)
+    view = build_view([AgentView(agent.url, agent.status()) for agent in agents])
+    wanted = view.groups[REALM, group(1)]
+    assert [member.hsm[0] for member in candidates(view, wanted)] == [2, 3, 1]
+    assert [member.hsm[0] for member in candidates(view, wanted, drained={hsm(2)})] == [3, 1, 2]
+    assert [member.hsm[0] for member in candidates(view, wanted, exclude=hsm(3))] == [2, 1]
+
+
+def test_exclusion_is_dropped_for_a_group_of_one() -> None:
+    """A group with a single member gets it back even when it is excluded."""
+    agent = FakeAgent("tls://a1", hsm(1), groups={group(1): FakeGroup([hsm(1)])})
+    view = build_view([AgentView(agent.url, agent.status())])
+    assert [member.hsm[0] for member in candidates(view, view.groups[REALM, group(1)], exclude=hsm(1))] == [1]
+
+
+async def test_drained_hsm_is_appointed_only_when_nothing_else_is_left(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """A drained HSM leads rather than nobody."""
+    agents = three()
+    context = make_context(agents)
+    settings = context.store.settings
+    assert isinstance(settings, FakeSettings)
+    settings.rows[f"drain/{hsm(1).hex()}"] = b"operator"
+    await Appointer(context).run_pass()
+    assert _leaders(agents) == [2]
+    agents[1].groups[group(1)].role = "Witness"
+    agents[1].refuse["become_leader"] = agents[2].refuse["become_leader"] = Refused(Refusal.NO_STORE)
+    await Appointer(context).run_pass()
+    assert _leaders(agents) == [1]
