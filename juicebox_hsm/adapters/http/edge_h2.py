@@ -132,6 +132,7 @@ class H2Session:
         self._active = trio.current_time()
         self._writing_since = math.inf
         self._write_scope = trio.CancelScope()
+        self._ended = False
         self._lost = False
         self._unreturned_bytes = 0
         self._silent_bytes = 0
@@ -175,12 +176,14 @@ class H2Session:
             self._nursery = nursery
             with connection.scope:
                 await self._read()
+            self._ended = True
             for request in list(self._open.values()):
                 request.kill()
+            # Handlers may still run, but nobody is left to hear their answers: say goodbye and free the socket now.
             with trio.move_on_after(self.limits.close_timeout_s):
                 await self._flush()
-        with trio.move_on_after(self.limits.close_timeout_s):
-            await self._flush()
+                self._lost = True
+                await self._stream.aclose()
 
     async def _read(self) -> None:
         self._h2.initiate_connection()
@@ -354,7 +357,7 @@ class H2Session:
             self._writing_since = math.inf
 
     def _take(self) -> bytes:
-        data = self._raw + bytes(self._h2.data_to_send())
+        data = bytes(self._h2.data_to_send()) + self._raw
         self._raw = b""
         return data
 
@@ -366,6 +369,8 @@ class H2Session:
         self._connection.scope.cancel()
 
     def _reset(self, stream_id: int, code: ErrorCodes) -> None:
+        if self._ended:
+            return  # nothing follows a GOAWAY
         try:
             self._h2.reset_stream(stream_id, error_code=code)
         except h2.exceptions.ProtocolError:

@@ -28,11 +28,15 @@ class ByteStream(Protocol):
         """Send everything; raises `trio.BrokenResourceError` when the peer is gone."""
         ...
 
+    async def aclose(self) -> None:
+        """Say goodbye if possible and close; closing twice is fine."""
+        ...
+
 
 class TlsServerStream:
     """The server side of TLS over `transport`. Not for concurrent readers or concurrent writers."""
 
-    __slots__ = ("_broken", "_incoming", "_outgoing", "_tls", "_transport")
+    __slots__ = ("_broken", "_closed", "_incoming", "_outgoing", "_tls", "_transport")
 
     def __init__(self, transport: trio.abc.Stream, context: ssl.SSLContext) -> None:
         self._transport = transport
@@ -40,6 +44,7 @@ class TlsServerStream:
         self._outgoing = ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
         self._broken = False
+        self._closed = False
 
     async def handshake(self) -> str:
         """Complete the handshake and return the chosen protocol: `h2`, or `http/1.1` also when nothing was agreed.
@@ -111,6 +116,9 @@ class TlsServerStream:
 
     async def aclose(self) -> None:
         """Send close-notify if the stream is sound, do not wait for the peer's, and close the transport."""
+        if self._closed:
+            return
+        self._closed = True
         try:
             if not self._broken:
                 try:
