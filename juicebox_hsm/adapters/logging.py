@@ -9,6 +9,7 @@ length, control characters are escaped, long texts are cut.
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import enum
 import json as jsonlib
 import logging as stdlib
@@ -21,6 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Final, TextIO
 
+import msgspec
 import structlog
 from structlog.types import Processor
 
@@ -181,13 +183,13 @@ class _Limiter:
         now = self.clock()
         with self._lock:
             due = [
-                (place, count)
+                (place, since, count)
                 for place, (since, count) in self._places.items()
                 if count and (everything or now - since >= REPEAT_S)
             ]
-            for place, _ in due:
-                self._places[place] = (now, 0)
-            return due
+            for place, since, _ in due:
+                self._places[place] = (since, 0)
+            return [(place, count) for place, _, count in due]
 
 
 _limiter: Final = _Limiter()
@@ -230,10 +232,15 @@ def _plain(value: object, *, depth: int) -> Any:
         raw = bytes(value)
         return raw.hex() if len(raw) <= BYTES_SHOWN_MAX else f"({len(raw)} bytes)"
     if depth > 0 and isinstance(value, Mapping):
-        return {_text(str(key)): _plain(item, depth=depth - 1) for key, item in list(value.items())[:ITEMS_MAX]}
+        items = list(value.items())[:ITEMS_MAX]
+        return {str(_plain(key, depth=0)): _plain(item, depth=depth - 1) for key, item in items}
     if depth > 0 and isinstance(value, list | tuple | set | frozenset):
         return [_plain(item, depth=depth - 1) for item in list(value)[:ITEMS_MAX]]
-    return _text(value if isinstance(value, str) else repr(value))
+    if isinstance(value, str):
+        return _text(value)
+    if isinstance(value, Mapping | list | tuple | set | frozenset | msgspec.Struct) or dataclasses.is_dataclass(value):
+        return f"({type(value).__name__})"  # its repr would show the bytes inside
+    return _text(repr(value))
 
 
 def _text(value: str) -> str:

@@ -1,0 +1,182 @@
+"""The small HTTP port, in this process over loopback."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+import trio
+import trio.testing
+from quart_trio import QuartTrio
+
+from juicebox_hsm.adapters.http import probes
+from juicebox_hsm.adapters.http.probes import serve_probes
+from juicebox_hsm.adapters.metrics import Metrics
+from juicebox_hsm.errors import LocalError, RealmError
+
+
+class Health:
+    """Probes whose answers the test decides."""
+
+    def __init__(self) -> None:
+        self.ok = True
+        self.error: Exception | None = None
+        self.hang = False
+        self.running = self.most = 0
+
+    async def __call__(self) -> tuple[bool, str]:
+        """Answer."""
+        self.running += 1
+        self.most = max(self.most, self.running)
+        try:
+            if self.hang:
+                await trio.sleep_forever()
+        finally:
+            self.running -= 1
+        if self.error is not None:
+            raise self.error
+        return self.ok, "hsm id: 00"
+
+
+async def get(port: int, path: str, method: str = "GET") -> tuple[int, str, str]:
+    """Return status, head and body; waits for the server to close, as it was asked to."""
+    async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
+        await stream.send_all(f"{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+        data = b""
+        with trio.fail_after(5):
+            async for piece in stream:
+                data += piece
+    head, _, content = data.decode().partition("\r\n\r\n")
+    return int(head.split()[1]), head, content
+
+
+@asynccontextmanager
+async def serving(live: Health, ready: Health, metrics: Metrics | None = None) -> AsyncIterator[int]:
+    """Run the port."""
+
+    def add(app: QuartTrio) -> None:
+        async def page() -> str:
+            return "<h1>manager</h1>"
+
+        app.add_url_rule("/manager", view_func=page)
+
+    async with trio.open_nursery() as nursery:
+
+        async def start(task_status: trio.TaskStatus[int]) -> None:
+            await serve_probes(
+                ("127.0.0.1", 0),
+                name="agent one",
+                livez=live,
+                readyz=ready,
+                metrics=metrics if metrics is not None else Metrics(),
+                app_hook=add,
+                task_status=task_status,
+            )
+
+        yield await nursery.start(start)
+        nursery.cancel_scope.cancel()
+
+
+async def test_pages() -> None:
+    """Live and ready are apart, metrics are Prometheus text, roles may add pages, the rest is 404 or 405."""
+    live, ready = Health(), Health()
+    ready.ok = False
+    metrics = Metrics()
+    metrics.count("realm.request.count", 7)
+    async with serving(live, ready, metrics) as port:
+        status, head, text = await get(port, "/livez")
+        assert (status, text) == (200, "hsm id: 00\n")
+        assert "server:" not in head.lower()
+        assert (await get(port, "/readyz"))[0] == 503
+        status, head, text = await get(port, "/metrics")
+        assert status == 200
+        assert "content-type: text/plain; version=0.0.4; charset=utf-8" in head
+        assert "\nrealm_request_count_total 7\n" in text
+        assert (await get(port, "/manager"))[2] == "<h1>manager</h1>"
+        assert "agent one" in (await get(port, "/"))[2]
+        assert (await get(port, "/nope"))[0] == 404
+        assert (await get(port, "/livez", "DELETE"))[0] == 405
+
+
+async def test_trouble_is_not_ok(capsys: pytest.CaptureFixture[str]) -> None:
+    """A probe that fails or hangs is answered 503 in bounded time, and the port goes on."""
+    live, ready = Health(), Health()
+    async with serving(live, ready) as port:
+        ready.error = RealmError("store is down")
+        assert (await get(port, "/readyz"))[::2] == (503, "store is down\n")
+        ready.error = None
+        assert (await get(port, "/readyz"))[0] == 200
+    assert capsys.readouterr().out == ""
+
+
+async def test_hanging_probe_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A probe that hangs is given up, and several askers never run it twice at a time."""
+    monkeypatch.setattr(probes, "PROBE_S", 0.1)
+    live = Health()
+    live.hang = True
+    async with serving(live, Health()) as port:
+        statuses: list[int] = []
+
+        async def ask() -> None:
+            statuses.append((await get(port, "/livez"))[0])
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(ask)
+        assert statuses == [503] * 3
+        assert live.most == 1
+
+
+async def test_garbage_is_survived() -> None:
+    """What is no HTTP is closed; the port goes on."""
+    async with serving(Health(), Health()) as port:
+        for data in (b"\x16\x03\x01\x00\x05hello", b"GET / HTTP/9.9\r\n\r\n", b"\r\n" * 100, b"A" * 100_000):
+            async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
+                with trio.move_on_after(0.05):
+                    try:
+                        await stream.send_all(data)
+                        await stream.receive_some()
+                    except trio.BrokenResourceError:
+                        pass
+        assert (await get(port, "/livez"))[0] == 200
+
+
+async def test_stops_promptly_with_idle_and_busy_connections() -> None:
+    """Cancelling ends the port at once although clients hold connections and a probe runs."""
+    live = Health()
+    live.hang = True
+    async with serving(live, Health()) as port:
+        idle = await trio.open_tcp_stream("127.0.0.1", port)
+        busy = await trio.open_tcp_stream("127.0.0.1", port)
+        await busy.send_all(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+        while not live.running:  # noqa: ASYNC110  # the probe has no event to offer
+            await trio.sleep(0.001)
+        began = trio.current_time()
+    assert trio.current_time() - began < 1
+    await idle.aclose()
+    await busy.aclose()
+
+
+async def test_reader_that_takes_nothing_does_not_hold_up_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hypercorn's writes cannot be cancelled; the system's own time-out ends them."""
+    monkeypatch.setattr(probes, "SEND_MS", 300)
+    metrics = Metrics()
+    for number in range(5000):
+        metrics.count("filling.the.buffers", number=number)
+    async with serving(Health(), Health(), metrics) as port:
+        stream = await trio.open_tcp_stream("127.0.0.1", port)
+        stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        await stream.send_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n" * 100)
+        await trio.sleep(0.2)
+        began = trio.current_time()
+    assert trio.current_time() - began < 3
+    await stream.aclose()
+
+
+async def test_port_in_use() -> None:
+    """A taken port is a configuration error that names it."""
+    async with serving(Health(), Health()) as port:
+        with pytest.raises(LocalError, match=f"cannot listen on 127.0.0.1:{port}"):
+            await serve_probes(("127.0.0.1", port), name="x", livez=Health(), readyz=Health(), metrics=Metrics())
