@@ -154,9 +154,7 @@ class RpcServer:
         fatal: tuple[type[BaseException], ...] = (HsmGone,),
     ) -> None:
         """`nursery` runs the bodies. Errors of the types `fatal` leave it; others become `HandlerFailed`."""
-        unknown = set(handlers) - set(methods)
-        if unknown:
-            raise LocalError(f"handlers without a method: {', '.join(sorted(unknown))}")
+        _check_handlers(methods, handlers)
         metrics = metrics if metrics is not None else Metrics()
         self.build = build
         self.port = 0
@@ -309,6 +307,7 @@ async def serve_rpc(
     host, port = listen
     if tls is None and not is_loopback(host):
         raise LocalError(f"--insecure-rpc serves only loopback addresses, not {host}; use --cluster-tls")
+    _check_handlers(methods, handlers)
     try:
         listeners = await trio.open_tcp_listeners(port, host=host, backlog=BACKLOG)
     except OSError as error:
@@ -325,6 +324,12 @@ async def serve_rpc(
                 await trio.serve_listeners(server.handle_tcp, listeners, handler_nursery=streams)
             await server.wait_stopped()
             streams.cancel_scope.cancel()
+
+
+def _check_handlers(methods: Mapping[str, Method], handlers: Mapping[str, Handler]) -> None:
+    unknown = set(handlers) - set(methods)
+    if unknown:
+        raise LocalError(f"handlers without a method: {', '.join(sorted(unknown))}")
 
 
 def is_loopback(host: str) -> bool:

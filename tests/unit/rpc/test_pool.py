@@ -170,6 +170,12 @@ async def test_plain_streams_admit_everybody_on_loopback_only() -> None:
         await serve_rpc(("0.0.0.0", 0), tls=None, methods=METHODS, handlers={})
 
 
+async def test_handler_without_a_method_is_refused() -> None:
+    """A misspelt handler is found at start, not by its callers."""
+    with pytest.raises(LocalError, match="handlers without a method: ehco"):
+        await serve_rpc(("127.0.0.1", 0), tls=None, methods=METHODS, handlers={"ehco": echo})
+
+
 async def test_port_in_use_is_a_local_error() -> None:
     """A second server on a port fails at start, with the address in the message."""
     async with listening(None, {}) as (server, _):
