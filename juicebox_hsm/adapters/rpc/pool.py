@@ -223,7 +223,8 @@ class RpcPool:
             if identity.role not in SERVERS:
                 raise PeerError(f"peer's certificate is for role {identity.role.value}, which serves no RPC")
             return RpcConnection(stream, peer=peer.url, role=identity.role, build=self._build)
-        except (OSError, trio.BrokenResourceError, ssl.SSLError, PeerError) as error:
+        except (OSError, ValueError, trio.BrokenResourceError, ssl.SSLError, PeerError) as error:
+            # ValueError: a host name that cannot be encoded; whatever is in discovery is only an unreachable peer.
             peer.reason = describe(error)
         except trio.TooSlowError:
             peer.reason = f"no connection within {CONNECT_S} s"

@@ -217,7 +217,7 @@ class RpcServer:
             self._streams -= 1
 
     async def _admit(self, tcp: trio.SocketStream) -> None:
-        address = str(tcp.socket.getsockname()[0])
+        address = "unknown"
         try:
             peer = tcp.socket.getpeername()
             address = f"{peer[0]}:{peer[1]}"

@@ -47,7 +47,7 @@ class Gate:
 class RawPeer:
     """A peer that sends what it likes."""
 
-    def __init__(self, stream: trio.abc.Stream) -> None:
+    def __init__(self, stream: trio.abc.HalfCloseableStream) -> None:
         self.stream = stream
         self.reader = frames.FrameReader()
         self.received: list[frames.Frame] = []

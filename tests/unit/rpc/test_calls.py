@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import msgspec
 import pytest
 import trio
 import trio.testing
+from hypothesis import given
+from hypothesis import strategies as st
 
 from juicebox_hsm.adapters.rpc import RpcFailed, RpcUnreachable, frames
 from juicebox_hsm.adapters.rpc import server as server_module
@@ -28,6 +32,18 @@ from juicebox_hsm.wire.rpc import (
 
 from .harness import ECHO, METHODS, WAIT, Gate, a_server, body, connect, connected, echo, raw_client, raw_server
 
+PIECES = [
+    frames.encode_hello("x"),
+    frames.PING,
+    frames.PONG,
+    frames.encode_request(1, "echo", 100, None, body()),
+    frames.encode_request(2, "echo", 100, None, None),
+    frames.encode_request(3, "nope", 100, "trace", body()),
+    frames.encode_request(4, "echo", 0, None, body()),
+    frames.encode_reply(1, body()),
+    frames.encode_failure(1, RpcCode.OVERLOADED),
+    (1 << 20).to_bytes(4, "big"),
+]
 A, L, M, OP = PeerRole.AGENT, PeerRole.LOAD_BALANCER, PeerRole.MANAGER, PeerRole.OPERATOR
 
 
@@ -413,6 +429,23 @@ async def test_server_closes_on_nonsense(nonsense: bytes, autojump_clock: trio.t
         assert trio.current_time() == began
         assert server.connections == 0
         gate.opened.set()
+
+
+@given(st.lists(st.one_of(st.binary(min_size=1, max_size=60), st.sampled_from(PIECES)), min_size=1, max_size=12))
+async def test_hostile_stream_leaves_the_server_whole(pieces: list[bytes]) -> None:
+    """Whatever a peer sends, in whatever pieces, the server answers the next caller and keeps nothing of it."""
+    async with raw_client({"echo": echo}) as (server, peer):
+        with suppress(trio.BrokenResourceError):  # it may close at the first piece
+            for piece in pieces:
+                await peer.stream.send_all(piece)
+            await peer.stream.send_eof()
+        await trio.testing.wait_all_tasks_blocked()
+        assert server.connections == 0
+        assert server.bodies == 0
+        async with trio.open_nursery() as nursery:
+            client = await connect(server, nursery)
+            assert await client.call(ECHO, body(), timeout_s=1) == AppOk(b"hello")
+            client.stream.stop("done")
 
 
 async def test_request_without_time_is_not_run(autojump_clock: trio.testing.MockClock) -> None:

@@ -17,7 +17,7 @@ from .harness import ECHO, Gate, RawPeer, body, connected, echo, raw_client, raw
 async def test_idle_stream_lives(autojump_clock: trio.testing.MockClock) -> None:
     """Two healthy ends keep an idle stream for ever, by pings alone."""
     async with connected({"echo": echo}) as (_, client):
-        await trio.sleep(3600)
+        await trio.sleep(600)
         assert await client.call(ECHO, body(), timeout_s=1) == AppOk(b"hello")
 
 

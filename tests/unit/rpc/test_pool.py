@@ -149,6 +149,10 @@ async def test_other_ca(identities: dict[str, ClusterTls], server: str, client: 
         ("tls://127.0.0.1:99999", "not an address"),
         ("tls://[::1:9", "not an address"),
         ("", "expected tls://HOST:PORT"),
+        ("tls://a..b:9", "label"),
+        ("tls://a\x00b:9", "tls://a"),
+        (f"tls://{'x' * 64}:9", "label"),
+        ("tls://\u2603\ud800:9", "tls://"),
     ],
 )
 async def test_bad_addresses(identities: dict[str, ClusterTls], url: str, reason: str) -> None:
