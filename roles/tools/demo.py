@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 import click
 import trio
 
+from juicebox_hsm.errors import LocalError
 from roles.tools.cluster_session import ExitCode, ToolFailure, run
 
 if TYPE_CHECKING:
@@ -98,6 +99,8 @@ def command(
             restart=restart,
         )
         status = run(lambda: _demo(options, command_line, begun))
+    except LocalError as error:
+        raise ToolFailure(str(error), ExitCode.USAGE) from None
     finally:
         if state_dir is None and not keep:
             shutil.rmtree(directory, ignore_errors=True)

@@ -52,7 +52,7 @@ from roles.tools.demo_layout import (
     signing_key,
     write_file,
 )
-from roles.tools.demo_processes import RunningService, describe_exit, stop_all, watch
+from roles.tools.demo_processes import OrphanGuard, RunningService, describe_exit, stop_all, watch
 
 READY_S: Final = 60.0
 POLL_S: Final = 0.03
@@ -67,11 +67,18 @@ _HEADERS: Final = (("x-juicebox-version", "0.3.7"),)
 class Cluster:
     """A running cluster. `configuration` is the clients' JSON configuration."""
 
-    def __init__(self, options: DemoOptions, state: StateDir, session: Session, found: Sequence[Service]) -> None:
+    def __init__(
+        self,
+        options: DemoOptions,
+        state: StateDir,
+        session: Session,
+        found: Sequence[Service],
+        guard: OrphanGuard,
+    ) -> None:
         self.options = options
         self.state = state
         self.session = session
-        self.processes = [RunningService(service, state.log(service.name)) for service in found]
+        self.processes = [RunningService(service, state.log(service.name), guard) for service in found]
         self.configuration: dict[str, Any] = {}
         self.realms: list[RealmId] = []
         self._public_keys: dict[RealmId, bytes] = {}
@@ -286,10 +293,11 @@ async def launch(
         found = services(options, state)
         prepare(state, found)
         session = Session(store, RpcPool(nursery, ClusterTls.load(state.operator)))
-        cluster = Cluster(options, state, session, found)
         for entry in await store.discovery.list(session.now_ms()):
             await store.discovery.deregister(entry.kind, entry.url)  # left over from a run that was killed
         await store.tenants.put(TENANT, TenantLimits(options.rate_limit))
+        guard = OrphanGuard()
+        cluster = Cluster(options, state, session, found, guard)
         try:
             for running in cluster.processes:
                 running.start()
@@ -303,6 +311,7 @@ async def launch(
         finally:
             with trio.CancelScope(shield=True):
                 await stop_all(cluster.processes)
+                guard.close()
             nursery.cancel_scope.cancel()
     if failure is not None:
         raise failure

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -22,20 +21,40 @@ RESTART_PAUSE_S: Final = 0.5
 PORT_POLL_S: Final = 0.02
 _LOOPBACK_HEX: Final = "0100007F"
 _TCP_LISTEN_HEX: Final = "0A"
-_PR_SET_PDEATHSIG: Final = 1
-_LIBC: Final = ctypes.CDLL(None)
+_GUARD_SCRIPT: Final = 'while read pid; do pids="$pids $pid"; done; kill -TERM $pids 2>/dev/null'
 
 
-def _die_with_parent() -> None:
-    """Ask the kernel to stop this child when the demo itself is killed; runs between fork and exec."""
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+class OrphanGuard:
+    """A shell that stops the services when the demo itself is killed: it reads pids until its input ends."""
+
+    def __init__(self) -> None:
+        self._shell = subprocess.Popen(  # noqa: S603 -- a fixed script
+            ["/bin/sh", "-c", _GUARD_SCRIPT],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+    def watch(self, pid: int) -> None:
+        """Stop this process too."""
+        if self._shell.stdin is not None:
+            self._shell.stdin.write(f"{pid}\n".encode())
+            self._shell.stdin.flush()
+
+    def close(self) -> None:
+        """Stand down; the services have been stopped in order."""
+        self._shell.kill()
+        if self._shell.stdin is not None:
+            self._shell.stdin.close()
+        self._shell.wait()
 
 
 class RunningService:
     """One service's process, which may be killed and started again on the same ports."""
 
-    def __init__(self, service: Service, log: Path) -> None:
+    def __init__(self, service: Service, log: Path, guard: OrphanGuard) -> None:
         self.service = service
+        self._guard = guard
         self.log = log
         self.realm = ""
         self.hsm = ""
@@ -70,8 +89,8 @@ class RunningService:
             stdout=self._log_file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=_die_with_parent,  # noqa: PLW1509 -- the parent runs no other threads that hold locks it needs
         )
+        self._guard.watch(self._process.pid)
 
     async def wait(self) -> int:
         """Wait until the process ends; return its exit status."""

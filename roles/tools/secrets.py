@@ -43,12 +43,21 @@ file_option = click.option(
 
 
 @contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Keep other editors of files in this directory out."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
 def edited(path: Path) -> Iterator[Document]:
     """Hand out a secrets file's document and write it back, whole and unreadable to others. Raises `ToolFailure`."""
-    lock_path = path.with_name(f".{path.name}.lock")
     try:
-        with lock_path.open("w", encoding="ascii") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with _locked(path.parent):
             document = _read(path) if path.exists() else {}
             yield document
             staged = path.with_name(f".{path.name}.new")
@@ -58,7 +67,6 @@ def edited(path: Path) -> Iterator[Document]:
                 file.flush()
                 os.fsync(file.fileno())
             staged.replace(path)
-            lock_path.unlink(missing_ok=True)
     except OSError as error:
         raise ToolFailure(f"--file {path}: {error.strerror}") from None
 

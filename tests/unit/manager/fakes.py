@@ -99,6 +99,7 @@ class FakeRpc:
     def __init__(self, agents: list[FakeAgent]) -> None:
         self.agents = {agent.url: agent for agent in agents}
         self.calls: list[tuple[str, str]] = []
+        self.arrived: set[tuple[bytes, bytes, int]] = set()  # (source, destination, at) of ranges taken in
         self.on_call: Callable[[str, str], None] = lambda _url, _method: None
 
     async def call(self, url: str, method: rpc.Method, body: Any, *, timeout_s: float) -> Any:
@@ -210,11 +211,6 @@ class FakeRpc:
             return rpc.Refused(rpc.Refusal.NOT_LEADER)
         consumed = [at for source, to, at in self.arrived if (source, to) == (body.source, body.destination)]
         return rpc.Done() if consumed and max(consumed) >= body.at else rpc.Refused(rpc.Refusal.NOT_ARRIVED)
-
-    @property
-    def arrived(self) -> set[tuple[bytes, bytes, int]]:
-        """Return (source, destination, at) of every range that was taken in."""
-        return self.__dict__.setdefault("_arrived", set())
 
 
 def subtract(owned: OwnedRange, part: OwnedRange) -> OwnedRange | None:

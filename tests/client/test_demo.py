@@ -1,0 +1,221 @@
+"""The demo as users run it: real processes, TLS and files, from the first start to a restart after a power cut."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+
+from juicebox_hsm.client import Client, Configuration, HttpTransport, InvalidPin
+from roles.tools.demo_launch import Cluster, launch
+from roles.tools.demo_layout import DemoOptions
+
+pytestmark = pytest.mark.processes
+
+DEMO = [sys.executable, "-m", "roles", "demo", "--pin-hashing", "FastInsecure"]
+INFO = b"info"
+
+
+def _demo(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*DEMO, *map(str, arguments)], capture_output=True, text=True, timeout=90, check=False, stdin=subprocess.DEVNULL
+    )
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _cluster(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "roles", "cluster", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+@asynccontextmanager
+async def _client(cluster: Cluster, user: str) -> AsyncIterator[Client]:
+    tokens = {realm: cluster.token(realm, user) for realm in cluster.realms}
+    async with HttpTransport(ca_file=cluster.state.edge_ca) as transport:
+        yield Client(Configuration.from_json(cluster.configuration), tokens, transport=transport)
+
+
+async def _guesses_left(client: Client) -> int:
+    """Spend one guess on a wrong PIN; return how many are left."""
+    try:
+        await client.recover(b"wrong", INFO)
+    except InvalidPin as error:
+        return error.guesses_remaining
+    raise AssertionError("a wrong PIN recovered the secret")
+
+
+def test_shows_a_registration_and_stops(tmp_path: Path) -> None:
+    """Without a command and without a terminal: register, recover, say so, stop everything, exit 0."""
+    begun = time.monotonic()
+    result = _demo("--state-dir", tmp_path / "state")
+    assert result.returncode == 0, result.stderr
+    assert "First recover" in result.stdout
+    assert "refused, 4 guesses left" in result.stdout
+    assert time.monotonic() - begun < 30
+    processes = json.loads((tmp_path / "state" / "processes.json").read_text())
+    assert {entry["role"] for entry in processes} == {"agent", "manager", "lb"}
+    assert not any(_lives(entry["pid"]) for entry in processes)
+
+
+def test_command_gets_the_configuration_and_decides_the_status(tmp_path: Path) -> None:
+    """A command sees client.json and a cluster it can operate and measure; its status is the demo's."""
+    state = tmp_path / "state"
+    script = (
+        "set -e; "
+        f"{sys.executable} -m roles bench client --count 20 --concurrency 4 --json {tmp_path}/bench.json; "
+        f"{sys.executable} -m roles cluster status --json --config {state}/cluster.toml > {tmp_path}/status.json; "
+        f"{sys.executable} -m roles cluster groups --config {state}/cluster.toml > {tmp_path}/groups.txt; "
+        f"{sys.executable} -m roles cluster partitions --json --config {state}/cluster.toml > {tmp_path}/parts.json; "
+        f"{sys.executable} -m roles cluster new-realm tls://127.0.0.1:1 --config {state}/cluster.toml || "
+        f'test $? = 4; test -f "$JUICEBOX_CLIENT_JSON"; exit 7'
+    )
+    result = _demo("--state-dir", state, "--", "/bin/sh", "-c", script)
+    assert result.returncode == 7, result.stdout + result.stderr
+    measured = json.loads((tmp_path / "bench.json").read_text())
+    assert [entry["op"] for entry in measured] == ["register", "recover", "delete"]
+    assert all(entry["errors"] == 0 and entry["per_second"] > 0 for entry in measured)
+    assert json.loads((tmp_path / "status.json").read_text())["ok"] is True
+    assert "Leader" in (tmp_path / "groups.txt").read_text()
+    parts = json.loads((tmp_path / "parts.json").read_text())["realms"][0]["partitions"]
+    assert [(part["start"], part["end"]) for part in parts] == [("00" * 32, "ff" * 32)]
+    document = json.loads((state / "client.json").read_text())
+    assert document["tokens"].keys() == {realm["id"] for realm in document["configuration"]["realms"]}
+    assert document["signer"]["tenant"] == "test-acme"
+    assert Path(document["ca"]).read_text().startswith("-----BEGIN CERTIFICATE")
+
+
+async def test_survives_a_power_cut(tmp_path: Path) -> None:
+    """Everything killed at once: the next run has the same realm, the secret, and the guesses already spent."""
+    options = DemoOptions(state_dir=tmp_path, pin_hashing="FastInsecure")
+    async with launch(options, on_exit=lambda _: None) as cluster:
+        realms, addresses = cluster.realms, cluster.configuration["realms"]
+        async with _client(cluster, "mario") as client:
+            await client.register(b"pin", b"secret", INFO, 4)
+            assert await _guesses_left(client) == 3
+        for running in cluster.processes:
+            running.send(signal.SIGKILL)
+        for running in cluster.processes:
+            await running.wait()
+    async with launch(options) as cluster:
+        assert cluster.realms == realms
+        assert cluster.configuration["realms"] == addresses, "clients find it where it was"
+        async with _client(cluster, "mario") as client:
+            assert await _guesses_left(client) == 2
+            assert await client.recover(b"pin", INFO) == b"secret"
+            assert await _guesses_left(client) == 3
+
+
+async def test_three_agents_lose_their_leader(tmp_path: Path) -> None:
+    """A group of three: the leader is killed and a recover succeeds soon after; the killed one comes back."""
+    options = DemoOptions(state_dir=tmp_path, agents=3, pin_hashing="FastInsecure")
+    async with launch(options, on_exit=lambda _: None) as cluster, _client(cluster, "mario") as client:
+        await client.register(b"pin", b"secret", INFO, 2)
+        view = await cluster.view()
+        serving = next(group for group in view.groups.values() if group.owned_range is not None)
+        assert len(serving.configuration) == 3
+        assert serving.leader is not None
+        name = serving.leader.name
+        await cluster.process(name).kill()
+        begun = time.monotonic()
+        await _recover_within(client, 8.0)
+        assert time.monotonic() - begun < 8.0
+        await cluster.restart(name)
+        await cluster.wait_ready()
+        assert await client.recover(b"pin", INFO) == b"secret"
+
+
+async def _recover_within(client: Client, limit_s: float) -> None:
+    """Recover, trying again while the realm is unavailable."""
+    from juicebox_hsm.client import Transient
+
+    with trio.fail_after(limit_s):
+        while True:
+            try:
+                assert await client.recover(b"pin", INFO) == b"secret"
+            except Transient:
+                await trio.sleep(0.05)
+            else:
+                return
+
+
+async def test_operators_hand_over_without_errors(tmp_path: Path) -> None:
+    """Hand-overs by HSM and by group under traffic: the leader changes each time and no client sees an error."""
+    options = DemoOptions(state_dir=tmp_path, agents=3, managers=2, pin_hashing="FastInsecure")
+    async with launch(options) as cluster, trio.open_nursery() as nursery:
+        recovered = 0
+
+        async def traffic(user: str) -> None:
+            nonlocal recovered
+            async with _client(cluster, user) as client:
+                await client.register(b"pin", b"secret", INFO, 2)
+                while True:
+                    assert await client.recover(b"pin", INFO) == b"secret"
+                    recovered += 1
+
+        for number in range(3):
+            nursery.start_soon(traffic, f"user{number}")
+        await trio.sleep(0.2)
+        config = str(cluster.state.cluster_toml)
+        for turn in range(3):
+            view = await cluster.wait_leaders()
+            serving = next(group for group in view.groups.values() if group.owned_range is not None)
+            assert serving.leader is not None
+            subject = serving.leader.hsm if turn % 2 == 0 else serving.id
+            done = await trio.to_thread.run_sync(_cluster, "stepdown", subject.hex()[:9], "--config", config)
+            assert done.returncode == 0, done.stderr
+            after = (await cluster.wait_leaders()).groups[serving.key]
+            assert after.leader is not None
+            assert after.leader.hsm != serving.leader.hsm
+        before = recovered
+        await trio.sleep(0.3)
+        assert recovered > before
+        nursery.cancel_scope.cancel()
+
+
+def test_a_killed_demo_leaves_nothing_running(tmp_path: Path) -> None:
+    """SIGKILL to the demo itself: its services stop too."""
+    state = tmp_path / "state"
+    demo = subprocess.Popen([*DEMO, "--state-dir", str(state), "--", "/bin/sleep", "60"])
+    try:
+        deadline = time.monotonic() + 30
+        while not (state / "client.json").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        processes = json.loads((state / "processes.json").read_text())
+    finally:
+        demo.kill()
+        demo.wait()
+    deadline = time.monotonic() + 15
+    while any(_lives(entry["pid"]) for entry in processes) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not [entry["name"] for entry in processes if _lives(entry["pid"])]
+
+
+def test_a_role_that_cannot_start_is_reported(tmp_path: Path) -> None:
+    """A service that exits during start ends the demo with its last log lines."""
+    state = tmp_path / "state"
+    assert _demo("--state-dir", state, "--", "/bin/true").returncode == 0
+    (state / "secrets.json").chmod(0o600)
+    (state / "edge" / "cert.pem").unlink()
+    broken = json.loads((state / "secrets.json").read_text())
+    del broken["record-id-randomization"]
+    (state / "secrets.json").write_text(json.dumps(broken))
+    result = _demo("--state-dir", state, "--", "/bin/true")
+    assert result.returncode == 1
+    assert "lb1 exited with status" in result.stderr
+    assert "record-id-randomization" in result.stderr

@@ -1,0 +1,131 @@
+"""Plans for moving ranges."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from juicebox_hsm.errors import LocalError
+from juicebox_hsm.ids import FULL_RANGE, RECORD_ID_MAX, OwnedRange, next_record_id
+from roles.manager.planning import Owner, PlanRefused, covers, even_partition, gaps, plan
+from tests.unit.manager.fakes import group, record, subtract
+
+
+def _range(start: str, end: str) -> OwnedRange:
+    return OwnedRange(record(start), record(end, 0xFF))
+
+
+def test_three_equal_parts() -> None:
+    """The documented boundaries for three."""
+    parts = even_partition(3)
+    assert [part.start.hex()[:10] for part in parts] == ["0000000000", "5555555500", "aaaaaaaa00"]
+    assert [part.end.hex()[:10] for part in parts] == ["55555554ff", "aaaaaaa9ff", "ffffffffff"]
+
+
+@given(st.integers(1, 300))
+def test_even_partition_covers_everything(count: int) -> None:
+    """The parts are contiguous, in order, and cover the id space."""
+    parts = even_partition(count)
+    assert len(parts) == count
+    assert covers(parts, FULL_RANGE)
+    assert gaps(parts) == []
+
+
+@pytest.mark.parametrize("count", [0, -1, 1_000_001])
+def test_even_partition_limits(count: int) -> None:
+    """No parts and more than a million are refused."""
+    with pytest.raises(LocalError):
+        even_partition(count)
+
+
+def test_coverage_notices_gaps_and_overlaps() -> None:
+    """A missing id, a missing end and an overlap are each noticed."""
+    low, high = _range("00", "7f"), _range("80", "ff")
+    assert covers([high, low], FULL_RANGE)
+    assert not covers([low], FULL_RANGE)
+    assert not covers([low, _range("81", "ff")], FULL_RANGE)
+    assert not covers([low, _range("7f", "ff")], FULL_RANGE)
+    assert covers([low], _range("10", "20"))
+
+
+def test_gaps() -> None:
+    """What nobody owns is listed, in order."""
+    assert gaps([]) == [FULL_RANGE]
+    assert gaps([_range("20", "3f"), _range("60", "ff")]) == [_range("00", "1f"), _range("40", "5f")]
+
+
+def test_takes_from_an_empty_start() -> None:
+    """With nothing owned, steps go up from the target's start."""
+    owners = [Owner(group(1), _range("00", "7f")), Owner(group(2), _range("80", "ff"))]
+    steps = plan(group(9), owners, _range("40", "bf"))
+    assert [(step.source, step.range) for step in steps] == [
+        (group(1), _range("40", "7f")),
+        (group(2), _range("80", "bf")),
+    ]
+
+
+def test_gives_away_then_takes() -> None:
+    """What sticks out goes to the neighbour first; then below, then above."""
+    owners = [
+        Owner(group(1), _range("00", "3f")),
+        Owner(group(2), _range("40", "bf")),
+        Owner(group(3), _range("c0", "ff")),
+    ]
+    steps = plan(group(2), owners, _range("50", "df"))
+    assert [(step.source, step.destination, step.range) for step in steps] == [
+        (group(2), group(1), _range("40", "4f")),
+        (group(3), group(2), _range("c0", "df")),
+    ]
+
+
+def test_middle_of_a_source_is_refused() -> None:
+    """Cutting the middle out would leave a source with two ranges."""
+    with pytest.raises(PlanRefused, match="hole"):
+        plan(group(9), [Owner(group(1), FULL_RANGE)], _range("40", "7f"))
+
+
+def test_disjoint_destination_is_refused() -> None:
+    """A destination that owns something elsewhere cannot jump."""
+    owners = [Owner(group(1), _range("00", "7f")), Owner(group(2), _range("80", "ff"))]
+    with pytest.raises(PlanRefused, match="does not touch"):
+        plan(group(2), owners, _range("00", "3f"))
+
+
+def test_unowned_target_is_refused() -> None:
+    """What nobody owns cannot be taken."""
+    with pytest.raises(PlanRefused, match="nobody"):
+        plan(group(9), [Owner(group(1), _range("00", "7f"))], _range("40", "ff"))
+
+
+def test_nothing_to_do() -> None:
+    """Owning the target already needs no step."""
+    assert plan(group(1), [Owner(group(1), FULL_RANGE)], FULL_RANGE) == []
+
+
+@given(st.lists(st.integers(1, 255), unique=True, max_size=6), st.data())
+def test_plans_reach_the_target_by_legal_steps(cuts: list[int], data: st.DataObject) -> None:
+    """Whatever the layout, a plan's steps are each allowed, keep full coverage, and end at the target."""
+    starts = [record("00"), *(record(f"{cut:02x}") for cut in sorted(cuts))]
+    ends = [*(record(f"{cut - 1:02x}", 0xFF) for cut in sorted(cuts)), RECORD_ID_MAX]
+    layout = {group(index): OwnedRange(start, end) for index, (start, end) in enumerate(zip(starts, ends, strict=True))}
+    destination = group(data.draw(st.integers(0, len(layout))))
+    low, high = sorted(data.draw(st.tuples(st.integers(0, 255), st.integers(0, 255))))
+    target = _range(f"{low:02x}", f"{high:02x}")
+    try:
+        steps = plan(destination, [Owner(key, owned) for key, owned in layout.items()], target)
+    except PlanRefused:
+        return
+    for step in steps:
+        held = layout.pop(step.source)
+        assert held == step.range or held.split_at(step.range) is not None
+        rest = subtract(held, step.range)
+        if rest is not None:
+            layout[step.source] = rest
+        taken = layout.get(step.destination)
+        joined = step.range if taken is None else taken.join(step.range)
+        assert joined is not None
+        layout[step.destination] = joined
+        assert covers(list(layout.values()), FULL_RANGE)
+    assert layout[destination] == target
+    assert next_record_id(RECORD_ID_MAX) is None
