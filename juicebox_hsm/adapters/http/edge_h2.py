@@ -1,8 +1,8 @@
 """The HTTP/2 loop of the edge, around the sans-IO protocol of h2 (load-balancer.md 3 and 5; RFC 9113).
 
 One task reads; each request runs in a task of its own in the connection's nursery and is never cancelled by the
-client's reset or disconnect. Whoever has something to send calls `_flush`; if somebody is already sending, that one takes
-the new bytes along, so frames of many streams share packets and no lock is needed.
+client's reset or disconnect. Whoever has something to send calls `_flush`; if somebody is already sending, that one
+takes the new bytes along, so frames of many streams share packets and no lock is needed.
 
 Floods are bounded by counts per `h2_flood_window_s`: resets (CVE-2023-44487), control frames (pings, settings,
 priorities, window updates, empty data), and bytes that complete no frame. Handlers that outlive their reset streams
@@ -292,7 +292,8 @@ class H2Session:
         began_ns = time.perf_counter_ns()
         try:
             response = await self._handler(request)
-            await self._answer(request, response, time.perf_counter_ns() - began_ns)
+            if not request.dead:
+                await self._answer(request, response, time.perf_counter_ns() - began_ns)
         except Disconnected:
             self._reset(request.stream_id, ErrorCodes.CANCEL)
         except h2.exceptions.ProtocolError:
@@ -313,8 +314,6 @@ class H2Session:
         await self._flush()
 
     async def _answer(self, request: _H2Request, response: Response, elapsed_ns: int) -> None:
-        if request.dead:
-            return
         stream_id = request.stream_id
         headers = [
             (b":status", b"%d" % response.status),

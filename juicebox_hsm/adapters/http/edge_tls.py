@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import ssl
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,9 +30,9 @@ class LeafInfo:
 
     subject: str
     serial: str
-    not_after: datetime.datetime
+    not_after: dt.datetime
 
-    def remaining_days(self, now: datetime.datetime) -> float:
+    def remaining_days(self, now: dt.datetime) -> float:
         """Return the days until the certificate expires, negative afterwards."""
         return (self.not_after - now).total_seconds() / 86_400
 
@@ -104,7 +104,7 @@ class EdgeTls:
         self.context, self.leaf = load_edge_context(key_file, cert_file)
 
     def reload(self) -> LeafInfo:
-        """Read both files again and put them in service if they verify; raises `LocalError` and changes nothing else."""
+        """Read both files again and put them in service if they verify, else raise `LocalError`; nothing changes then."""
         context, leaf = load_edge_context(self._key_file, self._cert_file)
         self.context, self.leaf = context, leaf
         return leaf

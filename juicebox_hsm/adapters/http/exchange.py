@@ -28,11 +28,11 @@ REASONS: Final = {
 }
 
 
-class BodyTooLarge(Exception):  # noqa: N818  # an expected outcome of reading, always caught by the handler
+class BodyTooLarge(Exception):  # an expected outcome of reading, always caught by the handler
     """The body has more bytes than the handler allows; it was not read to its end."""
 
 
-class Disconnected(Exception):  # noqa: N818  # ends the exchange, not an error of ours
+class Disconnected(Exception):  # ends the exchange, not an error of ours
     """The client went away, or was too slow, before its request was complete."""
 
 

@@ -46,7 +46,7 @@ class EdgeLimits:
 
 
 def fit_connections(wanted: int) -> int:
-    """Raise the soft open-file limit to the hard one and return how many connections of `wanted` then fit (at least 1)."""
+    """Raise the soft open-file limit to the hard one; return how many connections of `wanted` then fit, at least 1."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         try:

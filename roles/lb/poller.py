@@ -1,0 +1,184 @@
+"""Keeps the routing table fresh: one polling task per agent, one for discovery (load-balancer.md 8.2, 8.3).
+
+Every answer changes only that agent's slice, so one hung agent delays nobody. A stream that is refused or reset takes
+the agent's routes away at once; silence does after `STALE_S`. The first reports of a leadership are remembered
+(`Route.since_s`) for as long as the agent reports it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Final
+
+import trio
+
+from juicebox_hsm.adapters.rpc import RpcError, RpcUnreachable
+from juicebox_hsm.errors import RealmError
+from juicebox_hsm.ports import Discovery, ServiceKind
+from juicebox_hsm.wire.rpc import AGENT_METHODS, AgentStatus, Empty, PeerRole
+from roles.lb.context import Log, Meter, RpcCaller
+from roles.lb.routing import AgentSlice, RouteKey, RoutingTable, build_table, slice_of
+
+POLL_S: Final = 0.1
+POLL_JITTER: Final = 0.2
+BACKOFF_S_MAX: Final = 2.0
+DISCOVERY_S: Final = 1.0
+STALE_S: Final = 3.0
+"""An agent that has not answered for this long loses its routes (load-balancer.md 8.2); also the time-out of a poll."""
+
+FORCED_EVERY_S: Final = 0.05
+"""Forced refreshes start at most this often (load-balancer.md 8.3)."""
+
+FORCED_S_MAX: Final = 0.5
+"""A forced refresh waits no longer for slow agents (own: official clients lose patience after some 75 ms anyway)."""
+
+_STATUS: Final = AGENT_METHODS["status"]
+_EMPTY: Final = Empty()
+
+
+class _Agent:
+    """One agent of discovery. Polls may overlap with forced ones: `applied` keeps an older answer from winning."""
+
+    __slots__ = ("applied", "asked", "good_at", "known", "scope", "slice", "url", "warned")
+
+    def __init__(self, url: str, now_s: float) -> None:
+        self.url = url
+        self.scope = trio.CancelScope()
+        self.slice = AgentSlice()
+        self.known: dict[RouteKey, float] = {}
+        self.asked = 0
+        self.applied = 0
+        self.good_at = now_s
+        self.warned = False
+
+
+class Poller:
+    """The routing table's keeper. `run` must be running; `table` is always a complete, immutable table."""
+
+    def __init__(
+        self,
+        rpc: RpcCaller,
+        discovery: Discovery,
+        *,
+        now_ms: Callable[[], int],
+        rng: random.Random,
+        metrics: Meter,
+        log: Log,
+    ) -> None:
+        self.table = RoutingTable()
+        self._rpc = rpc
+        self._discovery = discovery
+        self._now_ms = now_ms
+        self._rng = rng
+        self._metrics = metrics
+        self._log = log
+        self._agents: dict[str, _Agent] = {}
+        self._changed = trio.Event()
+        self._nursery: trio.Nursery | None = None
+        self._forced: trio.Event | None = None
+        self._forced_at = -FORCED_EVERY_S
+
+    async def run(
+        self, first_s: float = FORCED_S_MAX, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """Poll until cancelled; reports started when all agents were asked once, after `first_s` at the latest."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            await self._refresh(trio.Event(), first_s)
+            task_status.started()
+            while True:
+                await trio.sleep(DISCOVERY_S)
+                await self._discover()
+
+    async def wait_changed(self) -> None:
+        """Return when a new table was published after this call."""
+        await self._changed.wait()
+
+    async def refresh(self) -> None:
+        """Ask discovery and all agents now. Concurrent callers share one refresh; slow agents are not waited for."""
+        if self._forced is None:
+            if self._nursery is None:
+                return
+            self._forced = trio.Event()
+            self._nursery.start_soon(self._refresh, self._forced, FORCED_S_MAX)
+        await self._forced.wait()
+
+    async def _refresh(self, done: trio.Event, patience_s: float) -> None:
+        try:
+            await trio.sleep(max(0.0, self._forced_at + FORCED_EVERY_S - trio.current_time()))
+            self._forced_at = began = trio.current_time()
+            with trio.move_on_after(patience_s):
+                await self._discover()
+                async with trio.open_nursery() as nursery:
+                    for agent in list(self._agents.values()):
+                        nursery.start_soon(self._ask, agent)
+            self._metrics.timing("load_balancer.refresh.time.ns", int((trio.current_time() - began) * 1e9))
+        finally:
+            self._forced = None
+            done.set()
+
+    async def _discover(self) -> None:
+        try:
+            found = await self._discovery.list(self._now_ms(), ServiceKind.AGENT)
+        except RealmError as error:
+            self._log.warning("cannot read discovery; known agents stay in use", error=str(error))
+            return
+        urls = {entry.url for entry in found}
+        for url in urls - self._agents.keys():
+            agent = self._agents[url] = _Agent(url, trio.current_time())
+            if self._nursery is not None:
+                self._nursery.start_soon(self._poll_forever, agent)
+        for url in self._agents.keys() - urls:
+            agent = self._agents.pop(url)
+            agent.scope.cancel()
+            self._publish()
+
+    async def _poll_forever(self, agent: _Agent) -> None:
+        pause_s = POLL_S
+        with agent.scope:
+            while True:
+                await trio.sleep(pause_s * self._rng.uniform(1 - POLL_JITTER, 1 + POLL_JITTER))
+                pause_s = POLL_S if await self._ask(agent) else min(2 * pause_s, BACKOFF_S_MAX)
+
+    async def _ask(self, agent: _Agent) -> bool:
+        """Poll an agent once; False when it did not answer."""
+        agent.asked += 1
+        number = agent.asked
+        try:
+            status: AgentStatus = await self._rpc.call(
+                agent.url, _STATUS, _EMPTY, timeout_s=STALE_S, server=PeerRole.AGENT
+            )
+        except RpcError as error:
+            silent = trio.current_time() - agent.good_at >= STALE_S
+            if number > agent.applied and (silent or isinstance(error, RpcUnreachable)):
+                agent.applied = number
+                self._set_slice(agent, AgentSlice(agent.slice.realm))
+            if not agent.warned:
+                agent.warned = True
+                self._log.warning("agent does not answer", agent=agent.url, error=str(error))
+            return False
+        now = trio.current_time()
+        agent.good_at = now
+        agent.warned = False
+        if number > agent.applied:
+            agent.applied = number
+            fresh = slice_of(agent.url, status, now, agent.known)
+            agent.known = {route.key: route.since_s for route in fresh.routes}
+            self._set_slice(agent, fresh)
+        return True
+
+    def _set_slice(self, agent: _Agent, fresh: AgentSlice) -> None:
+        old = agent.slice
+        agent.slice = fresh
+        if self._agents.get(agent.url) is agent and (self.table.contested or not fresh.same_shape(old)):
+            self._publish()
+
+    def _publish(self) -> None:
+        """Swap the table; committed indexes alone are not worth it unless claims compete."""
+        self.table = build_table(agent.slice for agent in self._agents.values())
+        self._metrics.gauge("load_balancer.routes", self.table.route_count)
+        gaps = sum(len(self.table.gaps(realm)) for realm in self.table.realms)
+        self._metrics.gauge("load_balancer.unrouted_ranges", gaps)
+        changed, self._changed = self._changed, trio.Event()
+        changed.set()

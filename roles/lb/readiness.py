@@ -1,0 +1,65 @@
+"""Why a balancer is not ready (load-balancer.md 5.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from juicebox_hsm.adapters.http.drain import DrainController, LifePhase
+from juicebox_hsm.adapters.secrets_file import REFRESH_S
+from juicebox_hsm.ids import OwnedRange, RecordId
+from roles.lb.guard import RealmGuard
+from roles.lb.poller import Poller
+
+SECRETS_AGE_S_MAX: Final = 10 * REFRESH_S
+"""Secrets older than ten refresh intervals make a balancer not ready."""
+
+
+def _short(record: RecordId) -> str:
+    """Shorten a record id for people: a run of more than 3 bytes 00 or ff at its end becomes `...`."""
+    last = record[-1:]
+    kept = record.rstrip(last) if last in {b"\x00", b"\xff"} else record
+    return record.hex() if len(record) - len(kept) <= 3 else f"{(kept + last).hex()}..."
+
+
+def _range(gap: OwnedRange) -> str:
+    return f"[{_short(gap.start)}-{_short(gap.end)}]"
+
+
+class Readiness:
+    """Judges the balancer: live, at least one realm fully routed, fresh secrets."""
+
+    def __init__(
+        self, *, drain: DrainController, poller: Poller, guard: RealmGuard, secrets_age_s: Callable[[], float]
+    ) -> None:
+        self._drain = drain
+        self._poller = poller
+        self._guard = guard
+        self._secrets_age_s = secrets_age_s
+
+    def reasons(self) -> list[str]:
+        """Return one reason per line, none when ready."""
+        reasons: list[str] = []
+        if self._drain.phase is not LifePhase.LIVE:
+            reasons.append("shutting down")
+        age_s = self._secrets_age_s()
+        if age_s > SECRETS_AGE_S_MAX:
+            reasons.append(f"secrets stale for {age_s:.0f}s")
+        return reasons + self._unrouted()
+
+    def _unrouted(self) -> list[str]:
+        """Return why no realm is fully served, nothing as soon as one is."""
+        table = self._poller.table
+        if not table.realms:
+            return ["no realms"]
+        reasons: list[str] = []
+        for realm in sorted(table.realms):
+            found = [f"realm {realm.hex()}: no leader for {_range(gap)}" for gap in table.gaps(realm)]
+            if realm in self._guard.refused:
+                found.append(f"realm {realm.hex()}: used with another record-id key")
+            elif realm not in self._guard.allowed:
+                found.append(f"realm {realm.hex()}: record-id key not checked yet")
+            if not found:
+                return []
+            reasons += found
+        return reasons
