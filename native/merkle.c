@@ -66,19 +66,19 @@ jbm_status jbm_tree_root(const jbm_tree *tree, uint8_t *root)
 jbm_status jbm_tree_valid_roots(const jbm_tree *tree, jbm_buffer *roots)
 {
     const overlay *o = &tree->overlay;
-    jbm_status status = buffer_reserve(roots, (o->roots.count + 1) * JBM_HASH_BYTES);
+    jbm_status status = buffer_reserve(roots, (o->used + 1) * JBM_HASH_BYTES);
 
     if (status != JBM_OK)
         return status;
     memcpy(roots->data, o->latest, JBM_HASH_BYTES);
     roots->size = JBM_HASH_BYTES;
-    for (size_t i = 0; i <= o->roots.mask; i++) {
-        for (const entry *e = o->roots.buckets[i]; e != NULL; e = e->next) {
-            if (memcmp(e->hash, o->latest, JBM_HASH_BYTES) == 0)
-                continue;
-            memcpy(roots->data + roots->size, e->hash, JBM_HASH_BYTES);
-            roots->size += JBM_HASH_BYTES;
-        }
+    for (size_t i = 0; i < o->used; i++) {
+        const uint8_t *root = overlay_root(o, i);
+
+        if (root == NULL)
+            continue;
+        memcpy(roots->data + roots->size, root, JBM_HASH_BYTES);
+        roots->size += JBM_HASH_BYTES;
     }
     return JBM_OK;
 }

@@ -1,4 +1,4 @@
-/* The overlay: recent deltas by hash, with reference counts, and the roots before them (merkle.md 5). */
+/* The overlay: the nodes of recent deltas by hash, and the roots before them (merkle.md 5). */
 #include "merkle_parts.h"
 
 #include <stdlib.h>
@@ -20,20 +20,6 @@ static jbm_status table_start(entry_table *table)
     table->mask = BUCKETS_FIRST - 1;
     table->count = 0;
     return table->buckets != NULL ? JBM_OK : JBM_NO_MEMORY;
-}
-
-static void table_end(entry_table *table)
-{
-    for (size_t i = 0; table->buckets != NULL && i <= table->mask; i++) {
-        entry *next;
-
-        for (entry *e = table->buckets[i]; e != NULL; e = next) {
-            next = e->next;
-            free(e);
-        }
-    }
-    free(table->buckets);
-    table->buckets = NULL;
 }
 
 static entry *table_find(const entry_table *table, const uint8_t *hash)
@@ -81,49 +67,14 @@ static void table_link(entry_table *table, entry *e)
     table->count++;
 }
 
-/* Drop one reference, and the entry with the last. */
-static void table_release(entry_table *table, entry *e)
+static void table_unlink(entry_table *table, const entry *e)
 {
     entry **link = &table->buckets[bucket_of(table, e->hash)];
 
-    if (--e->references > 0)
-        return;
     while (*link != e)
         link = &(*link)->next;
     *link = e->next;
     table->count--;
-    free(e);
-}
-
-/* Find the entry of `hash`, or make one with no reference that is not yet linked. */
-static entry *entry_for(const entry_table *table, const uint8_t *hash, const uint8_t *node, size_t size)
-{
-    entry *e = table_find(table, hash);
-
-    if (e != NULL)
-        return e;
-    e = malloc(sizeof *e + size);
-    if (e == NULL)
-        return NULL;
-    e->next = NULL;
-    e->references = 0;
-    e->size = (uint32_t)size;
-    memcpy(e->hash, hash, JBM_HASH_BYTES);
-    if (size > 0)
-        memcpy(e->node, node, size);
-    return e;
-}
-
-static void entry_discard(entry *e)
-{
-    if (e != NULL && e->references == 0)
-        free(e);
-}
-
-static void entry_keep(entry_table *table, entry *e)
-{
-    if (e->references++ == 0)
-        table_link(table, e);
 }
 
 jbm_status overlay_start(overlay *o, const uint8_t *root, size_t capacity)
@@ -142,12 +93,11 @@ jbm_status overlay_start(overlay *o, const uint8_t *root, size_t capacity)
 void overlay_end(overlay *o)
 {
     for (size_t i = 0; i < o->used; i++)
-        free(o->ring[(o->first + i) % o->capacity].added);
+        free(o->ring[(o->first + i) % o->capacity]);
     free(o->ring);
-    o->ring = NULL;
-    o->used = 0;
-    table_end(&o->nodes);
-    table_end(&o->roots);
+    free(o->nodes.buckets);
+    free(o->roots.buckets);
+    memset(o, 0, sizeof *o);
 }
 
 bool overlay_knows(const overlay *o, const uint8_t *root)
@@ -160,46 +110,66 @@ const entry *overlay_node(const overlay *o, const uint8_t *hash)
     return table_find(&o->nodes, hash);
 }
 
+const uint8_t *overlay_root(const overlay *o, size_t n)
+{
+    const entry *e = &o->ring[(o->first + n) % o->capacity]->root_before;
+    bool repeated = table_find(&o->roots, e->hash) != e || memcmp(e->hash, o->latest, JBM_HASH_BYTES) == 0;
+
+    return repeated ? NULL : e->hash;
+}
+
 static void drop_oldest(overlay *o)
 {
-    change *oldest = &o->ring[o->first];
+    change *oldest = o->ring[o->first];
 
     for (size_t i = 0; i < oldest->count; i++)
-        table_release(&o->nodes, oldest->added[i]);
-    table_release(&o->roots, oldest->root_before);
-    free(oldest->added);
+        table_unlink(&o->nodes, &oldest->added[i]);
+    table_unlink(&o->roots, &oldest->root_before);
+    free(oldest);
     o->first = (o->first + 1) % o->capacity;
     o->used--;
 }
 
+/* Copy the latest root and the added nodes into one block; nothing is linked yet. */
+static change *change_new(const overlay *o, const delta_item *adds, size_t count)
+{
+    size_t size = sizeof(change) + count * sizeof(entry);
+    change *made;
+    uint8_t *to;
+
+    for (size_t i = 0; i < count; i++)
+        size += adds[i].node_size;
+    made = malloc(size);
+    if (made == NULL)
+        return NULL;
+    memset(&made->root_before, 0, sizeof made->root_before);
+    memcpy(made->root_before.hash, o->latest, JBM_HASH_BYTES);
+    made->count = count;
+    to = (uint8_t *)(made->added + count);
+    for (size_t i = 0; i < count; i++) {
+        entry *e = &made->added[i];
+
+        e->next = NULL;
+        e->node = to;
+        e->size = adds[i].node_size;
+        memcpy(e->hash, adds[i].hash, JBM_HASH_BYTES);
+        memcpy(to, adds[i].node, adds[i].node_size);
+        to += adds[i].node_size;
+    }
+    return made;
+}
+
 jbm_status overlay_push(overlay *o, const uint8_t *root, const delta_item *adds, size_t count)
 {
-    change made = {.root_before = entry_for(&o->roots, o->latest, NULL, 0), .count = count};
-    size_t ready = 0;
+    change *made = change_new(o, adds, count);
 
-    made.added = malloc((count > 0 ? count : 1) * sizeof(entry *));
-    if (made.root_before != NULL && made.added != NULL) {
-        while (ready < count) {
-            entry *e = entry_for(&o->nodes, adds[ready].hash, adds[ready].node, adds[ready].node_size);
-
-            if (e == NULL)
-                break;
-            made.added[ready++] = e;
-        }
-    }
-    if (made.root_before == NULL || made.added == NULL || ready < count) {
-        for (size_t i = 0; i < ready; i++)
-            entry_discard(made.added[i]);
-        entry_discard(made.root_before);
-        free(made.added);
+    if (made == NULL)
         return JBM_NO_MEMORY;
-    }
-    /* From here on nothing fails. New references come before old ones go: a node may be in both changes. */
-    for (size_t i = 0; i < count; i++)
-        entry_keep(&o->nodes, made.added[i]);
-    entry_keep(&o->roots, made.root_before);
-    if (o->used == o->capacity)
+    if (o->used == o->capacity) /* from here on nothing fails */
         drop_oldest(o);
+    for (size_t i = 0; i < count; i++)
+        table_link(&o->nodes, &made->added[i]);
+    table_link(&o->roots, &made->root_before);
     o->ring[(o->first + o->used) % o->capacity] = made;
     o->used++;
     memcpy(o->latest, root, JBM_HASH_BYTES);

@@ -122,12 +122,14 @@ jbm_status buffer_reserve(jbm_buffer *buffer, size_t size);
 
 /* ---- the overlay (merkle_overlay.c) ---- */
 
+/* An element of a chained table. The same hash may be in a table more than once, each entry owned by the change
+ * that added it: a node stays known while any change that added it is retained, which is what counting references
+ * would come to. */
 typedef struct entry {
     struct entry *next;
+    const uint8_t *node;
     uint8_t hash[JBM_HASH_BYTES];
-    uint32_t references;
     uint32_t size;
-    uint8_t node[];
 } entry;
 
 typedef struct {
@@ -136,17 +138,18 @@ typedef struct {
     size_t count;
 } entry_table;
 
+/* One retained delta, a single block of memory: its entries are followed by the nodes they point to. */
 typedef struct {
-    entry *root_before;
-    entry **added;
+    entry root_before;
     size_t count;
+    entry added[];
 } change;
 
 typedef struct {
     uint8_t latest[JBM_HASH_BYTES];
     entry_table nodes; /* added by the retained changes */
     entry_table roots; /* before each retained change */
-    change *ring;
+    change **ring;
     size_t capacity, first, used;
 } overlay;
 
@@ -154,6 +157,8 @@ jbm_status overlay_start(overlay *o, const uint8_t *root, size_t capacity);
 void overlay_end(overlay *o);
 bool overlay_knows(const overlay *o, const uint8_t *root);
 const entry *overlay_node(const overlay *o, const uint8_t *hash);
+/* The root before the n-th retained change, NULL if it is met elsewhere or the latest; n < o->used. */
+const uint8_t *overlay_root(const overlay *o, size_t n);
 /* Retain a change to `root`; on failure nothing has changed. */
 jbm_status overlay_push(overlay *o, const uint8_t *root, const delta_item *adds, size_t count);
 
