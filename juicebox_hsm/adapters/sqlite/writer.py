@@ -175,6 +175,10 @@ class Writer:
                 lost = translate(error, self._path)
                 for job in group:
                     job.error = job.error or lost
+            except BaseException as error:  # noqa: BLE001 - a dead writer would leave its tasks waiting for ever
+                self._roll_back()
+                for job in group:
+                    job.error = error
             try:
                 self._token.run_sync_soon(_wake, group)
             except trio.RunFinishedError:

@@ -1,0 +1,217 @@
+"""Group commit: what shares a transaction, what an error undoes, what is acknowledged when."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import apsw
+import pytest
+import trio
+import trio.testing
+
+from juicebox_hsm.adapters.sqlite.backend import _open_files
+from juicebox_hsm.adapters.sqlite.reads import fetch, fetch_one
+from juicebox_hsm.adapters.sqlite.schema import connect
+from juicebox_hsm.adapters.sqlite.writer import CHECKPOINT_BYTES, Operation, Writer
+from juicebox_hsm.errors import InvariantViolation, check
+from juicebox_hsm.ports import StoreUnavailable
+
+TIMEOUT_S = 3.0
+
+
+def put(name: str, size: int = 1) -> Operation[str]:
+    """Return an operation that writes a setting and gives its name back."""
+
+    def write(db: apsw.Connection) -> str:
+        db.execute("INSERT INTO settings VALUES (?, zeroblob(?))", (name, size))
+        return name
+
+    return write
+
+
+@asynccontextmanager
+async def opened(path: Path) -> AsyncIterator[Writer]:
+    """Run a writer without maintenance."""
+    lock, connection = _open_files(path)
+    writer = Writer(path, connection, lock, lambda: None, lambda: TIMEOUT_S)
+    writer.start()
+    try:
+        yield writer
+    finally:
+        await writer.close()
+
+
+def names(path: Path) -> list[str]:
+    """Return the settings another connection sees."""
+    connection = connect(path, 100)
+    try:
+        return [name for (name,) in fetch(connection, "SELECT name FROM settings ORDER BY name")]
+    finally:
+        connection.close()
+
+
+async def test_what_waits_shares_a_transaction(tmp_path: Path) -> None:
+    """Operations that arrive while one is in progress are committed together, each with its own result."""
+    release = threading.Event()
+    results: list[str] = []
+    commits: list[int] = []
+    transactions: list[int] = []
+
+    def count(_: object, __: str, ___: int) -> int:
+        commits.append(1)
+        return 0
+
+    def hold(db: apsw.Connection) -> None:
+        release.wait(TIMEOUT_S)
+        db.set_wal_hook(count)
+        db.execute("INSERT INTO tenants VALUES ('t', 1)")
+        transactions.append(fetch_one(db, "SELECT count(*) FROM settings"))
+
+    def seen(db: apsw.Connection) -> None:
+        transactions.append(fetch_one(db, "SELECT count(*) FROM settings"))
+
+    async with opened(tmp_path / "f.db") as writer:
+
+        async def one(number: int) -> None:
+            results.append(await writer.run(put(f"{number:02}")))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(writer.run, hold)
+            await trio.testing.wait_all_tasks_blocked()
+            for number in range(20):
+                nursery.start_soon(one, number)
+            await trio.testing.wait_all_tasks_blocked()
+            release.set()
+        assert len(commits) == 2, "the one held, then all that waited"
+        assert sorted(results) == [f"{number:02}" for number in range(20)]
+        await writer.run(seen)
+    assert transactions == [0, 20]
+
+
+async def test_an_error_undoes_only_its_own_operation(tmp_path: Path) -> None:
+    """A failing operation of a group raises in its task; its neighbours are kept, its own writes are not."""
+    release = threading.Event()
+    errors: list[str] = []
+
+    def fails(db: apsw.Connection) -> None:
+        put("half")(db)
+        raise KeyError("mine")
+
+    def broken(db: apsw.Connection) -> None:
+        put("never")(db)
+        check(0, "broken")
+
+    async with opened(tmp_path / "f.db") as writer:
+
+        async def expect(operation: Operation[None], error: type[BaseException]) -> None:
+            with pytest.raises(error):
+                await writer.run(operation)
+            errors.append(error.__name__)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(writer.run, lambda _: release.wait(TIMEOUT_S))
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(writer.run, put("a"))
+            nursery.start_soon(expect, fails, KeyError)
+            nursery.start_soon(expect, broken, InvariantViolation)
+            nursery.start_soon(writer.run, put("b"))
+            await trio.testing.wait_all_tasks_blocked()
+            release.set()
+        await expect(fails, KeyError)
+    assert sorted(errors) == ["InvariantViolation", "KeyError", "KeyError"]
+    assert names(tmp_path / "f.db") == ["a", "b"]
+
+
+async def test_acknowledged_means_visible_to_others(tmp_path: Path) -> None:
+    """When `run` returns, another connection sees the write."""
+    async with opened(tmp_path / "f.db") as writer:
+        for number in range(5):
+            await writer.run(put(str(number)))
+            assert len(names(tmp_path / "f.db")) == number + 1
+
+
+async def test_cancellation_never_leaves_an_outcome_open(tmp_path: Path) -> None:
+    """A task cancelled while it waits still learns the result; cancelled before, nothing is written."""
+    release = threading.Event()
+    async with opened(tmp_path / "f.db") as writer, trio.open_nursery() as nursery:
+        nursery.start_soon(writer.run, lambda _: release.wait(TIMEOUT_S))
+        await trio.testing.wait_all_tasks_blocked()
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await writer.run(put("before"))
+        assert scope.cancelled_caught
+        with trio.CancelScope() as scope:
+            nursery.start_soon(_cancel_then_release, scope, release)
+            assert await writer.run(put("during")) == "during"
+        assert not scope.cancelled_caught
+    assert names(tmp_path / "f.db") == ["during"]
+
+
+async def _cancel_then_release(scope: trio.CancelScope, release: threading.Event) -> None:
+    await trio.testing.wait_all_tasks_blocked()
+    scope.cancel()
+    release.set()
+
+
+async def test_closing_commits_what_is_queued(tmp_path: Path) -> None:
+    """Operations queued before closing are committed; later ones are refused."""
+    async with opened(tmp_path / "f.db") as writer, trio.open_nursery() as nursery:
+        for number in range(600):
+            writer.post(put(f"{number:03}"))
+        nursery.start_soon(writer.run, put("last"))
+        await trio.testing.wait_all_tasks_blocked()
+    with pytest.raises(StoreUnavailable):
+        await writer.run(put("late"))
+    assert len(names(tmp_path / "f.db")) == 601
+
+
+async def test_the_log_file_stays_bounded(tmp_path: Path) -> None:
+    """Checkpoints keep the write-ahead log near its bound, also after a reader was in the way, and end with it."""
+    log = tmp_path / "f.db-wal"
+    async with opened(tmp_path / "f.db") as writer:
+        for number in range(30):
+            await writer.run(put(f"a{number}", 1 << 20))
+        assert log.stat().st_size < CHECKPOINT_BYTES + (4 << 20)
+        reader = connect(tmp_path / "f.db", 100)
+        cursor = reader.execute("SELECT name FROM settings")
+        for number in range(20):
+            await writer.run(put(f"b{number}", 1 << 20))
+        cursor.close()
+        reader.close()
+        for number in range(30):
+            await writer.run(put(f"c{number}", 1 << 20))
+        assert writer._wal_pages * 4096 < CHECKPOINT_BYTES + (2 << 20)
+    assert not log.exists()
+
+
+async def test_trouble_of_the_file_is_unavailable(tmp_path: Path) -> None:
+    """When COMMIT fails every operation of the group raises StoreUnavailable and none is kept; later ones work."""
+    release = threading.Event()
+    raised: list[BaseException] = []
+
+    def hold(db: apsw.Connection) -> None:
+        failing = iter((True,))  # this operation writes nothing: the next commit is the first
+        db.set_commit_hook(lambda: next(failing, False))
+        release.wait(TIMEOUT_S)
+
+    async with opened(tmp_path / "f.db") as writer:
+
+        async def one(name: str) -> None:
+            try:
+                await writer.run(put(name))
+            except StoreUnavailable as error:
+                raised.append(error)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(writer.run, hold)
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(one, "a")
+            nursery.start_soon(one, "b")
+            await trio.testing.wait_all_tasks_blocked()
+            release.set()
+        assert len(raised) == 2
+        await writer.run(put("c"))
+    assert names(tmp_path / "f.db") == ["c"]
