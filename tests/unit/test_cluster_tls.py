@@ -113,7 +113,8 @@ async def test_client_without_certificate_is_refused(ca: Path, agent: Path) -> N
     plain = ssl.create_default_context(cafile=str(ca / "ca.pem"))
     plain.check_hostname = False
     server, _ = await handshake(ClusterTls.load(agent).server_context, plain)
-    assert isinstance(server, Exception)
+    assert isinstance(server, trio.BrokenResourceError)
+    assert "PEER_DID_NOT_RETURN_A_CERTIFICATE" in str(server.__cause__)
 
 
 async def test_edge_certificate_is_refused(agent: Path, tmp_path: Path) -> None:

@@ -292,6 +292,58 @@ async def test_cancelled_caller_leaves_the_stream_whole(autojump_clock: trio.tes
         assert not client._calls
 
 
+async def test_cancelled_callers_keep_their_places(autojump_clock: trio.testing.MockClock) -> None:
+    """There is no cancel frame: what was sent stays in flight, so that our limit is the one the server counts."""
+    gate = Gate()
+    async with connected({"wait": gate}) as (_, client):
+        async with trio.open_nursery() as nursery:
+            for _ in range(IN_FLIGHT_MAX):
+                nursery.start_soon(lambda: client.call(WAIT, body(), timeout_s=5))
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.cancel_scope.cancel()
+        with pytest.raises(RpcFailed) as caught:
+            await client.call(WAIT, body(), timeout_s=1)
+        assert caught.value.code is RpcCode.DEADLINE_EXCEEDED
+        assert not caught.value.maybe_delivered
+        gate.opened.set()
+        assert await client.call(WAIT, body(), timeout_s=1) == AppOk(b"hello")
+
+
+async def test_lost_stream_ends_the_waiting_for_a_turn(autojump_clock: trio.testing.MockClock) -> None:
+    """Callers that wait for a turn learn at once that none will come, and that nothing was delivered."""
+    gate = Gate()
+    delivered: list[bool] = []
+    async with connected({"wait": gate}) as (_, client), trio.open_nursery() as nursery:
+
+        async def call() -> None:
+            with pytest.raises(RpcUnreachable) as caught:
+                await client.call(WAIT, body(), timeout_s=60)
+            delivered.append(caught.value.maybe_delivered)
+
+        for _ in range(IN_FLIGHT_MAX + 5):
+            nursery.start_soon(call)
+        await trio.testing.wait_all_tasks_blocked()
+        began = trio.current_time()
+        client.stream.stop("test")
+        await trio.testing.wait_all_tasks_blocked()
+        assert trio.current_time() == began
+        assert (delivered.count(True), delivered.count(False)) == (IN_FLIGHT_MAX, 5)
+        gate.opened.set()
+
+
+async def test_call_id_of_a_running_body_is_taken(autojump_clock: trio.testing.MockClock) -> None:
+    """An id cannot be used again while its body runs, even after its deadline was answered."""
+    gate = Gate()
+    async with raw_client({"wait": gate}) as (server, peer):
+        await peer.hello()
+        await peer.stream.send_all(frames.encode_request(1, "wait", 30, None, body()))
+        assert await peer.next_frame() == frames.Failure(1, RpcCode.DEADLINE_EXCEEDED)
+        await peer.stream.send_all(frames.encode_request(1, "wait", 30, None, body()))
+        assert await peer.until_closed() == []
+        assert server.bodies == 1
+        gate.opened.set()
+
+
 async def test_caller_is_told_and_closed_is_set(autojump_clock: trio.testing.MockClock) -> None:
     """A handler knows role and stream of its caller, and learns of the stream's end."""
     seen: list[server_module.Caller] = []

@@ -6,10 +6,10 @@ import pytest
 import trio
 import trio.testing
 
-from juicebox_hsm.adapters.rpc import RpcConnection, RpcUnreachable, frames
+from juicebox_hsm.adapters.rpc import RpcConnection, RpcFailed, RpcUnreachable, frames
 from juicebox_hsm.adapters.rpc import streams as streams_module
 from juicebox_hsm.adapters.rpc.streams import SEND_S
-from juicebox_hsm.wire.rpc import AppOk
+from juicebox_hsm.wire.rpc import AppOk, RpcCode
 
 from .harness import ECHO, Gate, RawPeer, body, connected, echo, raw_client, raw_server
 
@@ -192,14 +192,28 @@ async def test_stopped_process_does_not_accuse_its_peers(autojump_clock: trio.te
         assert client.open
 
 
-async def test_deadlines_far_below_the_tick(autojump_clock: trio.testing.MockClock) -> None:
-    """A short deadline wakes the ticker earlier than its next ping would."""
-    gate = Gate()
-    async with connected({"echo": gate}) as (_, client):
-        await trio.sleep(0.01)
+async def test_client_deadline_below_the_tick(autojump_clock: trio.testing.MockClock) -> None:
+    """A short deadline of a caller wakes the ticker earlier than its next ping would."""
+    async with raw_server() as (peer, client, _):
+        await peer.hello()
+        await client.greeted.wait()
+        await trio.testing.wait_all_tasks_blocked()
         began = trio.current_time()
-        with pytest.raises(Exception, match="DeadlineExceeded"):
+        with pytest.raises(RpcFailed, match="DeadlineExceeded") as caught:
             await client.call(ECHO, body(), timeout_s=0.03)
+        assert caught.value.maybe_delivered
+        assert trio.current_time() - began == pytest.approx(0.03, abs=0.01)
+
+
+async def test_server_deadline_below_the_tick(autojump_clock: trio.testing.MockClock) -> None:
+    """The server answers a short deadline in time as well, for callers that do not watch it themselves."""
+    gate = Gate()
+    async with raw_client({"echo": gate}) as (_, peer):
+        await peer.hello()
+        await trio.testing.wait_all_tasks_blocked()
+        began = trio.current_time()
+        await peer.stream.send_all(frames.encode_request(0, "echo", 30, None, body()))
+        assert await peer.next_frame() == frames.Failure(0, RpcCode.DEADLINE_EXCEEDED)
         assert trio.current_time() - began == pytest.approx(0.03, abs=0.01)
         gate.opened.set()
 

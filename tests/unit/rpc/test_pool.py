@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from itertools import pairwise
 
 import pytest
@@ -333,6 +333,13 @@ async def test_too_many_streams_are_closed(monkeypatch: pytest.MonkeyPatch) -> N
         with pytest.raises(RpcUnreachable):
             await second.call(url, ECHO, body(), timeout_s=5)
         assert await first.call(url, ECHO, body(), timeout_s=5) == AppOk(b"hello")
+        first.close()
+        with trio.fail_after(5):
+            while True:
+                second.forget(url)  # no backoff
+                with suppress(RpcUnreachable):
+                    assert await second.call(url, ECHO, body(), timeout_s=5) == AppOk(b"hello")
+                    break
 
 
 async def test_timings_by_method_peer_and_result() -> None:
