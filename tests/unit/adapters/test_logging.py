@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import enum
 import io
 import json
@@ -50,6 +51,7 @@ def restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     logging.configure("info", json=True)
     root.handlers[:] = handlers
     root.setLevel(level)
+    atexit.unregister(logging.report_suppressed)
 
 
 @pytest.fixture
