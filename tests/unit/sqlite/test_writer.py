@@ -32,6 +32,25 @@ def put(name: str, size: int = 1) -> Operation[str]:
     return write
 
 
+class Held:
+    """An operation that holds its transaction open until it is released, after doing `first`."""
+
+    def __init__(self, first: Operation[None] = lambda _: None) -> None:
+        self.first = first
+        self.begun = threading.Event()
+        self.release = threading.Event()
+
+    def __call__(self, db: apsw.Connection) -> None:
+        self.first(db)
+        self.begun.set()
+        self.release.wait(TIMEOUT_S)
+
+    async def start(self, nursery: trio.Nursery, writer: Writer) -> None:
+        """Queue the operation and return when the writer is in it, alone in its group."""
+        nursery.start_soon(writer.run, self)
+        assert await trio.to_thread.run_sync(self.begun.wait, TIMEOUT_S)
+
+
 @asynccontextmanager
 async def opened(path: Path) -> AsyncIterator[Writer]:
     """Run a writer without maintenance."""
@@ -55,7 +74,6 @@ def names(path: Path) -> list[str]:
 
 async def test_what_waits_shares_a_transaction(tmp_path: Path) -> None:
     """Operations that arrive while one is in progress are committed together, each with its own result."""
-    release = threading.Event()
     results: list[str] = []
     commits: list[int] = []
     transactions: list[int] = []
@@ -64,36 +82,34 @@ async def test_what_waits_shares_a_transaction(tmp_path: Path) -> None:
         commits.append(1)
         return 0
 
-    def hold(db: apsw.Connection) -> None:
-        release.wait(TIMEOUT_S)
+    def first(db: apsw.Connection) -> None:
         db.set_wal_hook(count)
         db.execute("INSERT INTO tenants VALUES ('t', 1)")
-        transactions.append(fetch_one(db, "SELECT count(*) FROM settings"))
 
     def seen(db: apsw.Connection) -> None:
         transactions.append(fetch_one(db, "SELECT count(*) FROM settings"))
 
+    hold = Held(first)
     async with opened(tmp_path / "f.db") as writer:
 
         async def one(number: int) -> None:
             results.append(await writer.run(put(f"{number:02}")))
 
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(writer.run, hold)
-            await trio.testing.wait_all_tasks_blocked()
+            await hold.start(nursery, writer)
             for number in range(20):
                 nursery.start_soon(one, number)
             await trio.testing.wait_all_tasks_blocked()
-            release.set()
+            hold.release.set()
         assert len(commits) == 2, "the one held, then all that waited"
         assert sorted(results) == [f"{number:02}" for number in range(20)]
         await writer.run(seen)
-    assert transactions == [0, 20]
+    assert transactions == [20]
 
 
 async def test_an_error_undoes_only_its_own_operation(tmp_path: Path) -> None:
     """A failing operation of a group raises in its task; its neighbours are kept, its own writes are not."""
-    release = threading.Event()
+    hold = Held()
     errors: list[str] = []
 
     def fails(db: apsw.Connection) -> None:
@@ -112,14 +128,13 @@ async def test_an_error_undoes_only_its_own_operation(tmp_path: Path) -> None:
             errors.append(error.__name__)
 
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(writer.run, lambda _: release.wait(TIMEOUT_S))
-            await trio.testing.wait_all_tasks_blocked()
+            await hold.start(nursery, writer)
             nursery.start_soon(writer.run, put("a"))
             nursery.start_soon(expect, fails, KeyError)
             nursery.start_soon(expect, broken, InvariantViolation)
             nursery.start_soon(writer.run, put("b"))
             await trio.testing.wait_all_tasks_blocked()
-            release.set()
+            hold.release.set()
         await expect(fails, KeyError)
     assert sorted(errors) == ["InvariantViolation", "KeyError", "KeyError"]
     assert names(tmp_path / "f.db") == ["a", "b"]
@@ -135,16 +150,15 @@ async def test_acknowledged_means_visible_to_others(tmp_path: Path) -> None:
 
 async def test_cancellation_never_leaves_an_outcome_open(tmp_path: Path) -> None:
     """A task cancelled while it waits still learns the result; cancelled before, nothing is written."""
-    release = threading.Event()
+    hold = Held()
     async with opened(tmp_path / "f.db") as writer, trio.open_nursery() as nursery:
-        nursery.start_soon(writer.run, lambda _: release.wait(TIMEOUT_S))
-        await trio.testing.wait_all_tasks_blocked()
+        await hold.start(nursery, writer)
         with trio.CancelScope() as scope:
             scope.cancel()
             await writer.run(put("before"))
         assert scope.cancelled_caught
         with trio.CancelScope() as scope:
-            nursery.start_soon(_cancel_then_release, scope, release)
+            nursery.start_soon(_cancel_then_release, scope, hold.release)
             assert await writer.run(put("during")) == "during"
         assert not scope.cancelled_caught
     assert names(tmp_path / "f.db") == ["during"]
@@ -189,14 +203,13 @@ async def test_the_log_file_stays_bounded(tmp_path: Path) -> None:
 
 async def test_trouble_of_the_file_is_unavailable(tmp_path: Path) -> None:
     """When COMMIT fails every operation of the group raises StoreUnavailable and none is kept; later ones work."""
-    release = threading.Event()
     raised: list[BaseException] = []
 
-    def hold(db: apsw.Connection) -> None:
-        failing = iter((True,))  # this operation writes nothing: the next commit is the first
+    def first(db: apsw.Connection) -> None:
+        failing = iter((False, True))  # the held operation commits first
         db.set_commit_hook(lambda: next(failing, False))
-        release.wait(TIMEOUT_S)
 
+    hold = Held(first)
     async with opened(tmp_path / "f.db") as writer:
 
         async def one(name: str) -> None:
@@ -206,12 +219,11 @@ async def test_trouble_of_the_file_is_unavailable(tmp_path: Path) -> None:
                 raised.append(error)
 
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(writer.run, hold)
-            await trio.testing.wait_all_tasks_blocked()
+            await hold.start(nursery, writer)
             nursery.start_soon(one, "a")
             nursery.start_soon(one, "b")
             await trio.testing.wait_all_tasks_blocked()
-            release.set()
+            hold.release.set()
         assert len(raised) == 2
         await writer.run(put("c"))
     assert names(tmp_path / "f.db") == ["c"]
