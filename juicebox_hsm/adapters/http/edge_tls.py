@@ -104,7 +104,7 @@ class EdgeTls:
         self.context, self.leaf = load_edge_context(key_file, cert_file)
 
     def reload(self) -> LeafInfo:
-        """Read both files again and put them in service if they verify, else raise `LocalError`; nothing changes then."""
+        """Read both files again and put them in service if they verify; else raises `LocalError`, unchanged."""
         context, leaf = load_edge_context(self._key_file, self._cert_file)
         self.context, self.leaf = context, leaf
         return leaf
