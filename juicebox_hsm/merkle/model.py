@@ -73,11 +73,8 @@ def _bits(key: bytes) -> str:
 
 
 def _common(a: str, b: str) -> int:
-    """Return how many leading bits `a` and `b` share."""
-    for at, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return at
-    return min(len(a), len(b))
+    """Return how many leading bits `a` and `b` share; they do differ somewhere."""
+    return next(at for at, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
 
 
 def _branch_bytes(branch: Branch | None) -> bytes:
