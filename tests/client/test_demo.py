@@ -219,3 +219,63 @@ def test_a_role_that_cannot_start_is_reported(tmp_path: Path) -> None:
     assert result.returncode == 1
     assert "lb1 exited with status" in result.stderr
     assert "record-id-randomization" in result.stderr
+
+
+async def test_operators_commands_on_a_real_cluster(tmp_path: Path) -> None:
+    """Drain, rebalance, limits, ranges and tokens, as typed: each does what it says and exits as documented."""
+    options = DemoOptions(state_dir=tmp_path, agents=3, groups=2, pin_hashing="FastInsecure")
+    async with launch(options) as cluster:
+        config = ("--config", str(cluster.state.cluster_toml))
+
+        async def operate(*arguments: str, expect: int = 0) -> str:
+            done = await trio.to_thread.run_sync(_cluster, *arguments, *config)
+            assert done.returncode == expect, (arguments, done.stdout, done.stderr)
+            return done.stdout
+
+        view = await cluster.view()
+        realm = cluster.realms[0]
+        serving = [group for group in view.groups_of(realm) if group.owned_range is not None]
+        assert len(serving) == 2
+        leaders = [group.leader for group in serving]
+        assert leaders[0] is not None
+        assert leaders[1] is not None
+
+        drained = leaders[0]
+        # agent1 also leads the group of one that the realm began with, which nobody else can take over
+        stays = 1 if drained.name == "agent1" else 0
+        await operate("drain", drained.url, expect=stays)
+        for group in (await cluster.wait_leaders()).groups_of(realm):
+            if len(group.configuration) == 3:
+                assert group.leader is not None
+                assert group.leader.hsm != drained.hsm
+        await operate("undrain", drained.hsm.hex()[:7])
+        await operate("undrain", drained.hsm.hex()[:7], expect=3)
+        assert (await operate("rebalance", "--full")).endswith("Already balanced.\n")
+
+        reloaded = await operate("tenant", "set-capacity", "acme", "5")
+        assert reloaded.count("reloaded tenant config for 2 tenants") == 3
+        listed = json.loads(await operate("discovery", "list", "--json"))["services"]
+        assert [entry["kind"] for entry in listed] == ["agent"] * 3 + ["manager", "lb"]
+        printed = json.loads(
+            await operate("configuration", cluster.configuration["realms"][0]["address"], "--pin-hashing-mode",
+                          "FastInsecure")
+        )  # fmt: skip
+        assert printed == cluster.configuration
+        token = await operate(
+            "auth-token", "-t", "test-acme", "-u", "luigi", "-r", realm.hex()[:5],
+            "--secrets-file", str(cluster.state.secrets_file),
+        )  # fmt: skip
+        assert token.count(".") == 2
+
+        low, high = sorted(serving, key=lambda group: group.owned_range.start if group.owned_range else b"")
+        moving = ("--realm", realm.hex(), "--source", high.id.hex()[:9], "--destination", low.id.hex()[:9])
+        assert "would move" in await operate("transfer", *moving, "--start", "8000", "--end", "bfff", "--dry-run")
+        await operate("transfer", *moving, "--start", "9000", "--end", "9fff", expect=1)
+        await operate("transfer", *moving, "--start", "8000", "--end", "bfff")
+        parts = json.loads(await operate("partitions", realm.hex()[:6], "--json"))["realms"][0]["partitions"]
+        assert [part["start"][:2] for part in parts] == ["00", "c0"]
+        assert "healthy" in await operate("status")
+
+        await cluster.process("agent3").kill()
+        assert "agent" in await operate("status", expect=5)
+        assert "error:" in await operate("agents", expect=5)
