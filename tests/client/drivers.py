@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import ssl
 import subprocess
 import time
 from collections.abc import AsyncIterator
@@ -184,7 +183,8 @@ class OwnDriver:
         key = json.dumps([user.name, user.configuration])
         if key not in self._clients:
             tokens: dict[str, str] = {}
-            client = Client(Configuration.from_json(json.dumps(user.configuration)), tokens, transport=self._transport)
+            configuration = Configuration.from_json(json.dumps(user.configuration))
+            client = Client(configuration, lambda realm: tokens[realm.hex()], transport=self._transport)
             self._clients[key] = (client, tokens)
         client, tokens = self._clients[key]
         tokens.clear()
@@ -235,6 +235,5 @@ async def own_driver(ca: Path) -> AsyncIterator[OwnDriver]:
     """Return our client with a shared connection pool that trusts the demo's CA."""
     from juicebox_hsm.client.transport import HttpTransport
 
-    context = ssl.create_default_context(cafile=str(ca))
-    async with HttpTransport(ssl_context=context) as transport:
+    async with HttpTransport(ca_file=ca) as transport:
         yield OwnDriver(transport)
