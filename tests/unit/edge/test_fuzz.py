@@ -89,7 +89,7 @@ async def _exchange(identity: Identity, data: bytes, cuts: list[int], *protocols
 
 
 @given(data=_H1_INPUT, cuts=st.lists(st.integers(0, 1000), max_size=3))
-@settings(max_examples=150)
+@settings(max_examples=70)
 def test_random_bytes_over_h1(identity: Identity, data: bytes, cuts: list[int]) -> None:
     """Whatever bytes arrive in whatever pieces, answers are whole and documented and the connection ends cleanly."""
     received, edge = trio.run(_exchange, identity, data, cuts, "http/1.1")
@@ -99,7 +99,7 @@ def test_random_bytes_over_h1(identity: Identity, data: bytes, cuts: list[int]) 
 
 
 @given(data=_h2_frames(), cuts=st.lists(st.integers(0, 1000), max_size=3))
-@settings(max_examples=150)
+@settings(max_examples=70)
 def test_random_frames_over_h2(identity: Identity, data: bytes, cuts: list[int]) -> None:
     """Whatever frames arrive after a good preface, nothing unexpected is raised and the connection ends."""
     preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\x00\x00\x00\x04\x00\x00\x00\x00\x00"

@@ -163,11 +163,13 @@ async def test_old_tls_is_refused(identity: Identity, nursery: trio.Nursery) -> 
 async def test_drain_sequence(identity: Identity, nursery: trio.Nursery) -> None:
     """Notice serves on; drain refuses new connections, waits for the blocked request, and then is done at once."""
     release = trio.Event()
+    blocking = trio.Event()
     drained = trio.Event()
 
     async def handler(request: Request) -> Response:
         if request.path == "/livez":
             return Response(200, edge.drain.phase.value.encode())
+        blocking.set()
         await release.wait()
         return Response(200, b"in full")
 
@@ -193,8 +195,7 @@ async def test_drain_sequence(identity: Identity, nursery: trio.Nursery) -> None
     assert (await client.request("GET", "/livez")).body == b"notice"
     blocked = await connect()
     await blocked.send(b"GET /block HTTP/1.1\r\nhost: x\r\n\r\n")
-    while edge.drain.connections < 2 or not edge.edge._table.idle.keys() < edge.edge._table.open:
-        await trio.sleep(0.001)
+    await blocking.wait()
     edge.drain.begin_drain()
     assert await client.closed()  # idle ones go at once
     with pytest.raises(OSError, match="all attempts to connect"):
@@ -205,6 +206,8 @@ async def test_drain_sequence(identity: Identity, nursery: trio.Nursery) -> None
     assert (answer.body, answer.headers["connection"]) == (b"in full", "close")
     with trio.fail_after(1):
         await drained.wait()
+    for each in (client, blocked):
+        await each.stream.aclose()
     edge.drain.mark_stopped()
     assert edge.drain.phase is LifePhase.STOPPED
 
