@@ -1,0 +1,117 @@
+"""Pauses between passes, survival of failing ones, registration."""
+
+from __future__ import annotations
+
+import pytest
+import trio
+import trio.testing
+
+from juicebox_hsm.ports import ServiceKind, StoreUnavailable
+from roles.manager.loops import Pacer, register, run_loop, watch_agents
+from tests.unit.manager.fakes import FakeDiscovery, make_context, three
+
+
+async def test_passes_come_quickly_and_settle(autojump_clock: trio.testing.MockClock) -> None:
+    """After a start the pauses double from 0.1 s up to the interval, and start over when something changes."""
+    pacer = Pacer(2.0)
+    waited = []
+    for _ in range(7):
+        begun = trio.current_time()
+        await pacer.pause()
+        waited.append(round(trio.current_time() - begun, 3))
+    assert waited == [0.1, 0.2, 0.4, 0.8, 1.6, 2.0, 2.0]
+    async with trio.open_nursery() as nursery:
+        begun = trio.current_time()
+        nursery.start_soon(pacer.pause)
+        await trio.sleep(0.5)
+        pacer.hurry()
+    assert trio.current_time() - begun == pytest.approx(0.6)
+    begun = trio.current_time()
+    await pacer.pause()
+    assert trio.current_time() - begun == pytest.approx(0.1)
+
+
+async def test_steady_interval(autojump_clock: trio.testing.MockClock) -> None:
+    """A loop may also keep one interval from the start."""
+    pacer = Pacer(60.0, 60.0)
+    for number in (1, 2):
+        await pacer.pause()
+        assert trio.current_time() == pytest.approx(60.0 * number)
+
+
+async def test_a_failing_pass_does_not_end_the_loop(autojump_clock: trio.testing.MockClock) -> None:
+    """Store trouble is counted and shown, and the next pass runs."""
+    context = make_context([])
+    passes = 0
+
+    async def work() -> None:
+        nonlocal passes
+        passes += 1
+        if passes < 3:
+            raise StoreUnavailable("down")
+
+    with trio.move_on_after(1.7):
+        await run_loop(context, "test", Pacer(0.5), work)
+    assert passes >= 4
+    assert context.state.loops["test"]["error"] == ""
+    assert 'manager_loop_errors_total{loop="test"} 2' in context.meter.render()  # type: ignore[attr-defined]
+
+
+async def test_a_bug_ends_the_loop(autojump_clock: trio.testing.MockClock) -> None:
+    """What nobody expected is not swallowed: the process must end."""
+
+    async def work() -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        await run_loop(make_context([]), "test", Pacer(0.5), work)
+
+
+async def test_registration_is_retried_and_renewed(autojump_clock: trio.testing.MockClock) -> None:
+    """A failed registration is tried again after 10 s, a good one renewed after 10 min."""
+    context = make_context([], now_ms=lambda: round(trio.current_time() * 1000))
+    discovery = context.store.discovery
+    assert isinstance(discovery, FakeDiscovery)
+    working = discovery.register
+    broken = True
+
+    async def flaky(kind: ServiceKind, url: str, now_ms: int) -> None:
+        if broken:
+            raise StoreUnavailable("down")
+        await working(kind, url, now_ms)
+
+    discovery.register = flaky  # type: ignore[method-assign]
+    registered = trio.Event()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(register, context, "tls://m", registered)
+        await trio.sleep(5)
+        assert not registered.is_set()
+        broken = False
+        await trio.sleep(6)
+        assert registered.is_set()
+        assert discovery.rows == {(ServiceKind.MANAGER, "tls://m"): 10_000}
+        await trio.sleep(600)
+        assert discovery.rows == {(ServiceKind.MANAGER, "tls://m"): 610_000}
+        nursery.cancel_scope.cancel()
+
+
+async def test_new_agents_are_noticed(autojump_clock: trio.testing.MockClock) -> None:
+    """Every change of the set of agents is told once, soon while young and within a second later."""
+    context = make_context(three())
+    discovery = context.store.discovery
+    assert isinstance(discovery, FakeDiscovery)
+    told: list[float] = []
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(watch_agents, context, lambda: told.append(trio.current_time()))
+        await trio.sleep(5)
+        assert len(told) == 1
+        discovery.rows[ServiceKind.AGENT, "tls://new"] = 0
+        await trio.sleep(0.15)
+        assert len(told) == 2
+        await trio.sleep(60)
+        begun = trio.current_time()
+        del discovery.rows[ServiceKind.AGENT, "tls://new"]
+        await trio.sleep(1.1)
+        assert len(told) == 3
+        assert told[2] - begun <= 1.0
+        nursery.cancel_scope.cancel()

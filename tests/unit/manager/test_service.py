@@ -1,0 +1,99 @@
+"""The manager's RPC handlers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import trio
+import trio.testing
+
+from juicebox_hsm.wire.rpc import (
+    MANAGER_METHODS,
+    Done,
+    Empty,
+    LeaderLost,
+    Range,
+    Rebalanced,
+    Refusal,
+    Refused,
+    StepdownOrder,
+    TransferPrepare,
+)
+from roles.manager.appointment import Appointer
+from roles.manager.context import ManagerContext
+from roles.manager.service import ManagerService
+from tests.unit.manager.fakes import FULL, REALM, FakeAgent, FakeLeases, group, hsm, make_context, three
+
+
+@asynccontextmanager
+async def _service(agents: list[FakeAgent]) -> AsyncIterator[tuple[ManagerService, ManagerContext]]:
+    context = make_context(agents)
+    async with trio.open_nursery() as nursery:
+        yield ManagerService(context, Appointer(context), nursery), context
+
+
+async def test_every_method_has_a_handler() -> None:
+    """The table of methods and the handlers agree."""
+    async with _service([]) as (service, _):
+        assert service.handlers().keys() == MANAGER_METHODS.keys()
+
+
+async def test_status_shows_what_is_under_way(autojump_clock: trio.testing.MockClock) -> None:
+    """Loops, leases and actions are one JSON document; a finished action is gone from it."""
+    agents = three()
+    agents[0].lead(group(1), FULL)
+    async with _service(agents) as (service, context):
+        handlers = service.handlers()
+        seen = {}
+
+        async def slow_terminate(_: object) -> None:
+            seen.update(json.loads((await handlers["status"](Empty(), None)).json))
+
+        leases = context.store.leases
+        assert isinstance(leases, FakeLeases)
+        leases.terminate = slow_terminate  # type: ignore[method-assign,assignment]
+        assert await handlers["leader_stepdown"](StepdownOrder(hsm=hsm(1)), None) == Done()
+        assert seen["actions"] == [f"stepdown of HSM {hsm(1).hex()}"]
+        assert json.loads((await handlers["status"](Empty(), None)).json)["actions"] == []
+
+
+async def test_hints_are_answered_at_once(autojump_clock: trio.testing.MockClock) -> None:
+    """leader_lost returns before anything is done, and the leader stands soon after."""
+    agents = three()
+    async with _service(agents) as (service, _):
+        assert await service.handlers()["leader_lost"](LeaderLost(REALM, group(1), 6), None) == Done()
+        assert all(agent.groups[group(1)].role == "Witness" for agent in agents)
+        await trio.sleep(1)
+        assert [agent.groups[group(1)].role for agent in agents].count("Leader") == 1
+
+
+async def test_store_trouble_is_a_refusal(autojump_clock: trio.testing.MockClock) -> None:
+    """Without the store, callers get NoStore, not a broken stream."""
+    agents = three()
+    agents[0].lead(group(1), FULL)
+    async with _service(agents) as (service, context):
+        leases = context.store.leases
+        assert isinstance(leases, FakeLeases)
+        leases.broken = True
+        answer = await service.handlers()["leader_stepdown"](StepdownOrder(hsm=hsm(1)), None)
+        assert isinstance(answer, Refused)
+        assert answer.outcome is Refusal.NO_STORE
+
+
+async def test_transfer_and_rebalance_answer(autojump_clock: trio.testing.MockClock) -> None:
+    """Both reach their implementation; a malformed range is refused first."""
+    agents = three(groups=2)
+    agents[0].lead(group(1), FULL)
+    agents[1].lead(group(2))
+    async with _service(agents) as (service, _):
+        handlers = service.handlers()
+        whole = Range(FULL.start, FULL.end)
+        assert await handlers["transfer"](TransferPrepare(REALM, group(1), group(2), whole), None) == Done()
+        assert agents[1].groups[group(2)].owned == FULL
+        bad = TransferPrepare(REALM, group(1), group(2), Range(b"", b""))
+        answer = await handlers["transfer"](bad, None)
+        assert isinstance(answer, Refused)
+        assert answer.outcome is Refusal.UNACCEPTABLE_RANGE
+        assert await handlers["rebalance"](Empty(), None) == Rebalanced()
