@@ -73,11 +73,7 @@ jbm_status jbm_tree_valid_roots(const jbm_tree *tree, jbm_buffer *roots)
     memcpy(roots->data, o->latest, JBM_HASH_BYTES);
     roots->size = JBM_HASH_BYTES;
     for (size_t i = 0; i < o->used; i++) {
-        const uint8_t *root = overlay_root(o, i);
-
-        if (root == NULL)
-            continue;
-        memcpy(roots->data + roots->size, root, JBM_HASH_BYTES);
+        memcpy(roots->data + roots->size, overlay_root(o, i), JBM_HASH_BYTES);
         roots->size += JBM_HASH_BYTES;
     }
     return JBM_OK;

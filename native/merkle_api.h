@@ -55,6 +55,7 @@ jbm_status jbm_tree_new(const uint8_t *root, size_t root_size, const uint8_t *bo
                         size_t capacity, jbm_tree **tree);
 void jbm_tree_free(jbm_tree *tree);
 jbm_status jbm_tree_root(const jbm_tree *tree, uint8_t *root);
+/* The latest root, then the one before each retained delta, oldest first; repetitions included. */
 jbm_status jbm_tree_valid_roots(const jbm_tree *tree, jbm_buffer *roots);
 
 jbm_status jbm_tree_latest(jbm_tree *tree, const uint8_t *proof, size_t proof_size, jbm_path **path);

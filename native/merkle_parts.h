@@ -157,7 +157,7 @@ jbm_status overlay_start(overlay *o, const uint8_t *root, size_t capacity);
 void overlay_end(overlay *o);
 bool overlay_knows(const overlay *o, const uint8_t *root);
 const entry *overlay_node(const overlay *o, const uint8_t *hash);
-/* The root before the n-th retained change, NULL if it is met elsewhere or the latest; n < o->used. */
+/* The root before the n-th retained change, n < o->used; values that return make repetitions. */
 const uint8_t *overlay_root(const overlay *o, size_t n);
 /* Retain a change to `root`; on failure nothing has changed. */
 jbm_status overlay_push(overlay *o, const uint8_t *root, const delta_item *adds, size_t count);

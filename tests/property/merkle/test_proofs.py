@@ -126,13 +126,13 @@ def crafted(draw: st.DrawFn) -> Proof:
     positions = [sum(lengths[:index]) for index in range(len(lengths))]
     for index in reversed(range(len(lengths))):
         prefix = bits[positions[index] : positions[index] + lengths[index]]
-        damage = draw(st.sampled_from(["", "", "", "", "", "long", "bend", "drop"]))
+        damage = draw(st.sampled_from(["", "", "", "", "", "long", "far", "bend", "drop"]))
         if damage == "long":
             prefix = (prefix + "01" * 128)[: draw(st.integers(1, 256))]
         elif damage == "bend" and len(prefix) > 1:
             prefix = prefix[:-1] + ("1" if prefix[-1] == "0" else "0")
         away = "1" if prefix[0] == "0" else "0"
-        length = draw(st.integers(1, 256 if damage == "long" else max(1, 255 - positions[index])))
+        length = draw(st.integers(1, 256 if damage in {"long", "far"} else max(1, 255 - positions[index])))
         sibling: Branch | None = Branch((away + draw(st.sampled_from(["0", "1", "01"])) * 256)[:length], b"\x22" * 32)
         towards: Branch | None = Branch(prefix, below)
         if damage == "drop" or (index == 0 and draw(st.booleans())):

@@ -55,6 +55,31 @@ def test_a_path_ends_with_the_key(form: ModuleType) -> None:
     assert outcome(lambda: tree.latest(proof.encode())) is InvalidProof
 
 
+@both
+@pytest.mark.parametrize("side", ["0", "1"])
+@pytest.mark.parametrize("length", [255, 256])
+def test_no_branch_reaches_beyond_the_key(form: ModuleType, side: str, length: int) -> None:
+    """A branch away from the key may take all remaining bits, and not one more (merkle.md 4.1, 2b)."""
+    key = number_key(0 if side == "1" else 2**255 - 1 << 1)
+    bits = format(int.from_bytes(key, "big"), "0256b")
+    away = Branch(side * length, b"\x33" * 32)
+    near = Branch(bits[1:], model._leaf_hash(key, b"v"))
+    below = Interior(*((near, away) if side == "1" else (away, near)))
+    towards = Branch(bits[0], model._interior_hash(below, None))
+    root = Interior(*((towards, None) if bits[0] == "0" else (None, towards)))
+    bounds = (FULL_RANGE.start, FULL_RANGE.end)
+    proof = Proof(key, *bounds, model._interior_hash(root, bounds), (root, below), Leaf(b"v"))
+    found = outcome(lambda: form.Tree(proof.root, *bounds, 1).latest(proof.encode()))
+    assert found is InvalidProof if length == 256 else found.leaf == b"v"
+
+
+@both
+def test_a_prefix_has_at_most_256_bits(form: ModuleType) -> None:
+    """257 bits are refused even when all their bytes are there."""
+    form.check_node(b"\x01\x21\x01\x00" + bytes(32) + bytes(32))
+    assert outcome(lambda: form.check_node(b"\x01\x21\x01\x01" + bytes(33) + bytes(32))) is BadEncoding
+
+
 def test_an_encoder_refuses_an_impossible_path() -> None:
     """A proof without a path cannot be written."""
     with pytest.raises(BadEncoding):
