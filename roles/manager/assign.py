@@ -99,7 +99,6 @@ async def assign(
             return member.hsm
         extra[member.hsm] -= LEADER_WORK
         context.log.warning("candidate refused", group=text(group.key), hsm=member.hsm.hex(), reason=reason)
-    context.state.announced.add(group.key)
     context.meter.count("manager.leader.failed", realm=group.realm.hex(), group=group.id.hex())
     context.log.warning("no candidate took the leadership", group=text(group.key))
     return None

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import structlog
+import trio
 
 from juicebox_hsm.adapters.metrics import Metrics
 from juicebox_hsm.adapters.rpc import RpcUnreachable
@@ -233,6 +234,7 @@ class FakeLeases:
         self.grants = 0
 
     async def obtain(self, name: str, owner: str, now_ms: int, length_ms: int) -> Lease | None:
+        await trio.lowlevel.checkpoint()
         if self.broken:
             raise StoreUnavailable("down")
         held = self.rows.get(name)
@@ -243,6 +245,7 @@ class FakeLeases:
         return self.rows[name]
 
     async def extend(self, lease: Lease, now_ms: int, length_ms: int) -> Lease | None:
+        await trio.lowlevel.checkpoint()
         if self.broken:
             raise StoreUnavailable("down")
         held = self.rows.get(lease.name)
@@ -252,6 +255,7 @@ class FakeLeases:
         return self.rows[lease.name]
 
     async def terminate(self, lease: Lease) -> None:
+        await trio.lowlevel.checkpoint()
         if self.broken:
             raise StoreUnavailable("down")
         held = self.rows.get(lease.name)

@@ -159,6 +159,40 @@ async def test_hint_about_an_old_leadership_is_ignored(autojump_clock: trio.test
     assert not _rpc(context).methods("become_leader")
 
 
+async def test_false_alarm_changes_nothing(autojump_clock: trio.testing.MockClock) -> None:
+    """A leader that answers with the very leadership that was called lost stays."""
+    agents = three()
+    agents[2].lead(group(1), FULL, starting=6)
+    context = make_context(agents)
+    await Appointer(context).leader_lost(LeaderLost(REALM, group(1), 6))
+    assert not _rpc(context).methods("become_leader")
+
+
+async def test_older_claim_does_not_hide_a_loss(autojump_clock: trio.testing.MockClock) -> None:
+    """A deposed leader that has not noticed does not count as the leader that was lost."""
+    agents = three()
+    agents[0].lead(group(1), FULL, starting=3)
+    agents[1].lead(group(1), FULL, starting=6)
+    agents[1].down = True
+    context = make_context(agents)
+    await Appointer(context).leader_lost(LeaderLost(REALM, group(1), 6))
+    assert len(_rpc(context).methods("become_leader")) == 1
+
+
+async def test_a_leader_stepping_down_may_finish(autojump_clock: trio.testing.MockClock) -> None:
+    """While a leader releases what it has in flight nobody is put in its place, but not for ever."""
+    agents = three()
+    agents[0].lead(group(1), FULL)
+    agents[0].groups[group(1)].role = "SteppingDown"
+    context = make_context(agents)
+    appointer = Appointer(context)
+    await appointer.run_pass()
+    assert not _rpc(context).methods("become_leader")
+    await trio.sleep(1)
+    await appointer.run_pass()
+    assert len(_rpc(context).methods("become_leader")) == 1
+
+
 async def test_hints_are_coalesced(autojump_clock: trio.testing.MockClock) -> None:
     """All members report the same loss; one leader is appointed, once."""
     agents = three()

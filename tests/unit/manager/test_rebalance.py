@@ -76,6 +76,14 @@ def test_nothing_to_do_with_fewer_than_two(count: int) -> None:
     assert next_move([_load(1, (1, 50, True, 5))][:count]) is None
 
 
+@pytest.mark.parametrize(("idle", "moves"), [(3, False), (2, True)])
+def test_every_move_must_improve(idle: int, *, moves: bool) -> None:
+    """A destination that would become as busy as the source was gets nothing."""
+    busiest = _load(1, (1, 3, True, 5), (2, 3, True, 5))
+    other = _load(2, (1, 1, False, 5), (2, 1, False, 5), (7, idle - 2, True, 5))
+    assert (next_move([busiest, other]) is not None) is moves
+
+
 def test_drained_is_no_destination() -> None:
     """A drained HSM gets nothing, however idle."""
     busiest = _load(1, (1, 50, True, 5), (2, 50, True, 5))

@@ -223,6 +223,7 @@ async def test_recovery_after_every_crash_point(autojump_clock: trio.testing.Moc
     await recover_transfers(context)
     assert _is_settled(agents)
     assert agents[1].groups[group(2)].owned == LOW
+    assert len(rpc.methods("transfer/complete")) <= 1, "both records of one transfer are one piece of work"
 
 
 @pytest.mark.parametrize("last", ["transfer/prepare", "transfer/out", "transfer/in"])
