@@ -1,0 +1,177 @@
+"""HSM cores against a malicious host: I1 to I12, I14 and I19 after every request (hsm.md 14 and 16)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
+
+from juicebox_hsm.hsm import capture, leadership, transfer
+from juicebox_hsm.hsm.messages import CaptureJump, Commit, CommitOk, NotLeader, Outcome
+from juicebox_hsm.hsm.state import GroupState, HsmState
+from tests.property.hsm.adversary import Adversary, run
+
+seeds = st.integers(0, 2**32)
+
+
+class MaliciousHost(RuleBasedStateMachine):
+    """Hypothesis chooses the order of actions and a seed for each; the ledger checks inside every request."""
+
+    @initialize(size=st.integers(1, 5), groups=st.integers(1, 3), withheld=st.integers(0, 3))
+    def start(self, size: int, groups: int, withheld: int) -> None:
+        """Create a realm."""
+        self.world = Adversary(size, "hypothesis", groups=groups)
+        self.world.withheld = [None, *self.world.logs][min(withheld, groups)]
+
+    def act(self, action: Callable[[Adversary, random.Random], None], seed: int) -> None:
+        """Run one action."""
+        self.world.steps += 1
+        action(self.world, random.Random(seed))
+
+    @rule(seed=seeds)
+    def client(self, seed: int) -> None:
+        """Serve a user."""
+        self.act(Adversary.act_client, seed)
+
+    @rule(seed=seeds)
+    def capture(self, seed: int) -> None:
+        """Show entries."""
+        self.act(Adversary.act_capture, seed)
+
+    @rule(seed=seeds)
+    def persist(self, seed: int) -> None:
+        """Persist and sign."""
+        self.act(Adversary.act_persist, seed)
+
+    @rule(seed=seeds)
+    def commit(self, seed: int) -> None:
+        """Show captures."""
+        self.act(Adversary.act_commit, seed)
+
+    @rule(seed=seeds)
+    def settle(self, seed: int) -> None:
+        """Replicate and commit."""
+        self.act(Adversary.act_settle, seed)
+
+    @rule(seed=seeds)
+    def rival(self, seed: int) -> None:
+        """Fork."""
+        self.act(Adversary.act_rival, seed)
+
+    @rule(seed=seeds)
+    def lead(self, seed: int) -> None:
+        """Appoint."""
+        self.act(Adversary.act_lead, seed)
+
+    @rule(seed=seeds)
+    def step_down(self, seed: int) -> None:
+        """Depose."""
+        self.act(Adversary.act_step_down, seed)
+
+    @rule(seed=seeds)
+    def jump(self, seed: int) -> None:
+        """Jump."""
+        self.act(Adversary.act_jump, seed)
+
+    @rule(seed=seeds)
+    def crash(self, seed: int) -> None:
+        """Crash, in a write or not."""
+        chosen = Adversary.act_crash if seed % 2 else Adversary.act_crash_in_write
+        self.act(chosen, seed)
+
+    @rule(seed=seeds)
+    def replay(self, seed: int) -> None:
+        """Replay a client's message."""
+        self.act(Adversary.act_replay, seed)
+
+    @rule(seed=seeds)
+    def transfer(self, seed: int) -> None:
+        """Take a transfer along."""
+        chosen = Adversary.act_transfer if seed % 3 else Adversary.act_move
+        self.act(chosen, seed)
+
+
+MaliciousHost.TestCase.settings = settings(max_examples=40, stateful_step_count=50, deadline=None)
+test_i1_to_i14_stateful = MaliciousHost.TestCase
+
+
+@settings(max_examples=60, deadline=None)
+@given(seeds)
+def test_i1_to_i14_long_schedules(seed: int) -> None:
+    """No invariant breaks in long random schedules with weights of their own."""
+    run(seed, 120)
+
+
+def test_schedules_reach_deep_states() -> None:
+    """The schedules are not vacuous: replies are released, forks and jumps happen, ranges arrive at other groups."""
+    released = arrived = forks = depth = 0
+    for seed in range(12):
+        world = run(seed, 200)
+        released += world.ledger.releases
+        forks += sum(len(children) > 1 for children in world.ledger.children.values())
+        depth = max(depth, *(len(chain) for chain in world.ledger.committed.values()))
+        for group in world.logs:
+            arrived += sum(bool(entry.consumed) for entry in world.ledger.entries[group].values())
+    assert released > 50
+    assert forks > 10
+    assert arrived > 50
+    assert depth > 15
+
+
+def first_violation(schedules: int, steps: int, size: int, groups: int) -> str | None:
+    """Return the message of the first broken invariant in these schedules."""
+    for seed in range(schedules):
+        try:
+            run(seed, steps, size=size, groups=groups)
+        except AssertionError as violation:
+            return str(violation).splitlines()[0]
+    return None
+
+
+def test_h1_is_found_in_a_core_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The search finds two committed entries at one index when a jump trusts one member's statement."""
+
+    def trusting(state: HsmState, request: CaptureJump, member: GroupState) -> int | None:
+        macs = {(entry.index, entry.entry_mac) for entry in request.entries}
+        votes = (vote for vote in request.captures if state.is_valid_vote(vote, request.realm, member))
+        return max((vote.index for vote in votes if (vote.index, vote.mac) in macs), default=None)
+
+    monkeypatch.setattr(capture, "certified_index", trusting)
+    violation = first_violation(400, 200, 3, 2)
+    assert violation is not None
+    assert violation.startswith("I2")
+
+
+def test_h2_is_found_in_a_core_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The search finds the resurrected range when a destination forgets what it consumed."""
+    monkeypatch.setattr(transfer, "is_consumed", lambda *_: False)
+    violation = first_violation(500, 200, 1, 3)
+    assert violation is not None
+    assert violation.startswith(("I4", "I5"))
+
+
+def test_commit_without_quorum_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A planted bug in the election (one vote suffices) is seen at once."""
+    monkeypatch.setattr(leadership, "elect", lambda _, votes: max(votes.values(), default=None))
+    violation = first_violation(20, 100, 3, 2)
+    assert violation is not None
+    assert violation.startswith(("I2", "I3"))
+
+
+def test_missing_step_down_cap_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A commit without the cap at the last own index is seen: hosts would count abandoned entries as committed."""
+    real = leadership.commit
+
+    def uncapped(state: HsmState, request: Commit) -> CommitOk | Outcome | NotLeader:
+        member = state.groups.get(request.group)
+        role = getattr(member, "role", None)
+        if hasattr(role, "stepdown_at"):
+            role.stepdown_at = role.log.last.index  # type: ignore[union-attr]  # a stepping-down role
+        return real(state, request)
+
+    monkeypatch.setattr(leadership, "commit", uncapped)
+    assert first_violation(100, 150, 3, 2) is not None, "a foreign entry passes as one's own"
