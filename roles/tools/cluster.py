@@ -30,6 +30,7 @@ _ADMIN = "roles.tools.cluster_admin"
         "join-realm": LazyCommand(_CHANGE, "Let HSMs join a realm; irreversible.", "join_realm_command"),
         "new-group": LazyCommand(_CHANGE, "Create a group over HSMs of a realm.", "new_group_command"),
         "transfer": LazyCommand(_CHANGE, "Move a key range from one group to another.", "transfer"),
+        "experimental": LazyCommand(_CHANGE, "Commands that may still change.", "experimental"),
         "stepdown": LazyCommand(_LEADERS, "Hand over what an HSM or a group leads.", "stepdown"),
         "rebalance": LazyCommand(_LEADERS, "Move one leadership to a less busy HSM.", "rebalance"),
         "drain": LazyCommand(_LEADERS, "Take an HSM out of leadership.", "drain"),

@@ -9,7 +9,9 @@ import click
 from juicebox_hsm.cluster_view import wire_range
 from juicebox_hsm.ids import GroupId, OwnedRange, RealmId, RecordId
 from juicebox_hsm.wire.rpc import Refused, TransferPrepare
+from roles.lazy import LazyCommand, LazyGroup
 from roles.manager.overview import IDS_TIMEOUT_S, ask_agents, read_overview
+from roles.manager.planning import Owner, plan
 from roles.tools.cluster_create import join_realm, new_group, new_realm
 from roles.tools.cluster_ids import parse_record_id, resolve_id, show_range
 from roles.tools.cluster_session import (
@@ -165,3 +167,51 @@ def transfer(
         click.echo("Ownership transfer completed successfully")
 
     with_session(connection, body)
+
+
+@click.command("transfer")
+@click.option("--realm", required=True, help="Realm id or a prefix of it.")
+@click.option("--destination", required=True, help="Group that shall own exactly the range.")
+@click.option("--start", required=True, type=RecordIdType(), help="First record id of the range, in hex.")
+@click.option("--end", required=True, type=RecordIdType(), help="Last record id of the range, inclusive.")
+@click.option("-c", "--cluster", "manager", metavar="URL", help="Manager to ask; default any in discovery.")
+@click.option("--dry-run", is_flag=True, help="Print the steps, and do nothing.")
+@with_connection
+def planned_transfer(
+    connection: Connection,
+    realm: str,
+    destination: str,
+    start: RecordId,
+    end: RecordId,
+    manager: str | None,
+    *,
+    dry_run: bool,
+) -> None:
+    """Make a group own exactly a range, by as many two-group transfers as that takes."""
+    wanted = OwnedRange(start, end)
+    if not wanted.is_valid:
+        raise ToolFailure("--start must not be above --end", ExitCode.USAGE)
+
+    async def body(session: Session) -> None:
+        view = await read_overview(session.store, session.rpc, session.now_ms(), IDS_TIMEOUT_S)
+        realm_id = RealmId(resolve_id(realm, view.realms, "realm"))
+        groups = view.groups_of(realm_id)
+        taking = GroupId(resolve_id(destination, [group.id for group in groups], "group"))
+        owners = [Owner(group.id, group.owned_range) for group in groups if group.owned_range is not None]
+        steps = plan(taking, owners, wanted)
+        if not steps:
+            click.echo("nothing to do!")
+        for step in steps:
+            click.echo(f"{show_range(step.range)} from {step.source.hex()} to {step.destination.hex()}")
+            if not dry_run:
+                await transfer_range(session, manager, realm_id, step.source, step.destination, step.range)
+
+    with_session(connection, body)
+
+
+@click.group(
+    cls=LazyGroup,
+    lazy={"transfer": LazyCommand(__name__, "Make a group own exactly a range.", "planned_transfer")},
+)
+def experimental() -> None:
+    """Commands whose flags and output may still change."""

@@ -14,7 +14,7 @@ from juicebox_hsm.ids import HsmId
 from juicebox_hsm.wire.rpc import Empty, Rebalanced, Refusal, Refused, StepdownOrder
 from roles.manager.assign import DRAIN_PREFIX
 from roles.manager.overview import IDS_TIMEOUT_S, read_overview
-from roles.manager.rebalance import PAUSED
+from roles.manager.rebalance import PAUSED, describe, loads, next_move
 from roles.tools.cluster_ids import resolve_id
 from roles.tools.cluster_session import (
     COMMAND_TIMEOUT_S,
@@ -97,13 +97,19 @@ def stepdown(connection: Connection, manager: str | None, kind: str | None, id_t
 @click.option("-f", "--full", is_flag=True, help="Go on until balanced.")
 @click.option("--pause", is_flag=True, help="Stop the managers' periodic rebalancing.")
 @click.option("--resume", is_flag=True, help="Let it go on.")
+@click.option("--dry-run", is_flag=True, help="Show all workloads and what would move, and do nothing.")
 @with_connection
-def rebalance(connection: Connection, manager: str | None, *, full: bool, pause: bool, resume: bool) -> None:
+def rebalance(
+    connection: Connection, manager: str | None, *, full: bool, pause: bool, resume: bool, dry_run: bool
+) -> None:
     """Move one leadership from the busiest HSM to a less busy one, or all that help with --full."""
     if pause and resume:
         raise click.UsageError("--pause and --resume exclude each other")
 
     async def body(session: Session) -> None:
+        if dry_run:
+            click.echo(await _next_move(session))
+            return
         if pause:
             await session.store.settings.put(PAUSED, _who_and_when())
             click.echo("Periodic rebalancing paused.")
@@ -124,6 +130,16 @@ def rebalance(connection: Connection, manager: str | None, *, full: bool, pause:
     with_session(connection, body)
 
 
+async def _next_move(session: Session) -> str:
+    """Return all workloads with the move that a manager would make now marked."""
+    view = await read_overview(session.store, session.rpc, session.now_ms())
+    names = await session.store.settings.list(DRAIN_PREFIX)
+    drained = {bytes.fromhex(name.removeprefix(DRAIN_PREFIX)) for name in names}
+    hsms = loads(view, [hsm for hsm in view.hsms if hsm in drained])
+    move = next_move(hsms)
+    return describe(hsms, move) + ("" if move is not None else "\nAlready balanced.")
+
+
 def _hsm_of(view: ClusterView, text: str) -> HsmId:
     """Return the HSM behind an agent URL, or with this id or prefix."""
     if "://" not in text:
@@ -137,13 +153,18 @@ def _hsm_of(view: ClusterView, text: str) -> HsmId:
 @click.command()
 @manager_option
 @click.argument("agent")
+@click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 @with_connection
-def drain(connection: Connection, manager: str | None, agent: str) -> None:
+def drain(connection: Connection, manager: str | None, agent: str, *, dry_run: bool) -> None:
     """Take an HSM out of leadership: AGENT is an agent's URL or an HSM id. Done when it leads nothing."""
 
     async def body(session: Session) -> None:
         view = await read_overview(session.store, session.rpc, session.now_ms(), IDS_TIMEOUT_S)
         hsm = _hsm_of(view, agent)
+        if dry_run:
+            led = [key[1].hex() for key, group in view.groups.items() if group.leader and group.leader.hsm == hsm]
+            click.echo(f"would drain HSM {hsm.hex()}, which leads {', '.join(led) or 'nothing'}")
+            return
         await session.store.settings.put(f"{DRAIN_PREFIX}{hsm.hex()}", _who_and_when())
         reply = await call_manager(
             session, manager, "leader_stepdown", StepdownOrder(hsm=hsm), timeout_s=COMMAND_TIMEOUT_S

@@ -248,6 +248,7 @@ async def test_operators_commands_on_a_real_cluster(tmp_path: Path) -> None:
             if len(group.configuration) == 3:
                 assert group.leader is not None
                 assert group.leader.hsm != drained.hsm
+        assert "work" in await operate("rebalance", "--dry-run")
         await operate("undrain", drained.hsm.hex()[:7])
         await operate("undrain", drained.hsm.hex()[:7], expect=3)
         assert (await operate("rebalance", "--full")).endswith("Already balanced.\n")
@@ -275,6 +276,9 @@ async def test_operators_commands_on_a_real_cluster(tmp_path: Path) -> None:
         parts = json.loads(await operate("partitions", realm.hex()[:6], "--json"))["realms"][0]["partitions"]
         assert [part["start"][:2] for part in parts] == ["00", "c0"]
         assert "healthy" in await operate("status")
+        whole = ("--realm", realm.hex(), "--destination", low.id.hex(), "--start", "00", "--end", "ff")
+        assert (await operate("experimental", "transfer", *whole)).startswith("[0xc000...-0xff...] from")
+        assert await operate("experimental", "transfer", *whole) == "nothing to do!\n"
 
         await cluster.process("agent3").kill()
         assert "agent" in await operate("status", expect=5)
