@@ -87,7 +87,7 @@ class _Body(msgspec.Struct, array_like=True, frozen=True, tag=True):
     """Base of every body: a tagged array."""
 
 
-class Refused(_Body):
+class Refused(_Body, frozen=True):
     """A refusal. `consumed`: the HSM was given the Noise message. `index`, `detail`: where the table names data."""
 
     outcome: Refusal
@@ -96,29 +96,29 @@ class Refused(_Body):
     detail: str = ""
 
 
-class Done(_Body):
+class Done(_Body, frozen=True):
     """Success without data."""
 
 
-class Empty(_Body):
+class Empty(_Body, frozen=True):
     """A request without fields."""
 
 
-class Range(_Body):
+class Range(_Body, frozen=True):
     """An inclusive range of record ids, 32 bytes each."""
 
     start: bytes
     end: bytes
 
 
-class PartitionInfo(_Body):
+class PartitionInfo(_Body, frozen=True):
     """Range and root hash."""
 
     range: Range
     root_hash: bytes
 
 
-class RoleInfo(_Body):
+class RoleInfo(_Body, frozen=True):
     """`name` is Leader, SteppingDown or Witness; `starting` is set for the first two."""
 
     name: str
@@ -126,7 +126,7 @@ class RoleInfo(_Body):
     starting: int | None = None
 
 
-class TransferringInfo(_Body):
+class TransferringInfo(_Body, frozen=True):
     """A pending transfer: `direction` In or Out; `peer` the other group; `root_hash` for Out."""
 
     direction: str
@@ -136,7 +136,7 @@ class TransferringInfo(_Body):
     root_hash: bytes = b""
 
 
-class LeaderInfo(_Body):
+class LeaderInfo(_Body, frozen=True):
     """What the HSM says as leader; indexes may be uncommitted except `committed`."""
 
     committed: int | None
@@ -145,7 +145,7 @@ class LeaderInfo(_Body):
     transferring: TransferringInfo | None
 
 
-class GroupInfo(_Body):
+class GroupInfo(_Body, frozen=True):
     """One group of an HSM. `captured` is the persisted (index, mac)."""
 
     id: bytes
@@ -155,7 +155,7 @@ class GroupInfo(_Body):
     role: RoleInfo
 
 
-class RealmInfo(_Body):
+class RealmInfo(_Body, frozen=True):
     """The realm of an HSM with its realm statement."""
 
     id: bytes
@@ -163,7 +163,7 @@ class RealmInfo(_Body):
     groups: list[GroupInfo]
 
 
-class HsmInfo(_Body):
+class HsmInfo(_Body, frozen=True):
     """HSM Status."""
 
     id: bytes
@@ -171,7 +171,7 @@ class HsmInfo(_Body):
     public_key: bytes
 
 
-class AgentGroupInfo(_Body):
+class AgentGroupInfo(_Body, frozen=True):
     """The agent's own view of a group; `last_appended` is (index, mac)."""
 
     realm: bytes
@@ -184,7 +184,7 @@ class AgentGroupInfo(_Body):
     requests_per_s: float = 0.0
 
 
-class OutboxInfo(_Body):
+class OutboxInfo(_Body, frozen=True):
     """Backlog of unpublished events over the agent's realm."""
 
     backlog: int
@@ -192,7 +192,7 @@ class OutboxInfo(_Body):
     warning: str = ""
 
 
-class AgentStatus(_Body):
+class AgentStatus(_Body, frozen=True):
     """Reply of `status` at an agent; `hsm` is absent when the HSM does not answer."""
 
     uptime_s: float
@@ -203,14 +203,14 @@ class AgentStatus(_Body):
     outbox: OutboxInfo | None = None
 
 
-class RealmCreated(_Body):
+class RealmCreated(_Body, frozen=True):
     """Reply of `realm/new`."""
 
     realm: bytes
     group: bytes
 
 
-class RealmJoin(_Body):
+class RealmJoin(_Body, frozen=True):
     """Request of `realm/join`."""
 
     realm: bytes
@@ -218,27 +218,27 @@ class RealmJoin(_Body):
     statement: bytes
 
 
-class RealmJoined(_Body):
+class RealmJoined(_Body, frozen=True):
     """Reply of `realm/join`."""
 
     hsm: bytes
 
 
-class GroupNew(_Body):
+class GroupNew(_Body, frozen=True):
     """Request of `group/new`: members with their realm statements."""
 
     realm: bytes
     members: list[tuple[bytes, bytes]]
 
 
-class GroupCreated(_Body):
+class GroupCreated(_Body, frozen=True):
     """Reply of `group/new`."""
 
     group: bytes
     statement: bytes
 
 
-class GroupJoin(_Body):
+class GroupJoin(_Body, frozen=True):
     """Request of `group/join`."""
 
     realm: bytes
@@ -247,14 +247,14 @@ class GroupJoin(_Body):
     statement: bytes
 
 
-class GroupCall(_Body):
+class GroupCall(_Body, frozen=True):
     """Request that names only a group: `stepdown`, `captured`."""
 
     realm: bytes
     group: bytes
 
 
-class BecomeLeaderCall(_Body):
+class BecomeLeaderCall(_Body, frozen=True):
     """Request of `become_leader`; `last` is the index the log must end at, when known."""
 
     realm: bytes
@@ -262,13 +262,13 @@ class BecomeLeaderCall(_Body):
     last: int | None = None
 
 
-class SteppedDown(_Body):
+class SteppedDown(_Body, frozen=True):
     """Reply of `stepdown`: the final index of that leadership."""
 
     last: int
 
 
-class Replicate(_Body):
+class Replicate(_Body, frozen=True):
     """Acknowledged entries (CBOR each) from the leader's agent; none is a heartbeat. `last` is its last index."""
 
     realm: bytes
@@ -278,14 +278,14 @@ class Replicate(_Body):
     last: int
 
 
-class CapturedReply(_Body):
+class CapturedReply(_Body, frozen=True):
     """A member's persisted capture (CBOR) or None; `behind` asks for nothing, the member reads the log itself."""
 
     captured: bytes | None
     behind: bool = False
 
 
-class App(_Body):
+class App(_Body, frozen=True):
     """One client request; `encrypted` is the CBOR NoiseRequest, `user` the hashed user id."""
 
     realm: bytes
@@ -298,13 +298,13 @@ class App(_Body):
     user: str
 
 
-class AppOk(_Body):
+class AppOk(_Body, frozen=True):
     """The released reply: CBOR NoiseResponse."""
 
     noise: bytes
 
 
-class TransferPrepare(_Body):
+class TransferPrepare(_Body, frozen=True):
     """Request of `transfer/prepare` and `transfer/cancel_prepare`, `transfer/complete`."""
 
     realm: bytes
@@ -313,14 +313,14 @@ class TransferPrepare(_Body):
     range: Range
 
 
-class Prepared(_Body):
+class Prepared(_Body, frozen=True):
     """Reply of `transfer/prepare`."""
 
     nonce: bytes
     statement: bytes
 
 
-class TransferOutCall(_Body):
+class TransferOutCall(_Body, frozen=True):
     """Request of `transfer/out`."""
 
     realm: bytes
@@ -331,7 +331,7 @@ class TransferOutCall(_Body):
     statement: bytes
 
 
-class TransferredOut(_Body):
+class TransferredOut(_Body, frozen=True):
     """Reply of `transfer/out`."""
 
     transferring: PartitionInfo
@@ -339,7 +339,7 @@ class TransferredOut(_Body):
     statement: bytes
 
 
-class TransferInCall(_Body):
+class TransferInCall(_Body, frozen=True):
     """Request of `transfer/in`."""
 
     realm: bytes
@@ -351,7 +351,7 @@ class TransferInCall(_Body):
     statement: bytes
 
 
-class OwnsCall(_Body):
+class OwnsCall(_Body, frozen=True):
     """Request of `transfer/owns`."""
 
     realm: bytes
@@ -359,7 +359,7 @@ class OwnsCall(_Body):
     range: Range
 
 
-class ArrivedCall(_Body):
+class ArrivedCall(_Body, frozen=True):
     """Request of `transfer/arrived`: did a committed entry consume `source` at or above `at`?"""
 
     realm: bytes
@@ -368,19 +368,19 @@ class ArrivedCall(_Body):
     at: int
 
 
-class RateState(_Body):
+class RateState(_Body, frozen=True):
     """Reply of `rate/state`: tenant -> encoded limiter state."""
 
     tenants: list[tuple[str, bytes]]
 
 
-class TenantsReloaded(_Body):
+class TenantsReloaded(_Body, frozen=True):
     """Reply of `tenants/reload`."""
 
     tenants: int
 
 
-class LeaderLost(_Body):
+class LeaderLost(_Body, frozen=True):
     """A member's hint that its leader is gone."""
 
     realm: bytes
@@ -388,7 +388,7 @@ class LeaderLost(_Body):
     starting: int
 
 
-class StepdownOrder(_Body):
+class StepdownOrder(_Body, frozen=True):
     """Request of `leader_stepdown`: either an HSM, or a realm and group."""
 
     hsm: bytes | None = None
@@ -396,7 +396,7 @@ class StepdownOrder(_Body):
     group: bytes | None = None
 
 
-class Rebalanced(_Body):
+class Rebalanced(_Body, frozen=True):
     """Reply of `rebalance`; all fields empty means already balanced."""
 
     realm: bytes = b""
@@ -405,7 +405,7 @@ class Rebalanced(_Body):
     destination: bytes = b""
 
 
-class ManagerStatus(_Body):
+class ManagerStatus(_Body, frozen=True):
     """Reply of `status` at a manager: one JSON object (loops, leases, actions)."""
 
     json: str
