@@ -66,8 +66,12 @@ async def open_sqlite(path: Path, *, merkle_cache_size: int = CACHE_NODES) -> As
     lock, connection = await trio.to_thread.run_sync(_open_files, path)
     maintenance = Maintenance()
     writer = Writer(path, connection, lock, maintenance.next, maintenance.wait_s)
-    reads = Reads(path)
     writer.start()
+    try:
+        reads = Reads(path)
+    except apsw.Error as error:
+        await writer.close()
+        raise translate(error, path) from error
     try:
         nodes = TreeNodes(reads, merkle_cache_size)
         yield Store(

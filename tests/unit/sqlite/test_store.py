@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import tempfile
 from pathlib import Path
 
 import apsw
@@ -13,8 +14,10 @@ from juicebox_hsm.adapters.sqlite.accounting import DAY_MS
 from juicebox_hsm.adapters.sqlite.reads import fetch
 from juicebox_hsm.adapters.store import open_store
 from juicebox_hsm.errors import LocalError
-from juicebox_hsm.ids import RealmId
+from juicebox_hsm.ids import RealmId, RecordId
 from juicebox_hsm.ports import StoreInvalid, StoreUnavailable
+from roles.tools.bench_store import measure
+from tests.emulator.realm_data import GROUP, Grown
 
 REALM = RealmId(b"\x11" * 16)
 
@@ -176,3 +179,29 @@ def test_maintenance_takes_turns() -> None:
     piece(db)
     assert first._at is None
     assert fetch(db, "SELECT * FROM discovery") == []
+
+
+async def test_damaged_rows_are_named(tmp_path: Path) -> None:
+    """Content that does not decode raises StoreInvalid that says what is damaged, and is never taken for data."""
+    async with open_store(f"sqlite:{tmp_path}/x.db") as store:
+        await store.realms.create_realm(REALM)
+        grown = await Grown.start(store)
+        key = RecordId(b"\x42" * 32)
+        await grown.write({key: b"v"})
+    connection = schema.connect(tmp_path / "x.db", 100)
+    connection.execute("UPDATE log SET entries = x'c1'; UPDATE tree SET data = x'c1'")
+    connection.close()
+    async with open_store(f"sqlite:{tmp_path}/x.db") as store:
+        with pytest.raises(StoreInvalid, match="log row"):
+            await store.log.read_last(REALM, GROUP)
+        with pytest.raises(StoreInvalid, match="tree page"):
+            await store.nodes.read_proofs(REALM, grown.partition, [key])
+        await store.settings.put("still", b"usable")
+
+
+async def test_benchmark_measures() -> None:
+    """The benchmark runs end to end and reports every figure for each batch size."""
+    with tempfile.TemporaryDirectory() as place:
+        figures = await measure(f"sqlite:{place}/bench.db", leaves=30, batches=[1, 4], rounds=2, value_bytes=50)
+    assert [len(list(each.lines())) for each in figures] == [4, 4]
+    assert all(value > 0 for each in figures for value in each.append_wall)
