@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -228,7 +229,7 @@ async def test_operators_commands_on_a_real_cluster(tmp_path: Path) -> None:
         config = ("--config", str(cluster.state.cluster_toml))
 
         async def operate(*arguments: str, expect: int = 0) -> str:
-            done = await trio.to_thread.run_sync(_cluster, *arguments, *config)
+            done = await trio.to_thread.run_sync(partial(_cluster, *arguments, *config))
             assert done.returncode == expect, (arguments, done.stdout, done.stderr)
             return done.stdout
 
