@@ -21,6 +21,7 @@ SOURCES = (
     "merkle_proof.c",
     "merkle_overlay.c",
     "merkle_assemble.c",
+    "merkle_reshape.c",
     "merkle.c",
 )
 HEADERS = ("blake3.h", "merkle_api.h", "merkle.h", "merkle_parts.h")

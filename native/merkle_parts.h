@@ -190,4 +190,29 @@ size_t path_hanging(const path_view *path, subtree *found);
 jbm_status tree_assemble(const uint8_t *bounds, subtree *branches, size_t count, open_fork *spine,
                          made_node *made, size_t *made_count);
 
+/* ---- the tree (merkle.c); split and merge are in merkle_reshape.c ---- */
+
+enum { MADE_MAX = 2 * (HANGING_MAX + 1), ITEMS_MAX = MADE_MAX + 2 };
+
+struct jbm_tree {
+    uint8_t bounds[JBM_BOUNDS_BYTES];
+    overlay overlay;
+    /* Working memory of one call, here so that calls neither allocate it nor need a deep stack. */
+    proof_view proofs[2];
+    path_view paths[2];
+    path_step steps[3][PATH_MAX_NODES]; /* as verified: own, other; refreshed */
+    subtree hanging[2 * HANGING_MAX];
+    open_fork spine[PATH_MAX_NODES + 1];
+    made_node made[MADE_MAX];
+    size_t made_count;
+    delta_item adds[ITEMS_MAX], removes[ITEMS_MAX];
+    size_t add_count, remove_count;
+};
+
+/* Bring a decoded proof of this tree to the latest root: tree->paths[0]. */
+jbm_status tree_refresh(jbm_tree *tree, const proof_view *proof);
+jbm_status tree_parse_refresh(jbm_tree *tree, const uint8_t *proof, size_t proof_size);
+/* Append the interior nodes of a path to the nodes removed. */
+void tree_remove_path(jbm_tree *tree, const path_view *path);
+
 #endif
