@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import assert_never
+
 from juicebox_hsm.hsm import app, capture, leadership, membership, transfer
 from juicebox_hsm.hsm.messages import (
     AppRequest,
@@ -99,3 +101,5 @@ def _dispatch(state: HsmState, request: Request) -> Response:
             return transfer.transfer_in(state, request)
         case CompleteTransfer():
             return transfer.complete_transfer(state, request)
+        case _:
+            assert_never(request)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, assert_never
 
 import cbor2
 
@@ -211,6 +211,8 @@ def _write_role(value: RoleStatus) -> bytes:
             role = cbor.map_head(1) + cbor.text("SteppingDown") + fields
         case Witness():
             role = cbor.text("Witness")
+        case _:
+            assert_never(value.role)
     return write_map(("role", "at"), [role, cbor.uint(value.at)])
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hmac
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Final, assert_never
 
 from juicebox_hsm.crypto import Random, oprf
 from juicebox_hsm.errors import DecodingError, check
@@ -95,6 +95,8 @@ def run(record: Record, request: secrets.SecretsRequest, random: Random) -> Effe
         case secrets.Delete():
             written = None if isinstance(record, NotRegistered) else NOT_REGISTERED
             return Effect(secrets.DeleteOk(), ResultType(ResultKind.DELETE), written)
+        case _:
+            assert_never(request)
 
 
 def _not_registered(phase: secrets.Phase, result: ResultType) -> Effect:

@@ -9,7 +9,7 @@ write fails, the exception leaves `Hsm.handle` and the instance stays poisoned.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, assert_never
 
 from juicebox_hsm.consensus.macs import Macs, same
 from juicebox_hsm.consensus.nvram import (
@@ -171,6 +171,8 @@ class GroupState:
                 return RoleStatus(SteppingDown(starting), self.clock)
             case WitnessState():
                 return RoleStatus(Witness(), self.clock)
+            case _:
+                assert_never(self.role)
 
     def step_down_at(self, leader: LeaderState, index: int) -> None:
         """End the leadership at `index`: what lies beyond is abandoned, the rest may still commit."""

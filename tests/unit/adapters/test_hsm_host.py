@@ -198,6 +198,29 @@ def test_missing_directory(tmp_path: Path) -> None:
         read_hsm_dir(tmp_path / "none")
 
 
+@pytest.mark.parametrize("value", ["zz", "00", 5, None])
+def test_i15_sealed_bytes_of_wrong_form(directory: Path, value: object) -> None:
+    """Sealed keys that are no hex text of the right size are refused by name."""
+    document = json.loads((directory / "keys.json").read_text())
+    (directory / "keys.json").write_text(json.dumps({**document, "sealed": value}))
+    with pytest.raises(LocalError, match=r"keys\.json"):
+        open_hsm_dir(directory)
+
+
+def test_a_failed_init_leaves_nothing(keys_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the disk is full the directory is not half made, and the next attempt works."""
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("juicebox_hsm.adapters.nvram.write_durably", full)
+        with pytest.raises(LocalError, match=r"--dir .*No space left"):
+            init_hsm_dir(keys_file, tmp_path / "hsm")
+    assert {entry.name for entry in tmp_path.iterdir()} == {"realm.keys", "realm.keys.key"}
+    init_hsm_dir(keys_file, tmp_path / "hsm")
+
+
 async def test_writes_run_beside_the_event_loop() -> None:
     """Requests that may write NVRAM run in a worker thread, one at a time; all others on the loop's thread."""
     platform = MemoryPlatform(realm_keys())

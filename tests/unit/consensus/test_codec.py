@@ -125,16 +125,21 @@ def _documents() -> dict[str, object]:
         "mac text": {**good, "entry_mac": "x" * 32},
         "marker text": {**good, "transferring": "In"},
         "marker both": {**good, "transferring": {"In": {}, "Out": {}}},
+        "marker other": {**good, "transferring": {"Other": {}}},
         "marker empty": {**good, "transferring": {"In": {}}},
         "out without partition": {
             **good,
             "transferring": {"Out": {"destination": bytes(16), "partition": None, "at": 1}},
         },
+        "out to nowhere": {**good, "transferring": {"Out": {"destination": bytes(16), "partition": None}}},
+        "range empty": {**good, "partition": {"range": {}, "root_hash": bytes(32)}},
         "partition empty": {**good, "partition": {}},
         "consumed empty": {**good, "consumed": []},
         "consumed unsorted": {**good, "consumed": [[GROUPS[2], 1], [GROUPS[1], 1]]},
         "consumed twice": {**good, "consumed": [[GROUPS[2], 1], [GROUPS[2], 1]]},
         "consumed triple": {**good, "consumed": [[GROUPS[2], 1, 1]]},
+        "consumed map": {**good, "consumed": {}},
+        "consumed flat": {**good, "consumed": [1]},
         "consumed 17": {**good, "consumed": [[bytes([n]) * 16, 1] for n in range(17)]},
         "not a map": [1, 2],
         "null": None,
@@ -165,6 +170,27 @@ def test_garbage_is_a_decoding_error(decode: object, data: bytes) -> None:
     """Bytes that are not ours never raise anything but DecodingError."""
     with pytest.raises(DecodingError):
         decode(data)  # type: ignore[operator]  # parametrised
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        {"index": 1},
+        {"captures": []},
+        {"index": 1, "captures": {}},
+        {"index": 0, "captures": []},
+        {"index": 1, "captures": [{}]},
+        {"index": 1, "captures": [{"hsm": bytes(16), "index": 1, "mac": bytes(32)}]},
+        {"captures": [], "index": 1},
+    ],
+)
+def test_other_certificates_and_captures_are_refused(document: dict[str, object]) -> None:
+    """A certificate or capture with missing or wrong parts is a decoding error."""
+    with pytest.raises(DecodingError):
+        decode_certificate(cbor2.dumps(document), RealmId(bytes(16)), GroupId(bytes(16)))
+    for incomplete in (document, {**document, "realm": bytes(16), "group": bytes(16), "hsm": bytes(16)}):
+        with pytest.raises(DecodingError):
+            decode_captured(cbor2.dumps(incomplete))
 
 
 def test_bytes_after_the_item_and_long_integers_are_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import cbor2
 import pytest
@@ -85,8 +86,8 @@ def test_m8_truncated_images_are_refused(size: int) -> None:
         decode_state(encode_state(SMALL)[:size])
 
 
-GROUP: dict[str, object] = {"configuration": [b"\x11" * 16], "captured": None}
-REALM: dict[str, object] = {"id": b"\x22" * 16, "statement": b"\x33" * 32, "groups": {}}
+GROUP: Any = {"configuration": [b"\x11" * 16], "captured": None}
+REALM: Any = {"id": b"\x22" * 16, "statement": b"\x33" * 32, "groups": {}}
 
 
 @pytest.mark.parametrize(

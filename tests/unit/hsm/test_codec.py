@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from juicebox_hsm.consensus.types import LogEntry
+from juicebox_hsm.consensus.types import Leader, LogEntry, Role, RoleStatus, SteppingDown, Witness
 from juicebox_hsm.errors import DecodingError
 from juicebox_hsm.hsm.codec import (
     FORMS,
@@ -22,6 +22,20 @@ from juicebox_hsm.hsm.codec import (
     encode_request,
     encode_response,
     handle_bytes,
+)
+from juicebox_hsm.hsm.fields import (
+    BOOL,
+    BYTES,
+    PARTITION,
+    RESULT,
+    ROLE,
+    Codec,
+    array,
+    fixed,
+    optional,
+    row,
+    struct,
+    uint,
 )
 from juicebox_hsm.hsm.messages import (
     CaptureJump,
@@ -34,9 +48,12 @@ from juicebox_hsm.hsm.messages import (
     Outcome,
     Request,
     Response,
+    ResultKind,
+    ResultType,
     Status,
     StepDown,
     StepDownOk,
+    TransferOutOk,
 )
 from juicebox_hsm.ids import FULL_RANGE, GroupId, OwnedRange, RecordId
 from juicebox_hsm.wire import secrets
@@ -89,6 +106,9 @@ def busy_world() -> WireWorld:
     world.commit(group, 0, [0, 1])
     world.lead(group, 1)
     world.send(0, CaptureNext(world.realm, group, (dataclasses.replace(entry, index=1),)))
+    prepared = world.prepare(group, other, 0, LOWER)
+    world.lead(group, 0)
+    expect(world.send(0, world.out_request(group, other, LOWER, prepared)), TransferOutOk)
     world.status(0)
     return world
 
@@ -149,6 +169,107 @@ def test_size_limit() -> None:
     """A request above 1 MiB is refused before it is parsed."""
     with pytest.raises(DecodingError):
         decode_request(bytes(REQUEST_BYTES_MAX + 1))
+
+
+BAD_ITEMS: list[tuple[Codec, list[object]]] = [
+    (fixed(4), [bytes(3), bytes(5), "abcd", [0] * 4, None]),
+    (uint(9), [10, -1, True, "1", None, 1.0]),
+    (BYTES, ["x", None, [1]]),
+    (BOOL, [1, 0, None, "true"]),
+    (array(BOOL), [None, {}, [1], b""]),
+    (row(BOOL, BOOL), [[True], [True] * 3, [True, 1], {}, None]),
+    (PARTITION, [None, {}, {"range": {}, "root_hash": bytes(32)}, {"range": None}]),
+    (optional(BOOL), [1, []]),
+    (struct(Status, ()), [{"a": 1}, [], None]),
+    (
+        ROLE,
+        [
+            None,
+            {"role": "Leader", "at": 1},
+            {"role": "Witness", "at": -1},
+            {"at": 1, "role": "Witness"},
+            {"role": {"Witness": {}}, "at": 1},
+            {"role": "Other", "at": 1},
+            {"role": {"Leader": {"leader_starting": 1}}, "at": 1},
+            {"role": {"SteppingDown": {"starting": 1}}, "at": 1},
+        ],
+    ),
+    (
+        RESULT,
+        [
+            None,
+            "Other",
+            "Recover2",
+            "Recover3",
+            {"Register1": None},
+            {"Recover2": {"updated": 1}},
+            {"Recover2": {"updated": {"num_guesses": 1}}},
+            {"Recover2": {"updated": {"num_guesses": 65536, "guess_count": 1}}},
+            {"Recover3": {"recovered": 1}},
+            {"Recover3": {}},
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize(("codec", "items"), BAD_ITEMS)
+def test_fields_refuse_other_types(codec: Codec, items: list[object]) -> None:
+    """Each field kind refuses wrong types, lengths, ranges, names and missing data with a decoding error."""
+    for item in items:
+        with pytest.raises(DecodingError):
+            codec.read(item)
+
+
+@pytest.mark.parametrize("kind", list(ResultKind))
+def test_results_round_trip(kind: ResultKind) -> None:
+    """Every result type survives the wire."""
+    results = [ResultType(kind)]
+    if kind is ResultKind.RECOVER2:
+        results.append(ResultType(kind, 300, 7))
+    if kind is ResultKind.RECOVER3:
+        results.append(ResultType(kind, recovered=True))
+    for result in results:
+        assert RESULT.read(cbor2.loads(RESULT.write(result))) == result
+
+
+@pytest.mark.parametrize("role", [Leader(5), SteppingDown(2**64 - 1), Witness()])
+def test_roles_round_trip(role: Role) -> None:
+    """Every role status survives the wire in its published form."""
+    status = RoleStatus(role, 9)
+    document = cbor2.loads(ROLE.write(status))
+    assert document["at"] == 9
+    assert list(document) == ["role", "at"]
+    assert ROLE.read(document) == status
+
+
+def test_unknown_answers_are_refused() -> None:
+    """Answers that do not belong to the request are decoding errors."""
+    answers: tuple[object, ...] = (
+        {"res": {"Ok": {}}, "metrics": []},
+        {"res": {"NotWitness": {"role": "Witness", "at": 1}}, "metrics": []},
+        {"res": {"NotCaptured": {"have": 1}}, "metrics": []},
+        {"res": "NotLeader", "metrics": []},
+        {"res": "Ok", "metrics": []},
+        {"res": "Nonsense", "metrics": []},
+        {"metrics": [], "res": "InvalidRealm"},
+        {"res": "InvalidRealm"},
+        [],
+    )
+    for answer in answers:
+        with pytest.raises(DecodingError):
+            decode_response(CaptureNext, cbor2.dumps(answer))
+    with pytest.raises(DecodingError):
+        decode_response(CaptureNext, cbor2.dumps({"res": "InvalidRealm", "metrics": []}) + b"\0")
+    requests: tuple[object, ...] = (
+        {"req": "Status", "metrics": "Skip"},
+        {"req": {"Nope": {}}, "metrics": "Skip"},
+        {"req": {}},
+    )
+    for request in requests:
+        with pytest.raises(DecodingError):
+            decode_request(cbor2.dumps(request))
+    with pytest.raises(DecodingError):
+        decode_request(cbor2.dumps({"req": {"Status": {}}, "metrics": "All"}))
 
 
 CORPUS = [(encode_request(request), request) for request, _ in busy_world().traffic]
@@ -260,7 +381,7 @@ def test_i17_mutated_documents(seed: int) -> None:
         feed(world, cbor2.dumps(mutate_item(document, chooser)))
 
 
-BYTES = [
+LENGTHS = [
     b"",
     b"\0",
     bytes(15),
@@ -282,7 +403,7 @@ def mutate_object(value: Any, chooser: random.Random) -> Any:
         if value and chooser.random() < 0.5:
             at = chooser.randrange(len(value))
             return value[:at] + bytes([value[at] ^ (1 << chooser.randrange(8))]) + value[at + 1 :]
-        return chooser.choice(BYTES)
+        return chooser.choice(LENGTHS)
     if isinstance(value, bool):
         return not value
     if isinstance(value, int):
@@ -290,6 +411,9 @@ def mutate_object(value: Any, chooser: random.Random) -> Any:
     if isinstance(value, tuple):
         if not value:
             return value
+        if len(value) == 2 and isinstance(value[0], bytes):  # a typed pair: contents may be hostile, arity is not
+            at = chooser.randrange(2)
+            return (*value[:at], mutate_object(value[at], chooser), *value[at + 1 :])
         match chooser.randrange(5):
             case 0:
                 return ()

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from juicebox_hsm.consensus.types import Captured, Leader, LogEntry, Partition, SteppingDown, Witness
+from juicebox_hsm.errors import InvariantViolation
 from juicebox_hsm.hsm.messages import (
     BecomeLeader,
     CaptureNext,
@@ -300,6 +301,58 @@ def test_i12_abandoned_macs_wait_for_a_quorum_and_are_told_once() -> None:
     assert [mac for mac, _, _ in done.responses] == [mine[0].entry_mac]
     assert done.abandoned == (mine[1].entry_mac, mine[2].entry_mac)
     assert isinstance(done.role.role, Witness)
+
+
+def test_partial_commit_while_stepping_down() -> None:
+    """A commit below the last own index releases its part and leaves the HSM stepping down (I11)."""
+    world, group, made = pipelined()
+    expect(world.send(0, StepDown(world.realm, group, force=False)), StepDownOk)
+    for number in (1, 2):
+        expect(world.send(number, CaptureNext(world.realm, group, (made[0],))), RoleOk)
+    votes = (*world.persist(1, group), *world.persist(2, group))
+    done = expect(world.send(0, Commit(world.realm, group, votes)), CommitOk)
+    assert done.committed == made[0].index
+    assert isinstance(done.role.role, SteppingDown)
+    assert isinstance(world.commit(group, 0).role.role, Witness)
+
+
+def test_i2_i8_a_witness_votes_for_one_branch() -> None:
+    """Shown rival entries of one index, a witness captures one, signs one mac per index, and one branch commits."""
+    world, group = three()
+    stored = list(world.logs[group])
+    branches = []
+    for leader in range(2):
+        if leader:
+            world.logs[group] = list(stored)
+            world.lead(group, leader)
+        branches.append(world.app(group, leader, world.client(b"\1" * 32, leader), secrets.Register1()).entry)
+    signed: dict[int, set[bytes]] = {}
+    for first, second in ((0, 1), (1, 0)):
+        answers = [world.send(2, CaptureNext(world.realm, group, (branches[number],))) for number in (first, second)]
+        assert Outcome.MISSING_PREV in answers
+        (vote,) = world.persist(2, group)
+        signed.setdefault(vote.index, set()).add(vote.mac)
+    assert signed == {branches[0].index: {branches[0].entry_mac}}
+    expect(world.send(0, CaptureNext(world.realm, group, (branches[0],))), RoleOk)
+    votes = (*world.persist(0, group), *world.persist(2, group))
+    assert refused(world.hsms[1], Commit(world.realm, group, votes)) is Outcome.NO_QUORUM
+    expect(world.send(0, Commit(world.realm, group, votes)), CommitOk)
+
+
+def test_i9_logs_stay_chained() -> None:
+    """Appending anything but the chained successor, or emptying a log, is a broken invariant."""
+    world, group, made = pipelined()
+    role = world.hsms[0]._state.groups[group].role
+    assert isinstance(role, LeaderState)
+    assert role.log.last == made[-1]
+    for bad in (made[-1], replace(made[-1], index=made[-1].index + 1), made[0]):
+        with pytest.raises(InvariantViolation):
+            role.log.append(bad)
+    with pytest.raises(InvariantViolation):
+        role.log.pop_from(role.log.first)
+    with pytest.raises(InvariantViolation):
+        role.log.release_to(role.log.last.index + 1)
+    assert role.log.last == made[-1]
 
 
 def test_m19_two_leaders_one_branch_releases() -> None:

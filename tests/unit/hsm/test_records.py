@@ -243,6 +243,7 @@ def test_m13_bad_records_are_refused() -> None:
         trailer(body[:size].replace(b"num_guesses\x03", b"num_guesses\x20"), size),
         trailer(body[:size].replace(b"num_guesses", b"num_guessex"), size),
         trailer(body[:size].replace(b"public_key", b"public_kex"), size),
+        trailer(body[:size].replace(b"policy\xa1knum_guesses\x03", b"policy\xa0"), size - 13),
         trailer(body[:size].replace(b"gversionP", b"gversionO"), size),
         trailer(body[:size].replace(REGISTER.oprf_private_key, b"\xff" * 32), size),
     ]

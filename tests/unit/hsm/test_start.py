@@ -47,10 +47,13 @@ def test_restart_keeps_memberships_and_persisted_heads_as_witness() -> None:
     world = World(2)
     group = world.new_group([0, 1])
     head = world.captured(1, group)
+    world.new_group([1], commit=False)
     world.crash(1)
     realm = world.status(1).realm
     assert realm is not None
-    (kept,) = realm.groups
+    (kept,) = [found for found in realm.groups if found.id == group]
+    (other,) = [found for found in realm.groups if found.id != group]
+    assert (other.captured, other.role.role) == (None, Witness())
     assert kept.id == group
     assert isinstance(kept.role.role, Witness)
     assert kept.captured == (head, world.logs[group][-1].entry_mac)

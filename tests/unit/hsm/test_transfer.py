@@ -62,7 +62,7 @@ def versions(world: World, group: GroupId) -> list[bool]:
     return served
 
 
-def test_split_and_merge_round_trip() -> None:
+def test_i4_i5_split_and_merge_round_trip() -> None:
     """A half moves out and back: records follow, the root is restored, and each record has one owner (I4)."""
     world, (s, d) = registered()
     before = world.partition(s)
@@ -386,6 +386,17 @@ def test_m17_nonces_of_earlier_preparations_and_leaders() -> None:
     signed = world.sign(t.p.s, 0, t.p.d, last.nonce)
     request = world.in_request(t.p.s, t.p.d, t.out.partition, last.nonce, signed)
     expect(world.send(0, request), TransferInOk)
+
+
+def test_arriving_range_must_join() -> None:
+    """Were the own range no longer adjacent, the transfer is refused rather than merged (defence in depth)."""
+    t = sent(owner=True)
+    world, good = t.p.world, t.arriving
+    role = world.hsms[0]._state.groups[t.p.d].role
+    last = role.log.last  # type: ignore[union-attr]  # a leader
+    assert last.partition is not None
+    role.log.last = replace(last, partition=Partition(FULL_RANGE, last.partition.root_hash))  # type: ignore[union-attr]
+    assert refused(world.hsms[0], good) is Outcome.NOT_PREPARED
 
 
 def test_m17_stale_own_proof_keeps_the_nonce() -> None:
