@@ -344,6 +344,7 @@ class Simulation:
     """The whole: agents by name, the realm, and the front end."""
 
     manager_url = "tcp://manager:1"
+    manager_kind = ServiceKind.MANAGER
 
     def __init__(self, nursery: trio.Nursery, store: Store, timings: Timings) -> None:
         self.nursery = nursery

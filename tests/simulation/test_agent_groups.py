@@ -125,8 +125,8 @@ async def test_hand_over_under_load_without_client_errors(tmp_path: Path) -> Non
 
 
 async def test_killed_leader_is_reported_and_replaced(tmp_path: Path) -> None:
-    """When the leader's process dies, members report it at once and service goes on without it."""
-    async with simulation(tmp_path) as sim:
+    """When the leader's process dies its closed streams alone raise the alarm, and service goes on without it."""
+    async with simulation(tmp_path, dataclasses.replace(QUICK, silence_s=1000.0)) as sim:
         group = await sim.new_realm(3)
         await sim.settle_peers()
         traffic = Traffic(sim, 4)
@@ -136,9 +136,7 @@ async def test_killed_leader_is_reported_and_replaced(tmp_path: Path) -> None:
         assert old is not None
         sim.manager.hints.clear()
         old.kill()
-        began = trio.current_time()
         await traffic.more(8)
-        assert trio.current_time() - began < 1.5
         assert group in {hinted for hinted, _ in sim.manager.hints}
         assert sim.leader_of(group) is not old
 

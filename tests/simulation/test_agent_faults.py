@@ -1,0 +1,382 @@
+"""What one agent does when store, HSM or client fail it (agent.md 13, decisions 27 and 30)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+import trio
+
+import roles.agent.app as app_module
+from juicebox_hsm.consensus.types import LogEntry
+from juicebox_hsm.hsm.messages import AppRequest, Outcome, Request, Response
+from juicebox_hsm.ids import GroupId, RealmId
+from juicebox_hsm.ports import (
+    AppendOutcome,
+    Compacted,
+    EventKind,
+    HsmGone,
+    StoreAmbiguous,
+    StoreInvalid,
+    StoreUnavailable,
+)
+from juicebox_hsm.wire.rpc import App, AppOk, Refusal, Refused
+from roles.agent.leader import hand_over
+from roles.agent.registration import livez, readyz
+from roles.agent.watch import LogRefused
+from tests.simulation.cluster import KEEP_EVENTS, TENANT, SimAgent, Simulation, simulation, until
+
+Really = Callable[[], Awaitable[AppendOutcome]]
+
+
+async def kinds(sim: Simulation) -> list[EventKind]:
+    """Return the kinds in the tenant's outbox."""
+    return [event.new.kind for event in await sim.store.outbox.read(sim.realm, TENANT, 0, 100)]
+
+
+async def serves_again(sim: Simulation, group: GroupId) -> None:
+    """Wait until a request succeeds."""
+    await until(lambda: sim.leader_of(group) is not None)
+    leader = sim.leader_of(group)
+    assert leader is not None
+    assert isinstance(await leader.call("app", sim.register1(group, "again")), AppOk)
+
+
+async def test_ambiguous_append_that_landed(tmp_path: Path) -> None:
+    """An append of unknown outcome that did land costs the leadership; its request becomes `unknown`."""
+    async with simulation(tmp_path, KEEP_EVENTS) as sim:
+        group = await sim.new_realm(1)
+        agent = sim.agents[0]
+
+        async def land_and_fail(really: Really) -> AppendOutcome:
+            agent.log.on_append = None
+            await really()
+            raise StoreAmbiguous("the answer was lost")
+
+        agent.log.on_append = land_and_fail
+        reply = await agent.call("app", sim.register1(group, "alice"))
+        assert reply == Refused(Refusal.NOT_LEADER, consumed=True)
+        await serves_again(sim, group)
+        assert sorted(await kinds(sim), key=str) == [EventKind.REGISTER1, EventKind.UNKNOWN]
+
+
+async def test_ambiguous_append_that_did_not_land(tmp_path: Path) -> None:
+    """An append of unknown outcome that did not land costs the leadership and leaves no trace."""
+    async with simulation(tmp_path, KEEP_EVENTS) as sim:
+        group = await sim.new_realm(1)
+        agent = sim.agents[0]
+
+        async def fail(_really: Really) -> AppendOutcome:
+            agent.log.on_append = None
+            raise StoreAmbiguous("the answer was lost")
+
+        agent.log.on_append = fail
+        reply = await agent.call("app", sim.register1(group, "alice"))
+        assert reply == Refused(Refusal.NOT_LEADER, consumed=True)
+        await serves_again(sim, group)
+        await trio.sleep(0.1)
+        assert await kinds(sim) == [EventKind.REGISTER1]
+
+
+async def test_passing_store_trouble_is_retried(tmp_path: Path) -> None:
+    """An append refused for a passing reason is tried again and the client notices nothing."""
+    async with simulation(tmp_path) as sim:
+        group = await sim.new_realm(1)
+        agent = sim.agents[0]
+        failures = [StoreUnavailable("busy")] * 3
+
+        async def sometimes(really: Really) -> AppendOutcome:
+            if failures:
+                raise failures.pop()
+            return await really()
+
+        agent.log.on_append = sometimes
+        assert isinstance(await agent.call("app", sim.register1(group, "alice")), AppOk)
+        assert not failures
+
+
+async def test_outbox_that_cannot_be_written_releases_nothing(tmp_path: Path) -> None:
+    """Without its outbox row a committed answer is withheld, leadership is given up, and the outcome is `unknown`."""
+    async with simulation(tmp_path, KEEP_EVENTS) as sim:
+        group = await sim.new_realm(1)
+        agent = sim.agents[0]
+
+        async def refuse(_events: object) -> None:
+            agent.outbox.before_record = None
+            raise StoreInvalid("no")
+
+        agent.outbox.before_record = refuse
+        reply = await agent.call("app", sim.register1(group, "alice"))
+        assert reply == Refused(Refusal.NOT_LEADER, consumed=True)
+        await serves_again(sim, group)
+        assert sorted(await kinds(sim), key=str) == [EventKind.REGISTER1, EventKind.UNKNOWN]
+
+
+async def test_client_that_leaves_before_the_append_stalls_nobody(tmp_path: Path) -> None:
+    """A client gone between the HSM's reply and the append leaves no hole: the entry is appended and recorded."""
+    async with simulation(tmp_path, KEEP_EVENTS) as sim:
+        group = await sim.new_realm(1)
+        agent = sim.agents[0]
+        reached, proceed = trio.Event(), trio.Event()
+
+        async def hold(really: Really) -> AppendOutcome:
+            reached.set()
+            await proceed.wait()
+            return await really()
+
+        agent.log.on_append = hold
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(app_module.handle_app, agent.agent, sim.register1(group, "alice"))
+            await reached.wait()
+            nursery.cancel_scope.cancel()
+        proceed.set()
+        assert isinstance(await agent.call("app", sim.register1(group, "bob")), AppOk)
+        assert await kinds(sim) == [EventKind.REGISTER1, EventKind.REGISTER1]
+
+
+async def test_busy_beyond_the_uncommitted_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With too many uncommitted entries a request is refused as Busy before the HSM sees it."""
+    monkeypatch.setattr(app_module, "UNCOMMITTED_MAX", 5)
+    async with simulation(tmp_path) as sim:
+        group = await sim.new_realm(1)
+        agent = sim.agents[0]
+        proceed = trio.Event()
+
+        async def hold(really: Really) -> AppendOutcome:
+            await proceed.wait()
+            return await really()
+
+        agent.log.on_append = hold
+        replies: list[object] = []
+
+        async def ask(app: App) -> None:
+            replies.append(await agent.call("app", app))
+
+        async with trio.open_nursery() as nursery:
+            for number in range(10):
+                nursery.start_soon(ask, sim.register1(group, f"user{number}"))
+            await until(lambda: replies)
+            assert all(reply == Refused(Refusal.BUSY) for reply in replies)
+            proceed.set()
+        assert sum(isinstance(reply, AppOk) for reply in replies) == 6
+
+
+class LosesOneReply:
+    """An HSM transport that loses one reply to an AppRequest after the HSM made the entry."""
+
+    def __init__(self, inner: Callable[[Request], Awaitable[Response]]) -> None:
+        self._inner = inner
+        self.left = 1
+
+    async def send(self, request: Request) -> Response:
+        reply = await self._inner(request)
+        if isinstance(request, AppRequest) and self.left:
+            self.left -= 1
+            return Outcome.STALE_PROOF
+        return reply
+
+
+async def test_lost_hsm_reply_does_not_stall_the_group_for_ever(tmp_path: Path) -> None:
+    """An index that never arrives ends the leadership after the hole limit; service goes on under the next."""
+    async with simulation(tmp_path) as sim:
+        group = await sim.new_realm(1)
+        agent = sim.agents[0]
+        agent.agent.hsm = LosesOneReply(agent.hsm.send)
+        reply = await agent.call("app", sim.register1(group, "alice"))
+        assert isinstance(reply, Refused)
+        assert reply.outcome is Refusal.NOT_LEADER
+        await serves_again(sim, group)
+
+
+async def test_poisoned_hsm_ends_the_process(tmp_path: Path) -> None:
+    """A failed NVRAM write ends the agent with `HsmGone` (exit 75)."""
+    async with simulation(tmp_path) as sim:
+        group = await sim.new_realm(1)
+        agent = sim.agents[0]
+
+        def fail(_content: bytes) -> None:
+            raise OSError("disk gone")
+
+        agent.platform.nvram_write = fail  # type: ignore[assignment,method-assign]  # parameter name
+        await agent.call_and_forget("app", sim.register1(group, "alice"))
+        await agent.closed.wait()
+        assert agent.crash is not None
+        assert contains(agent.crash, (HsmGone, OSError))
+        agent.crash = None
+
+
+def contains(error: BaseException, kinds: tuple[type[BaseException], ...]) -> bool:
+    """Tell whether one of the leaves is of such a type."""
+    if isinstance(error, BaseExceptionGroup):
+        return any(contains(inner, kinds) for inner in error.exceptions)
+    return isinstance(error, kinds)
+
+
+class Corrupting:
+    """A log store whose reads spoil every entry's mac."""
+
+    def __init__(self, inner: object) -> None:
+        self._inner = inner
+
+    async def read_from(
+        self, realm: RealmId, group: GroupId, index: int, entries_max: int
+    ) -> list[LogEntry] | Compacted:
+        read = await self._inner.read_from(realm, group, index, entries_max)  # type: ignore[attr-defined]
+        return [dataclasses.replace(entry, entry_mac=bytes(32)) for entry in read]
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._inner, name)
+
+
+async def test_corrupted_log_ends_the_process(tmp_path: Path) -> None:
+    """A stored row that the HSM refuses ends the agent rather than being skipped."""
+    async with simulation(tmp_path) as sim:
+        group = await sim.new_realm(1)
+        agent = sim.agents[0]
+        agent.agent.store = dataclasses.replace(agent.store, log=Corrupting(agent.store.log))  # type: ignore[arg-type]
+        agent.group(group).position -= 1
+        await agent.closed.wait()
+        assert agent.crash is not None
+        assert contains(agent.crash, (LogRefused,))
+        agent.crash = None
+
+
+async def test_full_outbox_refuses_before_the_hsm_is_asked(tmp_path: Path) -> None:
+    """At the outbox bound requests get NoStore with their message unused."""
+    async with simulation(tmp_path) as sim:
+        group = await sim.new_realm(1)
+        agent = sim.agents[0]
+        agent.agent.outbox_full = True
+        reply = await agent.call("app", sim.register1(group, "alice"))
+        assert reply == Refused(Refusal.NO_STORE)
+        assert agent.log.appends == [1]
+
+
+async def test_hostile_requests_are_answered(tmp_path: Path) -> None:
+    """Foreign realms and groups, garbage and wrong sizes get their refusals and disturb nothing."""
+    async with simulation(tmp_path) as sim:
+        group = await sim.new_realm(1)
+        agent = sim.agents[0]
+        good = sim.register1(group, "alice")
+
+        def changed(**fields: object) -> App:
+            return msgspec.structs.replace(good, **fields)
+
+        expected = [
+            (changed(realm=bytes(16)), Refusal.INVALID_REALM),
+            (changed(group=bytes(16)), Refusal.INVALID_GROUP),
+            (changed(group=b""), Refusal.INVALID_GROUP),
+            (changed(encrypted=b"\xff"), Refusal.DECODING_ERROR),
+            (changed(record_id=bytes(31)), Refusal.DECODING_ERROR),
+            (changed(session_id=2**32), Refusal.DECODING_ERROR),
+            (changed(session_id=-1), Refusal.DECODING_ERROR),
+            (changed(handshake_only=True), Refusal.SESSION_ERROR),
+        ]
+        for body, outcome in expected:
+            reply = await agent.call("app", body)
+            assert isinstance(reply, Refused)
+            assert reply.outcome is outcome
+        assert isinstance(await agent.call("app", good), AppOk)
+
+
+async def test_shutdown_without_managers_answers_everybody(tmp_path: Path) -> None:
+    """A graceful shutdown waits for what was begun: committed, recorded and answered."""
+    async with simulation(tmp_path, KEEP_EVENTS) as sim:
+        group = await sim.new_realm(1)
+        await sim.store.discovery.deregister(sim.manager_kind, sim.manager_url)
+        agent = sim.agents[0]
+        await until(lambda: not agent.agent.peers.manager_urls)
+        replies: list[object] = []
+
+        proceed = trio.Event()
+
+        async def hold(really: Really) -> AppendOutcome:
+            await proceed.wait()
+            return await really()
+
+        async def ask(app: App) -> None:
+            replies.append(await agent.call("app", app))
+
+        agent.log.on_append = hold
+        async with trio.open_nursery() as nursery:
+            for number in range(5):
+                nursery.start_soon(ask, sim.register1(group, f"user{number}"))
+            await until(lambda: len(agent.group(group).leader.waiters) == 5)
+            agent.agent.stopping = True
+            nursery.start_soon(hand_over, agent.agent)
+            await until(lambda: not agent.group(group).is_leader)
+            assert agent.group(group).leader is not None
+            proceed.set()
+        assert all(isinstance(reply, AppOk) for reply in replies)
+        assert len(replies) == 5
+        assert len(await kinds(sim)) == 5
+        assert agent.group(group).leader is None
+        assert await sim.store.outbox.settled(sim.realm, group) == 6
+
+
+async def test_watchdog_regains_a_forgotten_leadership(tmp_path: Path) -> None:
+    """When the HSM leads and the agent does not know, the watchdog makes it step down and a manager appoints anew."""
+    async with simulation(tmp_path) as sim:
+        group = await sim.new_realm(1)
+        agent = sim.agents[0]
+        assert isinstance(await agent.call("app", sim.register1(group, "alice")), AppOk)
+        forgotten = agent.group(group).leader
+        agent.group(group).leader = None
+        forgotten.wake_all()
+        await until(lambda: agent.group(group).leader is not None)
+        await serves_again(sim, group)
+
+
+async def test_probes_tell_what_is_wrong(tmp_path: Path) -> None:
+    """Readiness names store trouble and keeps outbox warnings apart; liveness asks the HSM."""
+    async with simulation(tmp_path) as sim:
+        await sim.new_realm(1)
+        agent = sim.agents[0].agent
+        assert (await livez(agent))[0]
+        assert (await readyz(agent))[0]
+        agent.outbox_warning = "many"
+        assert await readyz(agent) == (True, "ready\nwarning: many")
+        agent.note_trouble("log x", StoreUnavailable("down"))
+        ok, text = await readyz(agent)
+        assert not ok
+        assert "log x: down" in text
+
+
+async def test_accounting_and_counters(tmp_path: Path) -> None:
+    """Register, delete and delete again: one user counted for the day, and exact request counters."""
+    async with simulation(tmp_path) as sim:
+        await sim.new_realm(1)
+        client = sim.client("alice")
+        await client.register(b"1234", b"secret", b"info", 3)
+        await client.delete()
+        await client.delete()
+
+        async def counters() -> dict[EventKind, int]:
+            days = await sim.store.outbox.counters(sim.realm, TENANT)
+            return {kind: count for day in days.values() for kind, count in day.items()}
+
+        with trio.fail_after(5):
+            while (await counters()).get(EventKind.DELETE) != 2:  # noqa: ASYNC110 - tests look from outside
+                await trio.sleep(0.01)
+        assert await counters() == {EventKind.REGISTER1: 1, EventKind.REGISTER2: 1, EventKind.DELETE: 2}
+        day_ms = 86_400_000
+        today = sim.agents[0].agent.now_ms() // day_ms * day_ms
+        assert await sim.store.accounting.count_users(sim.realm, today, today + day_ms) == {TENANT: 1}
+
+
+async def test_agent_that_cannot_read_the_log_is_not_ready(tmp_path: Path) -> None:
+    """Log reads that fail are retried for ever, reported, and forgotten when they succeed again."""
+    async with simulation(tmp_path) as sim:
+        await sim.new_realm(1)
+        agent: SimAgent = sim.agents[0]
+
+        async def fail(*_: object) -> list[LogEntry]:
+            raise StoreUnavailable("down")
+
+        agent.log.read_from = fail  # type: ignore[attr-defined]
+        await until(lambda: agent.agent.troubles)
+        del agent.log.read_from
+        await until(lambda: not agent.agent.troubles)
