@@ -137,14 +137,15 @@ def test_not_leader_carries_the_role() -> None:
 def test_future_index_means_another_leader_wrote() -> None:
     """A proof from beyond the own log ends the leadership, at once or after what is uncommitted."""
     world, group, client = alone()
-    ahead = replace(world.app_message(group, client, client.seal(secrets.Register1())), index=99)
+    beyond = world.logs[group][-1].index + 1
+    ahead = replace(world.app_message(group, client, client.seal(secrets.Register1())), index=beyond)
     answer = world.send(0, ahead)
     assert isinstance(answer, NotLeader)
     assert answer.role is not None
     assert isinstance(answer.role.role, Witness)
     world.lead(group, 0)
     world.app(group, 0, world.client(RECORD, "other"), secrets.Register1())
-    answer = world.send(0, ahead)
+    answer = world.send(0, replace(ahead, index=beyond + 1))
     assert isinstance(answer, NotLeader)
     assert answer.role is not None
     assert isinstance(answer.role.role, SteppingDown)

@@ -346,6 +346,7 @@ def test_m17_transfer_in_checks_in_order() -> None:
     assert arrived.entry.partition.range == FULL_RANGE
     assert arrived.entry.transferring is None
     assert dict(arrived.entry.consumed)[t.p.s] == good.at
+    assert hsm._state.groups[t.p.d].role.incoming is None  # type: ignore[union-attr]  # a leader
     world.store(t.p.d, arrived.entry, arrived.delta)
     assert versions(world, t.p.d) == [True] * 4
 
