@@ -15,6 +15,7 @@ import trio
 
 from juicebox_hsm.adapters.rpc import RpcError, RpcUnreachable
 from juicebox_hsm.errors import RealmError
+from juicebox_hsm.ids import RealmId
 from juicebox_hsm.ports import Discovery, ServiceKind
 from juicebox_hsm.wire.rpc import AGENT_METHODS, AgentStatus, Empty, PeerRole
 from roles.lb.context import Log, Meter, RpcCaller
@@ -32,6 +33,9 @@ FORCED_EVERY_S: Final = 0.05
 
 FORCED_S_MAX: Final = 0.5
 """A forced refresh waits no longer for slow agents (own: official clients lose patience after some 75 ms anyway)."""
+
+HOPE_S: Final = 5.0
+"""A range without a leader for longer is not in a hand-over or a move; waiting would only delay clients (own)."""
 
 _STATUS: Final = AGENT_METHODS["status"]
 _EMPTY: Final = Empty()
@@ -78,6 +82,7 @@ class Poller:
         self._nursery: trio.Nursery | None = None
         self._forced: trio.Event | None = None
         self._forced_at = -FORCED_EVERY_S
+        self._gap_since: dict[RealmId, float] = {}
 
     async def run(
         self, first_s: float = FORCED_S_MAX, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
@@ -94,6 +99,11 @@ class Poller:
     async def wait_changed(self) -> None:
         """Return when a new table was published after this call."""
         await self._changed.wait()
+
+    def is_hopeless(self, realm: RealmId) -> bool:
+        """Tell whether part of the realm has been without a leader for so long that none is to be expected soon."""
+        since = self._gap_since.get(realm)
+        return since is not None and trio.current_time() - since > HOPE_S
 
     async def refresh(self) -> None:
         """Ask discovery and all agents now. Concurrent callers share one refresh; slow agents are not waited for."""
@@ -178,7 +188,9 @@ class Poller:
         """Swap the table; committed indexes alone are not worth it unless claims compete."""
         self.table = build_table(agent.slice for agent in self._agents.values())
         self._metrics.gauge("load_balancer.routes", self.table.route_count)
-        gaps = sum(len(self.table.gaps(realm)) for realm in self.table.realms)
-        self._metrics.gauge("load_balancer.unrouted_ranges", gaps)
+        gaps = {realm: len(self.table.gaps(realm)) for realm in self.table.realms}
+        now = trio.current_time()
+        self._gap_since = {realm: self._gap_since.get(realm, now) for realm, count in gaps.items() if count}
+        self._metrics.gauge("load_balancer.unrouted_ranges", sum(gaps.values()))
         changed, self._changed = self._changed, trio.Event()
         changed.set()
