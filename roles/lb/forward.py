@@ -32,7 +32,7 @@ REQUEST_S: Final = 25.0
 """Longest time for one client request (load-balancer.md constants)."""
 
 PATIENCE_S: Final = 1.0
-"""How long to wait for a new route after the second pass (decision record 0006)."""
+"""How long to wait for a new route after the second pass (decision record 0010)."""
 
 SETTLED_S: Final = 10.0
 """A leadership younger than this may not know sessions that clients rightly believe in (load-balancer.md 9)."""

@@ -1,6 +1,6 @@
 """What a demo cluster consists of and what it is told: directories, certificates, secrets, ports, command lines.
 
-Everything here is ordinary files and flags, the same an operator would write (decision record 0006): the demo adds
+Everything here is ordinary files and flags, the same an operator would write (decision record 0011): the demo adds
 nothing that a real cluster does not have.
 """
 

@@ -1,4 +1,4 @@
-"""The client edge: our own connection loop for HTTPS (load-balancer.md 2 to 5, decision record 0005).
+"""The client edge: our own connection loop for HTTPS (load-balancer.md 2 to 5, decision record 0007).
 
 `Edge.serve` accepts, bounds and drains connections; `edge_h1` and `edge_h2` speak HTTP; the caller's handler answers.
 Nothing a client sends ends the process: protocol errors end that client's connection, and an unexpected error of a
@@ -117,7 +117,6 @@ class Edge:
 
     async def _accept(self, listener: trio.abc.Listener[trio.SocketStream], nursery: trio.Nursery) -> None:
         while True:
-            await self._make_room()
             try:
                 stream = await listener.accept()
             except OSError as error:
@@ -125,10 +124,15 @@ class Edge:
                     self._log.warning("cannot accept a connection", error=error.strerror)
                     await trio.sleep(ACCEPT_PAUSE_S)
                 continue
+            try:
+                await self._make_room()
+            except trio.Cancelled:
+                await trio.aclose_forcefully(stream)
+                raise
             nursery.start_soon(self.serve_stream, stream)
 
     async def _make_room(self) -> None:
-        """Return when another connection may be admitted, closing the one idle longest if need be."""
+        """Return when the connection at the door may be let in, closing the one idle longest if need be."""
         table = self._table
         while self._drain.connections >= self._limits.connections_max:
             if table.evict(trio.current_time()):

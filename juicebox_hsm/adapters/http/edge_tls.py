@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 from juicebox_hsm.errors import LocalError
 
 ALPN: Final = ("http/1.1", "h2")
-"""Our preference (decision record 0005): HTTP/1.1 costs half of what HTTP/2 does."""
+"""Our preference (decision record 0007): HTTP/1.1 costs half of what HTTP/2 does."""
 
 PEM_BYTES_MAX: Final = 1 << 20
 """Largest key or certificate file that is read (own)."""

@@ -1,4 +1,4 @@
-"""Keep tenants' events between commit and publication (agent.md 11; storage.md 2.7; decision record 0021).
+"""Keep tenants' events between commit and publication (agent.md 11; storage.md 2.7; decision record 0009).
 
 Each (realm, tenant) has a row with the tail and the published position of its sequence, so a sequence stays dense
 whatever was removed, and the backlog is a subtraction. `record` and `advance` are one transaction each: several
