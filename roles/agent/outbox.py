@@ -249,7 +249,7 @@ class Dispatcher:
     async def _publish(self, realm: RealmId, tenant: str, published: int, page: list[OutboxEvent]) -> int:
         """Account and advance over `page`, day by day; returns the new cursor."""
         agent = self._agent
-        for day, rows in _by_day(page):
+        for day, rows in by_day(page):
             accounting = [
                 (tenant, row.new.record_id, row.new.when_ms, row.new.accounting == "registered")
                 for row in rows
@@ -287,7 +287,7 @@ class Dispatcher:
             await self._agent.store.leases.terminate(lease)
 
 
-def _by_day(page: list[OutboxEvent]) -> Iterator[tuple[str, list[OutboxEvent]]]:
+def by_day(page: list[OutboxEvent]) -> Iterator[tuple[str, list[OutboxEvent]]]:
     """Split a page into runs of rows of one UTC day, in order."""
     run: list[OutboxEvent] = []
     run_day = ""

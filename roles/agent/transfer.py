@@ -104,7 +104,7 @@ def _queue(group: GroupState, leader: LeaderState, entry: LogEntry, delta: bytes
     return True
 
 
-def _still_ours(role: RoleStatus, clock: int) -> bool:
+def still_ours(role: RoleStatus, clock: int) -> bool:
     """Tell whether commits seen now speak of an entry made at role clock `clock` (hsm.md 6.3)."""
     if role.at == clock:
         return isinstance(role.role, Leader)
@@ -122,7 +122,7 @@ async def wait_for_commit(
     while True:
         if leader.committed is not None and min(leader.committed, leader.recorded) >= index:
             return None
-        if group.leader is not leader or not _still_ours(group.role, clock):
+        if group.leader is not leader or not still_ours(group.role, clock):
             return Refused(Refusal.NOT_LEADER)
         if trio.current_time() >= deadline:
             return Refused(Refusal.COMMIT_TIMEOUT)

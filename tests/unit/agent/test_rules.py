@@ -1,0 +1,258 @@
+"""Small rules: what may be compacted, what is published, when to retry, who is suspect."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import pytest
+import trio
+
+from juicebox_hsm.consensus.types import Captured, Leader, RoleStatus, SteppingDown, Witness
+from juicebox_hsm.errors import RealmError
+from juicebox_hsm.hsm.messages import GroupStatus, RealmStatus, ResultKind, ResultType, StatusOk
+from juicebox_hsm.ids import GroupId, HsmId, RealmId, RecordId
+from juicebox_hsm.ports import EventKind, HsmGone, NewEvent, OutboxEvent, StoreInvalid, StoreUnavailable
+from juicebox_hsm.wire.client import TransportRequest
+from roles.agent.compact import compactible_rows, compaction_index
+from roles.agent.context import Agent, Timings
+from roles.agent.outbox import by_day, client_event, note_backlog, tenant_event
+from roles.agent.retry import STORE_RETRY, RetryProfile, retrying
+from roles.agent.state import Groups, GroupState, LeaderState, PendingRequest
+from roles.agent.transfer import still_ours
+from roles.agent.watchdog import suspects, watchdog
+
+REALM, GROUP, HSM = RealmId(b"r" * 16), GroupId(b"g" * 16), HsmId(b"h" * 16)
+
+
+@pytest.mark.parametrize(
+    ("starts", "index", "compacted"),
+    [
+        ([1], 1, []),
+        ([1, 3], 2, [1]),
+        ([1, 3, 5], 3, [1]),
+        ([1, 3, 5], 4, [1, 3]),
+        ([1, 3, 10], 6, [1]),
+        ([1, 3, 10], 9, [1, 3]),
+        ([], 5, []),
+        ([1, 3], 1, []),
+        ([1, 3], 100, [1]),
+    ],
+)
+def test_compactible_prefix(starts: list[int], index: int, compacted: list[int]) -> None:
+    """A row is compacted only if all its entries are at or below the index; the last row never is."""
+    assert starts[: compactible_rows(starts, index)] == compacted
+
+
+def test_compaction_waits_for_commit_capture_and_settling() -> None:
+    """The last committed entry, what our own HSM has not persisted and what is not settled stay in the log."""
+    group = GroupState(REALM, GROUP, (HSM,), RoleStatus(Witness(), 0))
+    leader = LeaderState(2)
+    assert compaction_index(group, leader) == 0
+    leader.committed, leader.settled, leader.resolved = 10, 8, True
+    assert compaction_index(group, leader) == 0
+    group.captured = Captured(HSM, REALM, GROUP, 7, bytes(32), bytes(32))
+    assert compaction_index(group, leader) == 7
+    group.captured = Captured(HSM, REALM, GROUP, 12, bytes(32), bytes(32))
+    assert compaction_index(group, leader) == 8
+    leader.settled = 10
+    assert compaction_index(group, leader) == 9
+    leader.resolved = False
+    assert compaction_index(group, leader) == 0
+
+
+@pytest.mark.parametrize(
+    ("result", "event"),
+    [
+        (ResultType(ResultKind.REGISTER1), None),
+        (ResultType(ResultKind.REGISTER2), {"event": "registered"}),
+        (ResultType(ResultKind.RECOVER1), None),
+        (ResultType(ResultKind.RECOVER2), None),
+        (ResultType(ResultKind.RECOVER2, 5, 2), {"event": "guess_used", "num_guesses": 5, "guess_count": 2}),
+        (ResultType(ResultKind.RECOVER3), None),
+        (ResultType(ResultKind.RECOVER3, recovered=True), {"event": "share_recovered"}),
+        (ResultType(ResultKind.DELETE), {"event": "deleted"}),
+    ],
+)
+def test_published_events(result: ResultType, event: dict[str, str | int] | None) -> None:
+    """Each committed kind publishes exactly what the table of agent.md 11 says."""
+    assert tenant_event(result) == event
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrote", "accounting"),
+    [
+        (ResultKind.REGISTER2, True, "registered"),
+        (ResultKind.DELETE, True, "deleted"),
+        (ResultKind.DELETE, False, None),
+        (ResultKind.RECOVER2, True, None),
+    ],
+)
+def test_accounting_needs_a_change(kind: ResultKind, wrote: bool, accounting: str | None) -> None:
+    """Deleting what does not exist is not accounted, though its event is published."""
+    request = PendingRequest(RecordId(bytes(32)), 1, TransportRequest(b""), "acme", "u" * 64, 42)
+    request.wrote = wrote
+    event = client_event(GROUP, 3, bytes(32), request, ResultType(kind))
+    assert event.accounting == accounting
+    assert (event.tenant, event.user, event.index, event.when_ms) == ("acme", "u" * 64, 3, 42)
+
+
+def row(seq: int, when_ms: int) -> OutboxEvent:
+    new = NewEvent("acme", GROUP, seq, bytes(32), RecordId(bytes(32)), "u", EventKind.DELETE, None, None, when_ms)
+    return OutboxEvent(seq, new)
+
+
+def test_counters_are_cut_at_midnight() -> None:
+    """Rows of one cursor move belong to one UTC day; order is kept even if clocks went back."""
+    midnight = 1_700_006_400_000
+    rows = [row(1, midnight - 1), row(2, midnight), row(3, midnight + 1), row(4, midnight - 1)]
+    runs = [(day, [item.seq for item in run]) for day, run in by_day(rows)]
+    assert runs == [("20231114", [1]), ("20231115", [2, 3]), ("20231114", [4])]
+    assert list(by_day([])) == []
+
+
+class NullSink:
+    """Swallows metrics and log lines."""
+
+    def __getattr__(self, _name: str) -> Any:
+        return lambda *_args, **_fields: None
+
+
+@dataclass
+class FewThings:
+    """What the rules under test use of an agent."""
+
+    metrics: Any
+    log: Any
+    outbox_rows: int = 0
+    outbox_oldest_s: float = 0.0
+    outbox_full: bool = False
+    outbox_warning: str = ""
+
+
+@pytest.mark.parametrize(
+    ("rows", "age_s", "warns", "full"),
+    [
+        (99_999, 59.9, False, False),
+        (100_000, 0.0, True, False),
+        (1, 60.0, True, False),
+        (10_000_000, 0.0, True, True),
+    ],
+)
+def test_backlog_bounds(rows: int, age_s: float, warns: bool, full: bool) -> None:
+    """Warnings begin at 1 % of the bound or 60 s; at the bound requests are refused, and both end again."""
+    agent = FewThings(NullSink(), NullSink())
+    note_backlog(cast("Agent", agent), rows, age_s)
+    assert (bool(agent.outbox_warning), agent.outbox_full) == (warns, full)
+    note_backlog(cast("Agent", agent), 0, 0.0)
+    assert (agent.outbox_warning, agent.outbox_full) == ("", False)
+
+
+def test_store_profile() -> None:
+    """10 ms doubling to 2 s, 50 attempts, 30 s."""
+    assert [STORE_RETRY.delay_s(attempt) for attempt in (1, 2, 3, 8, 9, 1000)] == [0.01, 0.02, 0.04, 1.28, 2.0, 2.0]
+    assert not STORE_RETRY.exhausted(49, 29.9)
+    assert STORE_RETRY.exhausted(50, 0.0)
+    assert STORE_RETRY.exhausted(1, 30.0)
+    assert not RetryProfile(0.001, 1.0, None, 60.0).exhausted(10**6, 59.0)
+
+
+async def test_retrying_stops_at_what_cannot_pass(autojump_clock: trio.testing.MockClock) -> None:
+    """Passing errors are retried, others and the last one allowed are raised."""
+    failures: list[RealmError] = [StoreUnavailable("a"), StoreUnavailable("b")]
+
+    async def works_third_time() -> str:
+        if failures:
+            raise failures.pop()
+        return "done"
+
+    assert await retrying(works_third_time) == "done"
+
+    async def never() -> None:
+        calls.append(1)
+        raise StoreUnavailable("down")
+
+    calls: list[int] = []
+    began = trio.current_time()
+    with pytest.raises(StoreUnavailable):
+        await retrying(never)
+    assert trio.current_time() - began <= 32
+    assert len(calls) <= 50
+
+    async def invalid() -> None:
+        raise StoreInvalid("no")
+
+    with pytest.raises(StoreInvalid):
+        await retrying(invalid)
+
+
+@pytest.mark.parametrize(
+    ("role", "at", "ours"),
+    [
+        (Leader(2), 5, True),
+        (SteppingDown(2), 6, True),
+        (SteppingDown(2), 5, False),
+        (Witness(), 6, False),
+        (Leader(9), 7, False),
+        (SteppingDown(2), 7, False),
+        (Leader(2), 4, False),
+    ],
+)
+def test_commits_speak_of_our_entry_only_at_its_clock(
+    role: Leader | SteppingDown | Witness, at: int, ours: bool
+) -> None:
+    """A commit is about an entry of clock c only while the clock is c, or c + 1 and stepping down (hsm.md 6.3)."""
+    assert still_ours(RoleStatus(role, at), 5) is ours
+
+
+def status_of(role: Leader | Witness, captured: int) -> StatusOk:
+    known = GroupStatus(GROUP, (HSM,), (captured, bytes(32)) if captured else None, None, RoleStatus(role, 9))
+    return StatusOk(HSM, RealmStatus(REALM, bytes(32), (known,)), bytes(32))
+
+
+class AlwaysLeading:
+    """An HSM that leads whatever it is asked."""
+
+    async def send(self, _request: object) -> object:
+        await trio.lowlevel.checkpoint()
+        return status_of(Leader(2), 5)
+
+
+class WatchedAgent(FewThings):
+    """An agent as the watchdog sees it; it cannot make the HSM step down."""
+
+    def __init__(self, hsm: object) -> None:
+        super().__init__(NullSink(), NullSink())
+        self.hsm = hsm
+        self.groups = Groups()
+        self.timings = Timings()
+        self.steps = 0
+
+    async def step_down(self, _group: object, *, force: bool, why: str) -> None:
+        self.steps += 1
+
+
+def test_suspects() -> None:
+    """Suspect is only a group the HSM leads with more than one entry captured and without leader state here."""
+    agent = WatchedAgent(None)
+    watched = cast("Agent", agent)
+    assert suspects(watched, status_of(Leader(2), 2)) == [(REALM, GROUP)]
+    assert suspects(watched, status_of(Leader(2), 1)) == []
+    assert suspects(watched, status_of(Leader(2), 0)) == []
+    assert suspects(watched, status_of(Witness(), 5)) == []
+    assert suspects(watched, StatusOk(HSM, None, bytes(32))) == []
+    group = GroupState(REALM, GROUP, (HSM,), RoleStatus(Witness(), 0))
+    agent.groups.add(group)
+    group.adopt(RoleStatus(Leader(2), 9))
+    assert suspects(watched, status_of(Leader(2), 2)) == []
+
+
+async def test_watchdog_ends_the_process_at_the_fifth_check(autojump_clock: trio.testing.MockClock) -> None:
+    """Two step-downs are tried first; if the HSM goes on leading, the fifth check in a row is the end."""
+    agent = WatchedAgent(AlwaysLeading())
+    agent.groups.add(GroupState(REALM, GROUP, (HSM,), RoleStatus(Witness(), 0)))
+    began = trio.current_time()
+    with pytest.raises(HsmGone):
+        await watchdog(cast("Agent", agent))
+    assert trio.current_time() - began == pytest.approx(5.0)
+    assert agent.steps == 2
