@@ -118,7 +118,7 @@ class Forwarder:
 
     async def _await_new_route(self, job: Forwarding) -> Answer | None:
         """Wait for routes that were not tried yet and try them, until the patience or, trying, the request is over."""
-        patience_s = 0.0 if self._poller.is_hopeless(job.realm) else PATIENCE_S
+        patience_s = 0.0 if self._poller.is_hopeless(job.realm, job.record) else PATIENCE_S
         patience_ends = min(trio.current_time() + patience_s, job.deadline)
         while True:
             candidates = self._candidates(job)

@@ -15,7 +15,7 @@ import trio
 
 from juicebox_hsm.adapters.rpc import RpcError, RpcUnreachable
 from juicebox_hsm.errors import RealmError
-from juicebox_hsm.ids import RealmId
+from juicebox_hsm.ids import OwnedRange, RealmId, RecordId
 from juicebox_hsm.ports import Discovery, ServiceKind
 from juicebox_hsm.wire.rpc import AGENT_METHODS, AgentStatus, Empty, PeerRole
 from roles.lb.context import Log, Meter, RpcCaller
@@ -82,7 +82,7 @@ class Poller:
         self._nursery: trio.Nursery | None = None
         self._forced: trio.Event | None = None
         self._forced_at = -FORCED_EVERY_S
-        self._gap_since: dict[RealmId, float] = {}
+        self._gaps: dict[RealmId, list[tuple[OwnedRange, float]]] = {}
 
     async def run(
         self, first_s: float = FORCED_S_MAX, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
@@ -100,10 +100,10 @@ class Poller:
         """Return when a new table was published after this call."""
         await self._changed.wait()
 
-    def is_hopeless(self, realm: RealmId) -> bool:
-        """Tell whether part of the realm has been without a leader for so long that none is to be expected soon."""
-        since = self._gap_since.get(realm)
-        return since is not None and trio.current_time() - since > HOPE_S
+    def is_hopeless(self, realm: RealmId, record: RecordId) -> bool:
+        """Tell whether `record` has been without a leader for so long that none is to be expected soon."""
+        long_ago = trio.current_time() - HOPE_S
+        return any(gap.contains(record) and since < long_ago for gap, since in self._gaps.get(realm, ()))
 
     async def refresh(self) -> None:
         """Ask discovery and all agents now. Concurrent callers share one refresh; slow agents are not waited for."""
@@ -188,9 +188,15 @@ class Poller:
         """Swap the table; committed indexes alone are not worth it unless claims compete."""
         self.table = build_table(agent.slice for agent in self._agents.values())
         self._metrics.gauge("load_balancer.routes", self.table.route_count)
-        gaps = {realm: len(self.table.gaps(realm)) for realm in self.table.realms}
-        now = trio.current_time()
-        self._gap_since = {realm: self._gap_since.get(realm, now) for realm, count in gaps.items() if count}
-        self._metrics.gauge("load_balancer.unrouted_ranges", sum(gaps.values()))
+        self._gaps = {realm: self._age_gaps(realm) for realm in self.table.realms}
+        self._metrics.gauge("load_balancer.unrouted_ranges", sum(len(gaps) for gaps in self._gaps.values()))
         changed, self._changed = self._changed, trio.Event()
         changed.set()
+
+    def _age_gaps(self, realm: RealmId) -> list[tuple[OwnedRange, float]]:
+        """Return the gaps of the new table with the time since when each is one; a gap that grew is a new one."""
+        known, now = self._gaps.get(realm, []), trio.current_time()
+        return [
+            (gap, min((since for old, since in known if old.contains_range(gap)), default=now))
+            for gap in self.table.gaps(realm)
+        ]

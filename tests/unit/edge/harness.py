@@ -22,6 +22,7 @@ from juicebox_hsm.adapters.http.edge_tls import EdgeTls
 from juicebox_hsm.adapters.http.exchange import BodyTooLarge, Request, Response
 from juicebox_hsm.adapters.http.limits import EdgeLimits
 
+MemoryStream = trio.StapledStream[trio.testing.MemorySendStream, trio.testing.MemoryReceiveStream]
 HandlerFunction = Callable[[Request], Awaitable[Response]]
 
 
@@ -59,12 +60,12 @@ class Recorder:
     lines: list[tuple[str, str]] = field(default_factory=list)
     errors: list[BaseException] = field(default_factory=list)
 
-    def count(self, name: str, n: int = 1, **tags: str) -> None:
+    def count(self, name: str, n: int = 1, **tags: str | int | bool | None) -> None:
         self.counts[name] += n
         for value in tags.values():
             self.counts[f"{name}/{value}"] += n
 
-    def gauge(self, name: str, value: float, **tags: str) -> None:
+    def gauge(self, name: str, value: float, **tags: str | int | bool | None) -> None:
         self.counts[name] = int(value)
 
     def info(self, event: str, **fields: object) -> None:
@@ -116,13 +117,13 @@ class EdgeFixture:
         """Run the sweeper (and the drain watcher)."""
         await self.nursery.start(self.edge.serve, [])
 
-    def dial(self) -> trio.StapledStream:
+    def dial(self) -> MemoryStream:
         """Return the client's raw end of a new connection."""
         client, server = trio.testing.memory_stream_pair()
         self.nursery.start_soon(self.edge.serve_stream, server)
         return client
 
-    async def connect(self, *protocols: str) -> trio.SSLStream[trio.StapledStream]:
+    async def connect(self, *protocols: str) -> trio.SSLStream[MemoryStream]:
         """Return a client stream after its handshake."""
         context = self.identity.client_context(*protocols)
         stream = trio.SSLStream(self.dial(), context, server_hostname="localhost", https_compatible=True)

@@ -19,13 +19,12 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from juicebox_hsm.adapters.http.drain import LifePhase
 from juicebox_hsm.adapters.http.edge import open_edge_listener
 from juicebox_hsm.adapters.http.edge_tls import EdgeTls, load_edge_context
 from juicebox_hsm.adapters.http.exchange import Request, Response
 from juicebox_hsm.adapters.http.limits import FILES_RESERVED, EdgeLimits, fit_connections
 from juicebox_hsm.errors import LocalError
-from tests.unit.edge.harness import EdgeFixture, H1Client, H2Client, Identity, make_identity
+from tests.unit.edge.harness import EdgeFixture, H1Client, H2Client, Identity, MemoryStream, make_identity
 
 # --- certificates ---
 
@@ -191,7 +190,7 @@ async def test_drain_sequence(identity: Identity, nursery: trio.Nursery) -> None
     client = await connect()
     assert (await client.request("GET", "/livez")).body == b"live"
     edge.drain.begin_notice()
-    assert edge.drain.phase is LifePhase.NOTICE
+    assert edge.drain.phase.value == "notice"
     assert (await client.request("GET", "/livez")).body == b"notice"
     blocked = await connect()
     await blocked.send(b"GET /block HTTP/1.1\r\nhost: x\r\n\r\n")
@@ -209,7 +208,7 @@ async def test_drain_sequence(identity: Identity, nursery: trio.Nursery) -> None
     for each in (client, blocked):
         await each.stream.aclose()
     edge.drain.mark_stopped()
-    assert edge.drain.phase is LifePhase.STOPPED
+    assert edge.drain.phase.value == "stopped"
 
 
 async def test_drain_of_h2(identity: Identity, nursery: trio.Nursery) -> None:
@@ -242,6 +241,7 @@ async def test_drain_of_h2(identity: Identity, nursery: trio.Nursery) -> None:
         if not data:
             break
         received += data
+    await trio.testing.wait_all_tasks_blocked()
     assert b"in full" in received
     assert edge.drain.connections == 0
 
@@ -268,7 +268,7 @@ class _Listener(trio.abc.Listener[trio.abc.Stream]):
     async def aclose(self) -> None:
         self.receive.close()
 
-    async def dial(self) -> trio.StapledStream:
+    async def dial(self) -> MemoryStream:
         client, server = trio.testing.memory_stream_pair()
         await self.send.send(server)
         return client

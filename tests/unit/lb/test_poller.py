@@ -1,0 +1,185 @@
+"""The routing table and its keeper (load-balancer.md 8)."""
+
+from __future__ import annotations
+
+import trio
+from hypothesis import given
+from hypothesis import strategies as st
+
+from juicebox_hsm.adapters.rpc import RpcUnreachable
+from juicebox_hsm.ids import GroupId, OwnedRange, RecordId
+from juicebox_hsm.wire.rpc import Range
+from roles.lb.routing import AgentSlice, Route, build_table, slice_of
+from tests.unit.lb.harness import REALM, Balancer, FakeAgent, owned
+
+RECORD = RecordId(b"\x55" * 32)
+
+
+def _urls(balancer: Balancer) -> list[str]:
+    return [route.url for route in balancer.poller.table.candidates(REALM, RECORD)]
+
+
+def _route(first: int, last: int, url: str = "tls://a", starting: int = 1, committed: int = 1) -> Route:
+    return Route(GroupId(b"g" * 16), owned(first, last), url, starting, committed, 0.0)
+
+
+def test_only_leaders_with_a_range_make_routes() -> None:
+    """Witnesses, leaders without a range, leaders that step down and malformed ranges contribute nothing."""
+    for agent in (
+        FakeAgent("u", leads=False),
+        FakeAgent("u", range=None),
+        FakeAgent("u", range=Range(start=b"\xff" * 32, end=bytes(32))),
+        FakeAgent("u", range=Range(start=b"", end=b"")),
+        FakeAgent("u", realm=None),
+    ):
+        assert slice_of("u", agent.status(), 0.0, {}).routes == ()
+    (route,) = slice_of("u", FakeAgent("u").status(), 5.0, {}).routes
+    assert (route.url, route.since_s) == ("u", 5.0)
+    assert slice_of("u", FakeAgent("u").status(), 9.0, {route.key: 5.0}).routes[0].since_s == 5.0
+
+
+def test_stepping_down_is_no_leader() -> None:
+    """An HSM that is stepping down is not sent new requests."""
+    import msgspec
+
+    status = FakeAgent("u").status()
+    assert status.hsm is not None
+    assert status.hsm.realm is not None
+    group = status.hsm.realm.groups[0]
+    leaving = msgspec.structs.replace(group, role=msgspec.structs.replace(group.role, name="SteppingDown"))
+    realm = msgspec.structs.replace(status.hsm.realm, groups=[leaving])
+    changed = msgspec.structs.replace(status, hsm=msgspec.structs.replace(status.hsm, realm=realm))
+    assert slice_of("u", changed, 0.0, {}).routes == ()
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 255), st.integers(0, 255), st.integers(0, 3), st.integers(0, 3)).filter(
+            lambda item: item[0] <= item[1]
+        ),
+        max_size=6,
+    )
+)
+def test_table_against_a_plain_search(items: list[tuple[int, int, int, int]]) -> None:
+    """Candidates and gaps agree with a search byte by byte, whatever ranges overlap."""
+    routes = [_route(first, last, f"u{n}", starting, done) for n, (first, last, starting, done) in enumerate(items)]
+    table = build_table([AgentSlice(REALM, tuple(routes))])
+    gaps = table.gaps(REALM)
+    for byte in range(256):
+        record = RecordId(bytes([byte]) + b"\x10" * 31)
+        covering = [route for route in routes if route.range.contains(record)]
+        found = table.candidates(REALM, record)
+        assert sorted(found, key=id) == sorted(covering, key=id)
+        claims = [(route.starting, route.committed) for route in found]
+        assert claims == sorted(claims, reverse=True)
+        assert any(gap.contains(record) for gap in gaps) is (not covering)
+        assert table.contested or len(found) <= 1
+    assert all(gap.is_valid for gap in gaps)
+
+
+def test_gaps_of_an_unknown_realm() -> None:
+    """A realm nobody leads is one gap."""
+    assert build_table([]).gaps(REALM) == [OwnedRange(RecordId(bytes(32)), RecordId(b"\xff" * 32))]
+
+
+async def test_polls_ten_times_a_second(nursery: trio.Nursery, autojump_clock: object) -> None:
+    """Each agent is asked about every 100 ms, and discovery every second."""
+    agent = FakeAgent("tls://a")
+    balancer = Balancer(agent)
+    await balancer.start(nursery, settle=False)
+    before, reads = agent.polls, balancer.discovery.reads
+    await trio.sleep(10)
+    assert 90 <= agent.polls - before <= 112
+    assert 9 <= balancer.discovery.reads - reads <= 11
+
+
+async def test_failing_agent_is_asked_less(nursery: trio.Nursery, autojump_clock: object) -> None:
+    """After failures the polls of that agent back off to one in two seconds, and recover with it."""
+    agent = FakeAgent("tls://a", status_error=RpcUnreachable("refused", maybe_delivered=False))
+    balancer = Balancer(agent)
+    await balancer.start(nursery, settle=False)
+    await trio.sleep(10)
+    before = agent.polls
+    await trio.sleep(20)
+    assert 8 <= agent.polls - before <= 13
+    agent.status_error = None
+    await trio.sleep(3)
+    assert _urls(balancer) == ["tls://a"]
+
+
+async def test_refused_agent_loses_routes_at_once(nursery: trio.Nursery, autojump_clock: object) -> None:
+    """A refused or reset stream takes the routes away with the next poll; the realm stays known."""
+    agent = FakeAgent("tls://a")
+    balancer = Balancer(agent)
+    await balancer.start(nursery, settle=False)
+    agent.status_error = RpcUnreachable("refused", maybe_delivered=False)
+    await trio.sleep(0.13)
+    assert _urls(balancer) == []
+    assert REALM in balancer.poller.table.realms
+
+
+async def test_silent_agent_loses_routes_after_three_seconds(nursery: trio.Nursery, autojump_clock: object) -> None:
+    """An agent that does not answer keeps its routes for 3 s, and a healthy one is not delayed by it."""
+    silent, healthy = FakeAgent("tls://a", starting=9), FakeAgent("tls://b")
+    balancer = Balancer(silent, healthy)
+    await balancer.start(nursery, settle=False)
+    silent.status_delay_s = 1000
+    before = healthy.polls
+    await trio.sleep(2.8)
+    assert _urls(balancer) == ["tls://a", "tls://b"]
+    assert healthy.polls - before >= 23
+    await trio.sleep(0.5)
+    assert _urls(balancer) == ["tls://b"]
+
+
+async def test_discovery_trouble_keeps_the_table(nursery: trio.Nursery, autojump_clock: object) -> None:
+    """While discovery cannot be read the known agents stay in use; later additions and removals are seen."""
+    first, second = FakeAgent("tls://a"), FakeAgent("tls://b", starting=9)
+    balancer = Balancer(first, second)
+    balancer.discovery.urls = ["tls://a"]
+    await balancer.start(nursery, settle=False)
+    balancer.discovery.down = True
+    await trio.sleep(60)
+    assert _urls(balancer) == ["tls://a"]
+    balancer.discovery.down = False
+    balancer.discovery.urls = ["tls://b"]
+    await trio.sleep(1.5)
+    assert _urls(balancer) == ["tls://b"]
+    polls = first.polls
+    await trio.sleep(5)
+    assert first.polls == polls
+
+
+async def test_slow_agent_does_not_delay_a_forced_refresh(nursery: trio.Nursery, autojump_clock: object) -> None:
+    """A forced refresh waits half a second at most."""
+    slow, fast = FakeAgent("tls://a", status_delay_s=100), FakeAgent("tls://b")
+    balancer = Balancer(slow, fast)
+    await balancer.start(nursery, settle=False)
+    began = trio.current_time()
+    await balancer.poller.refresh()
+    assert trio.current_time() - began <= 0.6
+
+
+async def test_older_answer_does_not_win(nursery: trio.Nursery, autojump_clock: object) -> None:
+    """An answer that was asked for earlier and arrives later does not replace the newer one."""
+    agent = FakeAgent("tls://a", status_delay_s=0.3)
+    balancer = Balancer(agent)
+    await balancer.start(nursery, settle=False)
+    await trio.sleep(0.2)  # a poll that still sees the leader is under way
+    agent.leads = False
+    agent.status_delay_s = 0.0
+    await balancer.poller.refresh()
+    assert _urls(balancer) == []
+    await trio.sleep(0.35)
+    assert _urls(balancer) == []
+
+
+async def test_unchanged_answers_do_not_publish(nursery: trio.Nursery, autojump_clock: object) -> None:
+    """Growing commit indexes alone do not rebuild the table unless claims compete."""
+    agent = FakeAgent("tls://a")
+    balancer = Balancer(agent)
+    await balancer.start(nursery, settle=False)
+    table = balancer.poller.table
+    agent.committed = 999
+    await trio.sleep(1)
+    assert balancer.poller.table is table

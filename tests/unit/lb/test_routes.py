@@ -1,0 +1,130 @@
+"""The public paths, to the byte (load-balancer.md 5), and readiness."""
+
+from __future__ import annotations
+
+import pytest
+import trio
+
+from juicebox_hsm.adapters.http.drain import DrainController
+from juicebox_hsm.adapters.http.exchange import Request, Response
+from juicebox_hsm.ids import RealmId
+from juicebox_hsm.wire.rpc import Range
+from roles.lb.readiness import Readiness
+from roles.lb.routes import Routes
+from tests.unit.lb.harness import REALM, Balancer, FakeAgent, FakeRequest
+
+
+async def _req(_: Request) -> Response:
+    return Response(200, b"answered")
+
+
+def _routes(reasons: list[str] | None = None, *, rttest: bool = False) -> tuple[Routes, DrainController]:
+    drain = DrainController()
+    routes = Routes(_req, drain=drain, name="lb1", readiness=lambda: reasons or [], enable_rttest=rttest)
+    return routes, drain
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "body"),
+    [
+        ("POST", "/req", 200, b"answered"),
+        ("OPTIONS", "/req", 200, b"No Content"),
+        ("GET", "/req", 405, b"Not Allowed"),
+        ("HEAD", "/req", 405, b"Not Allowed"),
+        ("PUT", "/req", 405, b"Not Allowed"),
+        ("POST", "/livez", 405, b"Not Allowed"),
+        ("POST", "/readyz", 405, b"Not Allowed"),
+        ("GET", "/readyz", 200, b"ready\n"),
+        ("GET", "/", 404, b"Not Found"),
+        ("GET", "/req/", 404, b"Not Found"),
+        ("POST", "/rttest", 404, b"Not Found"),
+        ("GET", "/metrics", 404, b"Not Found"),
+        ("OPTIONS", "*", 404, b"Not Found"),
+    ],
+)
+async def test_table(method: str, path: str, status: int, body: bytes) -> None:
+    """Each path and method has the documented answer."""
+    routes, _ = _routes()
+    response = await routes.answer(FakeRequest(method, path))
+    assert (response.status, response.body) == (status, body)
+
+
+async def test_preflight() -> None:
+    """A browser's preflight is allowed to send POST with any header."""
+    routes, _ = _routes()
+    headers = dict((await routes.answer(FakeRequest("OPTIONS"))).headers)
+    assert headers[b"access-control-allow-origin"] == b"*"
+    assert headers[b"access-control-allow-headers"] == b"*"
+    assert headers[b"access-control-allow-methods"] == b"POST"
+    assert headers[b"access-control-max-age"] == b"600"
+
+
+async def test_livez() -> None:
+    """While live the text begins as ingress checks expect; from the notice on it is exactly `Shutting down`."""
+    routes, drain = _routes()
+    for method in ("GET", "HEAD"):
+        response = await routes.answer(FakeRequest(method, "/livez"))
+        assert response.status == 200
+        assert response.body.startswith(b"Juicebox load balancer: ")
+        assert response.body.split(b"\n")[1] == b"name: lb1"
+    drain.begin_notice()
+    response = await routes.answer(FakeRequest("GET", "/livez"))
+    assert (response.status, response.body) == (200, b"Shutting down")
+
+
+async def test_readyz_reasons() -> None:
+    """Not ready is 503 with one reason per line."""
+    routes, _ = _routes(["shutting down", "no realms"])
+    response = await routes.answer(FakeRequest("GET", "/readyz"))
+    assert (response.status, response.body) == (503, b"shutting down\nno realms\n")
+
+
+async def test_round_trip_probe(autojump_clock: object) -> None:
+    """If enabled, /rttest reads the body, waits 100 ms and answers 167 bytes; too much is 413, never a crash."""
+    routes, _ = _routes(rttest=True)
+    began = trio.current_time()
+    response = await routes.answer(FakeRequest("POST", "/rttest", b"x" * 2048))
+    assert (response.status, response.body) == (200, b"A" * 167)
+    assert trio.current_time() - began == pytest.approx(0.1)
+    assert (await routes.answer(FakeRequest("POST", "/rttest", b"x" * 2049))).status == 413
+    assert (await routes.answer(FakeRequest("GET", "/rttest"))).status == 404
+
+
+async def test_readiness(nursery: trio.Nursery, autojump_clock: object) -> None:
+    """Ready means live, fresh secrets and one realm whose whole key space is routed and may be served."""
+    half = Range(start=bytes(32), end=b"\x7f" + b"\xff" * 31)
+    agent = FakeAgent("tls://a", realm=None)
+    balancer = Balancer(agent)
+    drain = DrainController()
+    age_s = 0.0
+    readiness = Readiness(drain=drain, poller=balancer.poller, guard=balancer.guard, secrets_age_s=lambda: age_s)
+    await balancer.start(nursery, settle=False)
+    assert readiness.reasons() == ["no realms"]
+    agent.realm, agent.range = REALM, half
+    await trio.sleep(1)
+    assert readiness.reasons() == [f"realm {REALM.hex()}: no leader for [8000...-ff...]"]
+    agent.leads = False
+    await trio.sleep(1)
+    assert readiness.reasons() == [f"realm {REALM.hex()}: no leader for [00...-ff...]"]
+    agent.leads, agent.range = True, Range(start=bytes(32), end=b"\xff" * 32)
+    await trio.sleep(1)
+    assert readiness.reasons() == []
+    age_s = 51.0
+    drain.begin_notice()
+    assert readiness.reasons() == ["shutting down", "secrets stale for 51s"]
+
+
+async def test_a_refused_realm_is_not_ready(nursery: trio.Nursery, autojump_clock: object) -> None:
+    """A realm with another record-id key does not make the balancer ready; a second one does."""
+    other = RealmId(b"O" * 16)
+    second = FakeAgent("tls://b", realm=None)
+    balancer = Balancer(FakeAgent("tls://a", realm=other), second)
+    balancer.settings.values[f"record-id-key/{other.hex()}"] = b"12345678"
+    readiness = Readiness(
+        drain=DrainController(), poller=balancer.poller, guard=balancer.guard, secrets_age_s=lambda: 0.0
+    )
+    await balancer.start(nursery, settle=False)
+    assert readiness.reasons() == [f"realm {other.hex()}: used with another record-id key"]
+    second.realm = REALM
+    await trio.sleep(1)
+    assert readiness.reasons() == []
