@@ -15,13 +15,14 @@ import click
 from juicebox_hsm import __version__
 from juicebox_hsm.errors import LocalError, RealmError
 from roles.lazy import LazyCommand, LazyGroup
+from roles.options import ENVIRONMENT_PREFIX
 
-ENVIRONMENT_PREFIX: Final = "JUICEBOX_HSM"
 ROLES: Final = ("agent", "lb", "manager")
 
 TOOLS: Final = {
     "bench": LazyCommand("roles.tools.bench", "Measure: client, tree, store, rpc."),
     "cluster": LazyCommand("roles.tools.cluster", "See and change a cluster: realms, groups, leaders, certificates."),
+    "config": LazyCommand("roles.tools.config", "Check and show the configuration of a role."),
     "demo": LazyCommand("roles.tools.demo", "Run a real realm here and register and recover a secret against it."),
     "hsm": LazyCommand("roles.tools.hsm", "Prepare an HSM: realm keys and state directory."),
     "secrets": LazyCommand("roles.tools.secrets", "Write and check the secrets file: record id key, tenants."),

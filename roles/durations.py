@@ -45,6 +45,13 @@ def format_duration(seconds: float) -> str:
     return " ".join([*parts, f"{left}s"])
 
 
+def format_seconds(seconds: float) -> str:
+    """Return a duration as a flag takes it: `2s`, `500ms`, `1.5s`."""
+    if seconds < 1 and seconds * 1000 == int(seconds * 1000) and seconds:
+        return f"{int(seconds * 1000)}ms"
+    return f"{seconds:g}s"
+
+
 class DurationType(click.ParamType[float]):
     """A duration flag; the value is seconds."""
 

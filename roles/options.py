@@ -1,11 +1,16 @@
-"""Flags that several programs share (operator-tools.md 1, decision record 0003): one definition, one spelling."""
+"""Flags that several programs share (operator-tools.md 1, 11): one definition, one spelling.
+
+A flag `--some-flag` of a role is also the setting `some-flag` (or `some_flag`) of `--config FILE` and the environment
+variable JUICEBOX_HSM_SOME_FLAG. The command line counts before the environment, that before the file, that before the
+default.
+"""
 
 from __future__ import annotations
 
 import functools
 import ipaddress
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar, cast
@@ -17,6 +22,8 @@ from juicebox_hsm.errors import LocalError
 F = TypeVar("F", bound=Callable[..., Any])
 
 HTTP_PORT_OFFSET: Final = 1000
+ENVIRONMENT_PREFIX: Final = "JUICEBOX_HSM"
+CONFIG_BYTES_MAX: Final = 1 << 20  # own: a file of settings has a few hundred bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,24 +98,73 @@ class CommonOptions:
     log_level: str | None
 
 
-def _read_config(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
-    """Take defaults for flags from a TOML file: `cluster_tls = "..."` or `cluster-tls = "..."`."""
+class BadSettings(click.UsageError):
+    """A configuration file is wrong; `problems` are all of its mistakes, one line each."""
+
+    def __init__(self, problems: Iterable[str], ctx: click.Context | None = None) -> None:
+        self.problems = tuple(problems)
+        super().__init__("; ".join(self.problems), ctx)
+
+
+def flag_of(parameter: click.Parameter) -> str:
+    """Return how a parameter is written on the command line, without the leading dashes: `store`, `http-listen`."""
+    names = [name.removeprefix("--") for name in parameter.opts if name.startswith("--")]
+    return max(names, key=len) if names else (parameter.name or "")
+
+
+def variable_of(parameter: click.Parameter) -> str:
+    """Return the environment variable of a flag."""
+    return f"{ENVIRONMENT_PREFIX}_{flag_of(parameter).replace('-', '_').upper()}"
+
+
+def read_settings(path: Path, parameters: Iterable[click.Parameter]) -> tuple[dict[str, Any], list[str]]:
+    """Read a role's configuration file: values by parameter name, and everything that is wrong with the file.
+
+    A setting is called like its flag, with `-` or `_`. Relative paths are relative to the file's directory.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(CONFIG_BYTES_MAX)
+        settings = tomllib.loads(content.decode())
+    except OSError as error:
+        return {}, [f"--config {path}: {error.strerror}"]
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        return {}, [f"--config {path}: not TOML: {error}"]
+    known = {flag_of(parameter).replace("-", "_"): parameter for parameter in parameters}
+    values: dict[str, Any] = {}
+    problems = []
+    for key, setting in settings.items():
+        parameter = known.get(key.replace("-", "_"))
+        if parameter is None or parameter.name in (None, "config", "help"):
+            problems.append(f"--config {path}: unknown setting {key!r}; names are those of the flags")
+            continue
+        wrong = _wrong_kind(parameter, setting)
+        if wrong:
+            problems.append(f"--config {path}: {key} must be {wrong}, not {setting!r}")
+        elif isinstance(parameter.type, click.Path):
+            values[parameter.name] = str(path.parent / setting)
+        else:
+            values[parameter.name] = setting
+    return values, problems
+
+
+def _wrong_kind(parameter: click.Parameter, setting: object) -> str:
+    """Return what kind of TOML value the flag takes if this is another, "" if it is right."""
+    if isinstance(parameter, click.Option) and parameter.is_flag:
+        return "" if isinstance(setting, bool) else "true or false"
+    if isinstance(parameter.type, type(click.INT)):
+        return "" if isinstance(setting, int) and not isinstance(setting, bool) else "a whole number"
+    return "" if isinstance(setting, str) else "text in quotes"
+
+
+def _read_config(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:  # noqa: ARG001 - click
+    """Take defaults for flags from a TOML file. Raises `BadSettings`, after the good settings were taken."""
     if value is None:
         return None
-    try:
-        settings = tomllib.loads(value.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise click.BadParameter(f"{value}: {error.strerror}", ctx, param) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise click.BadParameter(f"{value}: not TOML: {error}", ctx, param) from None
-    known = {name for parameter in ctx.command.params for name in [parameter.name] if name}
-    defaults: dict[str, Any] = {}
-    for key, setting in settings.items():
-        name = key.replace("-", "_")
-        if name not in known:
-            raise click.BadParameter(f"{value}: unknown setting {key!r}; names are those of the flags", ctx, param)
-        defaults[name] = setting
-    ctx.default_map = {**(ctx.default_map or {}), **defaults}
+    values, problems = read_settings(value, ctx.command.params)
+    ctx.default_map = {**(ctx.default_map or {}), **values}
+    if problems:
+        raise BadSettings(problems, ctx)
     return value
 
 
@@ -120,7 +176,7 @@ def config_option(function: F) -> F:
         is_eager=True,
         expose_value=False,
         callback=_read_config,
-        help="TOML file with defaults for the flags (names as here, with - or _).",
+        help="TOML file with defaults for the flags (names as here, with - or _; paths relative to the file).",
     )(function)
 
 
@@ -149,45 +205,57 @@ def cluster_tls_options(function: F) -> F:
     )(function)
 
 
+_COMMON: Final = (
+    "store_url", "cluster_tls", "insecure_rpc", "listen", "http_listen", "name", "advertise", "allow_loopback",
+    "log_level",
+)  # fmt: skip
+
+
 def role_options(default_listen: str) -> Callable[[F], F]:
     """Add the flags every role takes; the function receives them as `common: CommonOptions`."""
 
     def decorate(function: F) -> F:
         @functools.wraps(function)
-        def wrapper(
-            *,
-            store_url: str,
-            cluster_tls: Path | None,
-            insecure_rpc: bool,
-            listen: Address,
-            http_listen: Address | None,
-            name: str | None,
-            advertise: Address | None,
-            allow_loopback: bool,
-            log_level: str | None,
-            **rest: Any,
-        ) -> Any:
+        def wrapper(**values: Any) -> Any:
             role = click.get_current_context().command.name or "service"
-            common = CommonOptions(
-                store_url=store_url,
-                cluster_tls=cluster_tls,
-                insecure_rpc=insecure_rpc,
-                listen=listen,
-                http_listen=http_listen or Address("127.0.0.1", _http_port(listen)),
-                name=name or f"{role}{listen}",
-                advertise=advertise or listen,
-                allow_loopback=allow_loopback,
-                log_level=log_level,
-            )
+            try:
+                common = take_common(role, values)
+            except ValueError as error:
+                raise click.UsageError(str(error)) from None
             check_identity(common)
-            return function(common=common, **rest)
+            return function(common=common, **values)
 
         decorated: Any = wrapper
         for option in reversed(_role_flags(default_listen)):
             decorated = option(decorated)
-        return cast("F", cluster_tls_options(store_option(config_option(decorated))))
+        decorated = cluster_tls_options(store_option(config_option(decorated)))
+        for parameter in decorated.__click_params__:
+            # click's own rule names the variable after the parameter, which need not be called like its flag
+            parameter.envvar = variable_of(parameter)
+            parameter.allow_from_autoenv = False
+        return cast("F", decorated)
 
     return decorate
+
+
+def take_common(role: str, values: MutableMapping[str, Any]) -> CommonOptions:
+    """Remove the common flags from `values` and return them with what they default to.
+
+    Raises ValueError when there is no port for the probes.
+    """
+    taken: Mapping[str, Any] = {name: values.pop(name) for name in _COMMON}
+    listen: Address = taken["listen"]
+    return CommonOptions(
+        store_url=taken["store_url"],
+        cluster_tls=taken["cluster_tls"],
+        insecure_rpc=taken["insecure_rpc"],
+        listen=listen,
+        http_listen=taken["http_listen"] or Address("127.0.0.1", _http_port(listen)),
+        name=taken["name"] or f"{role}{listen}",
+        advertise=taken["advertise"] or listen,
+        allow_loopback=taken["allow_loopback"],
+        log_level=taken["log_level"],
+    )
 
 
 def _http_port(listen: Address) -> int:
@@ -196,7 +264,7 @@ def _http_port(listen: Address) -> int:
         return 0
     port = listen.port + HTTP_PORT_OFFSET
     if port > 65535:
-        raise click.UsageError(f"--listen port {listen.port} + {HTTP_PORT_OFFSET} is no port; give --http-listen")
+        raise ValueError(f"--listen port {listen.port} + {HTTP_PORT_OFFSET} is no port; give --http-listen")
     return port
 
 
@@ -222,16 +290,23 @@ def _role_flags(default_listen: str) -> list[Callable[[Any], Any]]:
     ]
 
 
-def check_identity(common: CommonOptions) -> None:
-    """Refuse identities and addresses that cannot work; raises `LocalError`."""
+def identity_problems(common: CommonOptions) -> list[str]:
+    """Return why these identities and addresses cannot work, one line each."""
+    problems = []
     if common.cluster_tls is None and not common.insecure_rpc:
-        raise LocalError(
+        problems.append(
             "--cluster-tls DIR is required: the cluster certificate of this service; "
             "issue one with `juicebox-hsm cluster ca issue`"
         )
     if common.insecure_rpc and not (common.listen.is_loopback and common.advertise.is_loopback):
-        raise LocalError(f"--insecure-rpc works on loopback addresses only, not {common.listen}; use --cluster-tls")
+        problems.append(f"--insecure-rpc works on loopback addresses only, not {common.listen}; use --cluster-tls")
     if common.advertise.is_unspecified:
-        raise LocalError(
-            f"--advertise {common.advertise}: others cannot reach this address; give --advertise HOST:PORT"
-        )
+        problems.append(f"--advertise {common.advertise}: others cannot reach this address; give --advertise HOST:PORT")
+    return problems
+
+
+def check_identity(common: CommonOptions) -> None:
+    """Refuse identities and addresses that cannot work; raises `LocalError`."""
+    problems = identity_problems(common)
+    if problems:
+        raise LocalError("; ".join(problems))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import os
 import random
 import ssl
 import sys
@@ -19,6 +20,7 @@ import click
 
 from juicebox_hsm.errors import LocalError, RealmError
 from juicebox_hsm.wire.rpc import MANAGER_METHODS, Refused, RpcCode
+from roles.options import ENVIRONMENT_PREFIX
 
 T = TypeVar("T")
 
@@ -26,6 +28,7 @@ STATUS_TIMEOUT_S: Final = 5.0
 COMMAND_TIMEOUT_S: Final = 30.0
 TRANSFER_TIMEOUT_S: Final = 150.0
 _CONFIG_KEYS: Final = frozenset({"store", "cluster_tls", "insecure_rpc"})
+_TRUE: Final = frozenset({"1", "true", "t", "yes", "y", "on"})
 _SHARED: Final = "roles.tools.cluster.shared"
 
 
@@ -89,18 +92,56 @@ def read_config(path: Path) -> dict[str, Any]:
     return settings
 
 
-def _merge(before: Connection, values: dict[str, Any]) -> Connection:
-    """Lay flags over the file, and both over what the group was given."""
-    config: Path | None = values.pop("config")
-    settings = {} if config is None else read_config(config)
-    directory = settings.get("cluster_tls")
-    if directory is not None and config is not None:
-        directory = config.parent / directory  # an absolute path stays itself
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """What was said so far, by source; within a source the subcommand counts before its group."""
+
+    flags: Connection = Connection()
+    file: Connection = Connection()
+
+    def connection(self) -> Connection:
+        """Return flags before environment before file."""
+        found = Connection()
+        for source in (self.file, _from_environment(), self.flags):
+            found = _over(found, source)
+        return found
+
+
+def _over(below: Connection, above: Connection) -> Connection:
     return Connection(
-        store_url=values.pop("store_url") or settings.get("store") or before.store_url,
-        cluster_tls=values.pop("cluster_tls") or directory or before.cluster_tls,
-        insecure_rpc=values.pop("insecure_rpc") or bool(settings.get("insecure_rpc")) or before.insecure_rpc,
+        store_url=above.store_url or below.store_url,
+        cluster_tls=above.cluster_tls or below.cluster_tls,
+        insecure_rpc=above.insecure_rpc or below.insecure_rpc,
     )
+
+
+def _from_environment() -> Connection:
+    """Read JUICEBOX_HSM_STORE, JUICEBOX_HSM_CLUSTER_TLS and JUICEBOX_HSM_INSECURE_RPC (operator-tools.md 11)."""
+    directory = os.environ.get(f"{ENVIRONMENT_PREFIX}_CLUSTER_TLS")
+    insecure = os.environ.get(f"{ENVIRONMENT_PREFIX}_INSECURE_RPC", "").strip().lower()
+    return Connection(
+        store_url=os.environ.get(f"{ENVIRONMENT_PREFIX}_STORE") or None,
+        cluster_tls=Path(directory) if directory else None,
+        insecure_rpc=insecure in _TRUE,
+    )
+
+
+def _merge(before: _Given, values: dict[str, Any]) -> _Given:
+    """Take the connection flags out of `values`."""
+    variable = os.environ.get(f"{ENVIRONMENT_PREFIX}_CONFIG")
+    config: Path | None = values.pop("config") or (Path(variable) if variable and before == _Given() else None)
+    file = Connection()
+    if config is not None:
+        settings = read_config(config)
+        directory = settings.get("cluster_tls")
+        file = Connection(
+            store_url=settings.get("store"),
+            # an absolute path stays itself
+            cluster_tls=None if directory is None else config.parent / directory,
+            insecure_rpc=bool(settings.get("insecure_rpc")),
+        )
+    flags = Connection(values.pop("store_url"), values.pop("cluster_tls"), values.pop("insecure_rpc"))
+    return _Given(_over(before.flags, flags), _over(before.file, file))
 
 
 def _flags(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -124,7 +165,10 @@ def _flags(function: Callable[..., Any]) -> Callable[..., Any]:
             ),
         )
     ):
+        # the environment is read once for group and subcommand together, so that it never hides a flag of the group
         function = option(function)
+    for parameter in function.__click_params__[-4:]:  # type: ignore[attr-defined]  # click keeps them there
+        parameter.allow_from_autoenv = False
     return function
 
 
@@ -134,7 +178,7 @@ def remember_connection(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def wrapper(**values: Any) -> Any:
         context = click.get_current_context()
-        context.meta[_SHARED] = _merge(context.meta.get(_SHARED, Connection()), values)
+        context.meta[_SHARED] = _merge(context.meta.get(_SHARED, _Given()), values)
         return function(**values)
 
     return _flags(wrapper)
@@ -145,9 +189,8 @@ def with_connection(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def wrapper(**values: Any) -> Any:
-        shared = click.get_current_context().meta.get(_SHARED, Connection())
-        connection = _merge(shared, values)
-        return function(connection=connection, **values)
+        given = _merge(click.get_current_context().meta.get(_SHARED, _Given()), values)
+        return function(connection=given.connection(), **values)
 
     return _flags(wrapper)
 

@@ -183,8 +183,11 @@ def rotate(tenant: str, algorithm: str, path: Path | None) -> None:
     _add_version(path, tenant, algorithm, refuse_unknown)
 
 
-def findings(text: str | bytes, mode: int) -> list[str]:
-    """Return what is wrong with a secrets file, one line each. Pure; `mode` is the file's permissions."""
+def findings(text: str | bytes, mode: int, *, record_id_version: int | None = None) -> list[str]:
+    """Return what is wrong with a secrets file, one line each. Pure; `mode` is the file's permissions.
+
+    `record_id_version` is the version a balancer is told to use, None when it has to be the only one.
+    """
     found = []
     if mode & 0o077:
         found.append(f"readable by others (mode {mode & 0o777:04o}); run chmod 600")
@@ -193,7 +196,7 @@ def findings(text: str | bytes, mode: int) -> list[str]:
     except RealmError as error:
         return [*found, str(error)]
     try:
-        record_id_key(parsed.get(RECORD_ID_KEY_NAME, {}))
+        record_id_key(parsed.get(RECORD_ID_KEY_NAME, {}), record_id_version)
     except RealmError as error:
         found.append(str(error))
     for name, versions in sorted(parsed.items()):
