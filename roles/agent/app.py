@@ -159,14 +159,18 @@ async def _run_one(
     # No checkpoint from here to the queue: a hole in the log would stall the group.
     match reply:
         case AppRequestOk(entry=entry, delta=delta):
-            if group.leader is not leader or leader.append_blocked:
+            # The leadership that made the entry: while we waited for the HSM, another may have begun.
+            current = group.leader
+            if current is None or current.append_blocked or not current.is_new(entry.index):
                 request.refuse(Refusal.NOT_LEADER, consumed=True)
                 return
             hint = agent.outbox_tails.get(request.tenant, 0) + 1
             request.wrote = len(delta) > DELTA_EMPTY_BYTES
-            leader.waiters[entry.entry_mac] = request
+            current.waiters[entry.entry_mac] = request
             intent = Intent(request.tenant, request.user, request.record_id, hint)
-            leader.enqueue(Queued(entry, delta, intent))
+            current.enqueue(Queued(entry, delta, intent))
+            if current is not leader:
+                current.work.set()
         case Outcome.STALE_PROOF:
             agent.metrics.count("agent.start_app_request.stale_proof")
             _again(agent, group, leader, request)

@@ -109,6 +109,8 @@ async def _record_and_answer(agent: Agent, group: GroupState, leader: LeaderStat
 def _answer(agent: Agent, group: GroupState, released: list[Released]) -> None:
     counts: Counter[tuple[str, ResultKind]] = Counter()
     now_ms = agent.now_ms()
+    if released:
+        agent.metrics.timing("agent.commit.latency", (now_ms - released[0][2].when_ms) * 1_000_000)
     for _, _, request, noise, result in released:
         if result.kind in _RESERVING:
             agent.limiters.of(request.tenant).reserve(request.record_id, now_ms)

@@ -206,7 +206,8 @@ class Agent:
 
     async def step_down(self, group: GroupState, *, force: bool, why: str) -> StepDownOk | None:
         """Ask the HSM to leave leadership of `group`; None when it does not lead."""
-        self.log.warning("stepping down", group=group.group.hex(), forced=force, why=why)
+        say = self.log.warning if force else self.log.info
+        say("stepping down", group=group.group.hex(), forced=force, why=why)
         self.metrics.count("agent.stepdown", forced=str(force).lower())
         reply = await self.hsm.send(StepDown(group.realm, group.group, force))
         match reply:

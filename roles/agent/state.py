@@ -153,10 +153,14 @@ class LeaderState:
         committed = self.starting - 1 if self.committed is None else self.committed
         return max(0, self.next_index - 1 - committed) + len(self.queue) + len(self.incoming)
 
+    def is_new(self, index: int) -> bool:
+        """Tell whether nothing of this leadership has `index` yet."""
+        return index >= self.next_index and index not in self.queue
+
     def enqueue(self, queued: Queued) -> None:
         """Queue an entry for the append; the index must be new (agent.md 6)."""
         index = queued.entry.index
-        check(index >= self.next_index and index not in self.queue, "the HSM makes each index once per leadership")
+        check(self.is_new(index), "the HSM makes each index once per leadership")
         self.queue[index] = queued
         self.own_macs[index] = queued.entry.entry_mac
 

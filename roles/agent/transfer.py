@@ -95,12 +95,13 @@ def _owned(asked: Range) -> OwnedRange | None:
     return owned if owned.is_valid else None
 
 
-def _queue(group: GroupState, leader: LeaderState, entry: LogEntry, delta: bytes) -> bool:
-    """Queue an entry the HSM just made; False if the leadership ended (the entry cannot commit under it)."""
-    if group.leader is not leader or leader.append_blocked:
+def _queue(group: GroupState, entry: LogEntry, delta: bytes) -> bool:
+    """Queue an entry the HSM just made; False if no leadership can take it."""
+    current = group.leader
+    if current is None or current.append_blocked or not current.is_new(entry.index):
         return False
-    leader.enqueue(Queued(entry, delta, None))
-    leader.work.set()
+    current.enqueue(Queued(entry, delta, None))
+    current.work.set()
     return True
 
 
@@ -144,7 +145,7 @@ async def handle_prepare(agent: Agent, body: TransferPrepare) -> Prepared | Refu
     reply = await agent.hsm.send(PrepareTransfer(group.realm, GroupId(body.source), group.group, wanted))
     if not isinstance(reply, PrepareTransferOk):
         return _refused(reply)
-    if reply.entry is not None and not _queue(group, leader, reply.entry, EMPTY_DELTA):
+    if reply.entry is not None and not _queue(group, reply.entry, EMPTY_DELTA):
         return Refused(Refusal.NOT_LEADER)
     refused = await wait_for_commit(agent, group, leader, reply.wait_til_committed, reply.clock)
     return refused or Prepared(reply.nonce, reply.statement)
@@ -182,7 +183,7 @@ async def handle_transfer_in(agent: Agent, body: TransferInCall) -> Done | Refus
         if isinstance(reply, Refused):
             return reply
         if isinstance(reply, TransferInOk):
-            if not _queue(group, leader, reply.entry, reply.delta):
+            if not _queue(group, reply.entry, reply.delta):
                 return Refused(Refusal.NOT_LEADER)
             refused = await wait_for_commit(agent, group, leader, reply.entry.index, reply.clock)
             return refused or Done()
@@ -256,7 +257,7 @@ async def handle_transfer_out(agent: Agent, body: TransferOutCall) -> Transferre
         if group.leader is not leader:
             return Refused(Refusal.NOT_LEADER)
         await trio.sleep(STALE_PAUSE_S if attempt < 5 else STORE_RETRY.delay_s(attempt - 4))
-    if reply.entry is not None and not _queue(group, leader, reply.entry, reply.delta):
+    if reply.entry is not None and not _queue(group, reply.entry, reply.delta):
         return Refused(Refusal.NOT_LEADER)
     refused = await wait_for_commit(agent, group, leader, reply.wait_til_committed, reply.clock)
     return refused or await _statement(agent, group, leader, body, reply.partition)
@@ -325,7 +326,7 @@ async def _plain_entry(
     reply = await agent.hsm.send(request)
     if not isinstance(reply, TransferEntryOk):
         return _refused(reply)
-    if not _queue(group, leader, reply.entry, EMPTY_DELTA):
+    if not _queue(group, reply.entry, EMPTY_DELTA):
         return Refused(Refusal.NOT_LEADER)
     return await wait_for_commit(agent, group, leader, reply.entry.index, reply.clock) or Done()
 

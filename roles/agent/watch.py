@@ -199,7 +199,9 @@ class Follower:
             agent.note_trouble(f"log {group.group.hex()}", error)
             jumped = False
         agent.metrics.count("agent.catchup.jump", result="ok" if jumped else "retry")
-        if not jumped:
+        if jumped:
+            self._jump_began = None
+        else:
             await trio.sleep(min(STORE_RETRY.cap_s, 0.05 + (trio.current_time() - self._jump_began) / 4))
 
     async def _jump(self) -> bool:
@@ -209,7 +211,7 @@ class Follower:
         if certificate is None:
             return False
         live = await self._live_captures()
-        last = max(captured.index for captured in (*certificate.captures, *live) if captured.index >= 1)
+        last = max((captured.index for captured in (*certificate.captures, *live)), default=0)
         entries = await self._read_tail(certificate.index, last)
         if not entries:
             return False
