@@ -20,7 +20,7 @@ import trio
 
 from juicebox_hsm.adapters.key_bundle import BACKEND as KEY_BACKEND
 from juicebox_hsm.adapters.key_bundle import KeyBundle, read_bundle, write_bundle
-from juicebox_hsm.adapters.nvram import FileNvram, read_nvram, sync_directory
+from juicebox_hsm.adapters.nvram import FileNvram, NvramFailed, read_nvram, sync_directory
 from juicebox_hsm.consensus.nvram import PersistentState, decode_state
 from juicebox_hsm.errors import LocalError
 from juicebox_hsm.hsm.core import Hsm
@@ -57,13 +57,13 @@ class InProcessHsm:
         self._writer = trio.CapacityLimiter(1)
 
     async def send(self, request: Request) -> Response:
-        """Run one request. Raises `HsmGone` when the HSM is poisoned; broken invariants pass through."""
+        """Run one request. Raises `HsmGone` when the HSM is poisoned, also by this very request; bugs pass."""
         async with self._lock:
             try:
                 if isinstance(request, _MAY_WRITE):
                     return await trio.to_thread.run_sync(self._hsm.handle, request, limiter=self._writer)
                 return self._hsm.handle(request)
-            except Poisoned as error:
+            except (Poisoned, NvramFailed) as error:
                 raise HsmGone(str(error)) from error
 
 

@@ -11,6 +11,8 @@ import pytest
 import trio
 
 import roles.agent.app as app_module
+from juicebox_hsm.adapters.nvram import NvramFailed
+from juicebox_hsm.adapters.supervision import ExitCode, exit_code_of
 from juicebox_hsm.consensus.types import LogEntry
 from juicebox_hsm.hsm.messages import AppRequest, Outcome, Request, Response
 from juicebox_hsm.ids import GroupId, RealmId
@@ -198,13 +200,14 @@ async def test_poisoned_hsm_ends_the_process(tmp_path: Path) -> None:
         agent = sim.agents[0]
 
         def fail(_content: bytes) -> None:
-            raise OSError("disk gone")
+            raise NvramFailed("disk gone")
 
         agent.platform.nvram_write = fail  # type: ignore[assignment,method-assign]  # parameter name
         await agent.call_and_forget("app", sim.register1(group, "alice"))
         await agent.closed.wait()
         assert agent.crash is not None
-        assert contains(agent.crash, (HsmGone, OSError))
+        assert contains(agent.crash, (HsmGone,))
+        assert exit_code_of(agent.crash) is ExitCode.HSM
         agent.crash = None
 
 
