@@ -58,7 +58,7 @@ async def handle_app(agent: Agent, body: App) -> AppOk | Refused:
         return Refused(Refusal.DECODING_ERROR)
     record = RecordId(body.record_id)
     leader = found.leader
-    if leader is None or not found.is_leader or leader.append_blocked:
+    if leader is None or not found.is_leader:
         return Refused(Refusal.NOT_LEADER)
     if body.handshake_only:
         if not isinstance(encrypted, HandshakeRequest):
@@ -120,7 +120,7 @@ async def run_requests(agent: Agent, group: GroupState, leader: LeaderState) -> 
             batch.append(request)
     if not batch:
         return
-    if not group.is_leader or leader.append_blocked:
+    if not group.is_leader:
         _refuse(batch, Refused(Refusal.NOT_LEADER))
         return
     leader.meter.add(trio.current_time(), len(batch))

@@ -101,8 +101,9 @@ async def acknowledged(agent: Agent, group: GroupState, leader: LeaderState, bat
 async def lose(agent: Agent, group: GroupState, leader: LeaderState, index: int) -> None:
     """Another leader wrote at `index`: nothing of ours can follow; step down and let capture sort it out."""
     agent.metrics.count("agent.append.conflict")
+    first_notice = group.is_leader
     leader.block_appends()
-    if group.is_leader and group.leader is leader:
+    if first_notice and group.leader is leader:
         await agent.step_down(group, force=False, why=f"another leader wrote index {index}")
     agent.follower(group).wake.set()
 

@@ -91,12 +91,12 @@ async def _record_and_answer(agent: Agent, group: GroupState, leader: LeaderStat
             with trio.CancelScope(shield=True):
                 await record_events(agent, group.realm, events, settled)
         except RealmError as error:
-            for _, _, request, _, _ in released:
-                request.refuse(Refusal.NOT_LEADER, consumed=True)
             agent.metrics.count("agent.outbox.given_up")
             if group.leader is leader:
                 leader.block_appends()
                 await agent.step_down(group, force=True, why=f"outbox not written: {error}")
+            for _, _, request, _, _ in released:
+                request.refuse(Refusal.NOT_LEADER, consumed=True)
             # `recorded` stays: the intents of this batch become `unknown` under the next leadership
             return
         if settled:

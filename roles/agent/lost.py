@@ -101,6 +101,10 @@ class LeaderWatch:
         if heard.hint_at is None:
             closed = heard.connection is not None and heard.connection.closed.is_set()
             silent = now - heard.at >= timings.silence_s
+            if left is not None and heard.starting > left and not closed and not silent:
+                # deposed by a leader that speaks: nothing is lost
+                self._agent.lost_hints.pop(key, None)
+                return None
             if not (closed or silent or left is not None):
                 return None
             heard.hint_at = now

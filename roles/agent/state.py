@@ -271,8 +271,9 @@ class GroupState:
 
     @property
     def is_leader(self) -> bool:
-        """Tell whether requests may be accepted (Leader, not SteppingDown)."""
-        return self.leader is not None and isinstance(self.role.role, Leader)
+        """Tell whether requests may be accepted: Leader, not SteppingDown, and the log can still be appended to."""
+        leader = self.leader
+        return leader is not None and isinstance(self.role.role, Leader) and not leader.append_blocked
 
     def adopt(self, status: RoleStatus) -> RoleChange:
         """Apply the role clock rule (agent.md 1): only a greater clock is adopted, an equal one must be equal."""

@@ -84,7 +84,7 @@ def _leading(agent: Agent, realm: bytes, group: bytes) -> tuple[GroupState, Lead
     found = agent.groups.find(realm, group)
     if isinstance(found, Refusal):
         return Refused(found)
-    if found.leader is None or not found.is_leader or found.leader.append_blocked:
+    if found.leader is None or not found.is_leader:
         return Refused(Refusal.NOT_LEADER)
     return found, found.leader
 

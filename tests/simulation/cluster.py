@@ -216,7 +216,7 @@ class FakeManager:
     async def call(self, method: Method, body: Any) -> Any:
         if method is MANAGER_METHODS["leader_lost"]:
             self.hints.append((body.group, body.starting))
-            if self.appoints:
+            if self.appoints and not self._sim.is_led(GroupId(body.group), body.starting):
                 await self._sim.appoint(GroupId(body.group))
             return Done()
         if method is MANAGER_METHODS["leader_stepdown"]:
@@ -359,6 +359,7 @@ class Simulation:
         self.manager = FakeManager(self)
         self.patience_s = 2.0
         self.refusals: list[Refused] = []
+        self._leaderships: dict[GroupId, tuple[int, float]] = {}
 
     async def start_agent(self) -> SimAgent:
         log, outbox = FaultyLog(self.store.log), FaultyOutbox(self.store.outbox)
@@ -453,6 +454,11 @@ class Simulation:
             if found.leader.starting > best_starting:
                 best, best_starting = sim_agent, found.leader.starting
         return best
+
+    def is_led(self, group: GroupId, starting: int) -> bool:
+        """Tell whether a running agent leads `group` with the given `starting` or a later one."""
+        leader = self.leader_of(group)
+        return leader is not None and leader.group(group).leader.starting >= starting
 
     async def committed(self, group: GroupId, index: int, timeout_s: float = 5.0) -> None:
         """Wait until some leader committed `index`."""
@@ -555,6 +561,7 @@ class Simulation:
             target = self._route(RecordId(app.record_id))
             if target is not None:
                 sim_agent, group = target
+                self._moved_lately(group)
                 try:
                     reply = await sim_agent.call("app", msgspec_replace(app, group=group))
                 except Unreachable:
@@ -564,13 +571,24 @@ class Simulation:
                     break
                 self.refusals.append(reply)
                 if reply.outcome in _CODES:
-                    response = _CODES[reply.outcome]
+                    lost_by_move = reply.outcome is Refusal.MISSING_SESSION and self._moved_lately(group)
+                    response = ClientOutcome.UNAVAILABLE if lost_by_move else _CODES[reply.outcome]
                     break
                 if reply.consumed:
                     break
             await trio.sleep(0.01)
         status = HTTP_STATUS[response] if isinstance(response, ClientOutcome) else 200
         return status, encode_client_response(response)
+
+    def _moved_lately(self, group: GroupId) -> bool:
+        """Tell whether the group's leader changed in the last second (decision 26)."""
+        leader = self.leader_of(group)
+        starting = 0 if leader is None else leader.group(group).leader.starting
+        now = trio.current_time()
+        known = self._leaderships.get(group)
+        if known is None or known[0] != starting:
+            known = self._leaderships[group] = (starting, now)
+        return now - known[1] < 1.0
 
     def _route(self, record: RecordId) -> tuple[SimAgent, GroupId] | None:
         best: tuple[int, SimAgent, GroupId] | None = None
