@@ -1,0 +1,233 @@
+"""A real load balancer process: exit codes, reload, drain, workers, memory (load-balancer.md 1 to 4)."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.unit.edge.harness import Identity, make_identity
+
+pytestmark = pytest.mark.processes
+
+START_S = 20.0
+RSS_MIB_MAX = 120  # the promise for an idle balancer
+SECRETS = {
+    "record-id-randomization": {
+        "1": {"data": "32-bytes-to-randomize-record-IDs", "encoding": "UTF8", "algorithm": "Blake2sMac256"}
+    }
+}
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class Balancer:
+    """One balancer process (or parent of workers) and how to talk to it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.identity = make_identity(folder)
+        self.port = _free_port()
+        self.process: subprocess.Popen[bytes] | None = None
+        self.secrets(SECRETS)
+
+    def secrets(self, content: object) -> None:
+        path = self.folder / "secrets.json"
+        path.write_text(json.dumps(content))
+        path.chmod(0o600)
+
+    def start(self, *more: str, http_port: int = 0) -> subprocess.Popen[bytes]:
+        arguments = [sys.executable, "-m", "roles", "--role", "lb", "--insecure-rpc", "--allow-loopback"]
+        arguments += ["--store", f"sqlite:{self.folder / 'realm.db'}", "--listen", f"127.0.0.1:{self.port}"]
+        arguments += ["--http-listen", f"127.0.0.1:{http_port}", "--secrets-file", str(self.folder / "secrets.json")]
+        arguments += ["--tls-key", str(self.identity.key), "--tls-cert", str(self.identity.cert), *more]
+        with (self.folder / "lb.log").open("ab") as log:
+            self.process = subprocess.Popen(arguments, stdout=log, stderr=log)
+        return self.process
+
+    def connect(self, identity: Identity | None = None) -> http.client.HTTPSConnection:
+        context = (identity or self.identity).client_context()
+        return http.client.HTTPSConnection("localhost", self.port, context=context, timeout=5)
+
+    def livez(self, connection: http.client.HTTPSConnection | None = None) -> str:
+        link = connection or self.connect()
+        try:
+            link.request("GET", "/livez")
+            return link.getresponse().read().decode()
+        finally:
+            if connection is None:
+                link.close()
+
+    def wait_until_live(self) -> str:
+        deadline = time.monotonic() + START_S
+        while True:
+            try:
+                return self.livez()
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.05)
+
+    def serial(self, identity: Identity) -> str:
+        context = identity.client_context()
+        with (
+            socket.create_connection(("localhost", self.port), timeout=5) as tcp,
+            context.wrap_socket(tcp, server_hostname="localhost") as tls,
+        ):
+            certificate = tls.getpeercert()
+            assert certificate is not None
+            return str(certificate["serialNumber"])
+
+
+@pytest.fixture
+def balancer(tmp_path: Path) -> Iterator[Balancer]:
+    """Return a balancer that is not started; kill it at the end."""
+    made = Balancer(tmp_path)
+    yield made
+    if made.process is not None:
+        made.process.kill()
+        made.process.wait()
+
+
+@contextmanager
+def _kept_alive(balancer: Balancer) -> Iterator[http.client.HTTPSConnection]:
+    connection = balancer.connect()
+    try:
+        yield connection
+    finally:
+        connection.close()
+
+
+@pytest.mark.parametrize("fault", ["mismatch", "secrets", "two_keys", "no_key", "port"])
+def test_bad_settings_exit_78(balancer: Balancer, tmp_path: Path, fault: str) -> None:
+    """What an operator has to correct ends the start with 78 and one line that names it."""
+    name = ""
+    with socket.socket() as other:
+        if fault == "mismatch":
+            shutil.copy(make_identity(tmp_path, "other").key, balancer.identity.key)
+            name = "edge.key"
+        elif fault == "secrets":
+            balancer.secrets({"tenant-a": {"1": {}}})
+            name = "tenant-a"
+        elif fault == "two_keys":
+            key = SECRETS["record-id-randomization"]["1"]
+            balancer.secrets({"record-id-randomization": {"1": key, "2": key}})
+            name = "several enabled versions"
+        elif fault == "no_key":
+            balancer.secrets({"tenant-a": {}})
+            name = "record-id-randomization"
+        else:
+            other.bind(("127.0.0.1", balancer.port))
+            other.listen()
+            name = str(balancer.port)
+        assert balancer.start().wait(START_S) == 78
+    log = (balancer.folder / "lb.log").read_text()
+    assert name in log
+    assert "Traceback" not in log
+
+
+def test_reload_over_hup(balancer: Balancer) -> None:
+    """HUP swaps a good pair within a second and ignores a bad one; a connection opened before lives through both."""
+    process = balancer.start()
+    assert balancer.wait_until_live().startswith("Juicebox load balancer: ")
+    old = balancer.identity
+    new = make_identity(balancer.folder, "new")
+    first = balancer.serial(old)
+    assert balancer.serial(old) == first
+    with _kept_alive(balancer) as connection:
+        assert "name: " in balancer.livez(connection)
+        shutil.copy(new.key, old.key)  # a pair that does not match
+        process.send_signal(signal.SIGHUP)
+        time.sleep(0.3)
+        assert balancer.serial(old) == first
+        shutil.copy(new.cert, old.cert)
+        process.send_signal(signal.SIGHUP)
+        deadline = time.monotonic() + 1.0
+        changed = False
+        while not changed and time.monotonic() < deadline:
+            try:
+                changed = balancer.serial(new) != first
+            except ssl.SSLError:
+                time.sleep(0.02)
+        assert changed
+        assert "name: " in balancer.livez(connection)
+    assert process.poll() is None
+
+
+def test_notice_drain_and_exit(balancer: Balancer) -> None:
+    """SIGTERM: first the notice with everything served, then idle connections go and the process ends with 0."""
+    process = balancer.start("--shutdown-notice-period", "1s")
+    balancer.wait_until_live()
+    with _kept_alive(balancer) as idle:
+        balancer.livez(idle)
+        process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + 0.8
+        while balancer.livez() != "Shutting down":
+            assert time.monotonic() < deadline
+        assert process.poll() is None
+        assert process.wait(3) == 0
+
+
+def test_second_signal_ends_at_once(balancer: Balancer) -> None:
+    """A second SIGTERM during the notice skips the rest; the exit code is still 0."""
+    process = balancer.start()
+    balancer.wait_until_live()
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(3) == 0
+
+
+def test_idle_memory(balancer: Balancer) -> None:
+    """An idle balancer stays below the promised memory."""
+    process = balancer.start()
+    balancer.wait_until_live()
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    assert int(status.split("VmRSS:")[1].split()[0]) / 1024 < RSS_MIB_MAX
+
+
+def _children(pid: int) -> list[int]:
+    """Return the child processes, whichever thread started them."""
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    return sorted(int(text) for task in tasks for text in task.read_text().split())
+
+
+def test_workers(balancer: Balancer) -> None:
+    """Workers share the port, one that dies is started again, and stopping the parent stops them all."""
+    process = balancer.start("--workers", "2", "--shutdown-notice-period", "0s", http_port=_free_port())
+    balancer.wait_until_live()
+    deadline = time.monotonic() + START_S
+    while len(_children(process.pid)) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    first, second = _children(process.pid)
+    os.kill(first, signal.SIGKILL)
+    while len(_children(process.pid)) < 2 or first in _children(process.pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert second in _children(process.pid)
+    balancer.wait_until_live()
+    workers = _children(process.pid)
+    time.sleep(1.5)  # the new worker must have its signal handlers before it can stop in order
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 0
+    for worker in workers:
+        assert not Path(f"/proc/{worker}").exists()
