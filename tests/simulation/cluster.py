@@ -359,6 +359,7 @@ class Simulation:
         self.manager = FakeManager(self)
         self.patience_s = 2.0
         self.refusals: list[Refused] = []
+        self.statements: dict[GroupId, bytes] = {}
         self._leaderships: dict[GroupId, tuple[int, float]] = {}
 
     async def start_agent(self) -> SimAgent:
@@ -418,6 +419,7 @@ class Simulation:
             body = GroupJoin(self.realm, made.group, [hsm for hsm, _ in statements], made.statement)
             assert isinstance(await other.call("group/join", body), Done)
         group = GroupId(made.group)
+        self.statements[group] = made.statement
         await self.committed(group, 1)
         return group
 
