@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from juicebox_hsm.consensus.types import Partition, SteppingDown, Witness
-from juicebox_hsm.crypto import oprf
+from juicebox_hsm.crypto import noise, oprf
 from juicebox_hsm.crypto.sealing import seal
 from juicebox_hsm.hsm.messages import (
     AppRequest,
@@ -273,6 +273,20 @@ def test_m11_transport_failures_cost_the_session() -> None:
     answer, states = ask(TransportRequest(raw.encrypt(b"\xff\x00")))
     assert answer is Outcome.DECODING_ERROR
     assert only_the_session_went(states)
+
+
+def test_ciphertexts_of_the_full_size_are_served() -> None:
+    """2048 bytes of ciphertext are served in a handshake and in a session (bytes after the request are ignored)."""
+    world, group, client = alone()
+    payload = secrets.encode_secrets_request(secrets.Register1()).ljust(2048 - noise.TAG_BYTES, b"\0")
+    public, ciphertext = noise.Initiator(client.public, bytes(range(32))).write(payload)
+    assert len(ciphertext) == 2048
+    expect(world.send(0, world.app_message(group, client, HandshakeRequest(public, ciphertext))), AppRequestOk)
+    world.open_session(group, 0, client)
+    assert client.session is not None
+    message = TransportRequest(client.session.encrypt(payload))
+    assert len(message.ciphertext) == 2048
+    expect(world.send(0, world.app_message(group, client, message)), AppRequestOk)
 
 
 def test_m11_undecodable_handshake_payload() -> None:

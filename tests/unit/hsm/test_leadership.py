@@ -303,6 +303,37 @@ def test_i12_abandoned_macs_wait_for_a_quorum_and_are_told_once() -> None:
     assert isinstance(done.role.role, Witness)
 
 
+def test_i12_abandoned_macs_are_told_once_over_several_commits() -> None:
+    """A commit that leaves the HSM stepping down tells the abandoned macs; the next one does not repeat them."""
+    world, group, mine = pipelined(4)
+    for number in (1, 2):
+        expect(world.send(number, CaptureNext(world.realm, group, (mine[0],))), RoleOk)
+    votes = (*world.persist(1, group), *world.persist(2, group))
+    world.logs[group] = world.logs[group][:-2]
+    world.lead(group, 1)
+    theirs = world.app(group, 1, world.client(b"\1" * 32, "rival"), secrets.Register1()).entry
+    expect(world.send(0, CaptureNext(world.realm, group, (mine[0], mine[1], theirs))), RoleOk)
+    first = expect(world.send(0, Commit(world.realm, group, votes)), CommitOk)
+    assert first.committed == mine[0].index
+    assert first.abandoned == (mine[2].entry_mac, mine[3].entry_mac)
+    assert isinstance(first.role.role, SteppingDown)
+    again = expect(world.send(0, Commit(world.realm, group, votes)), CommitOk)
+    assert again.abandoned == ()
+    assert isinstance(again.role.role, SteppingDown)
+
+
+def test_forced_step_down_names_the_last_own_entry() -> None:
+    """Foreign entries kept while stepping down are not part of the leadership that ends."""
+    world, group, mine = pipelined()
+    world.logs[group] = world.logs[group][:-2]
+    world.lead(group, 1)
+    rivals = [world.app(group, 1, world.client(b"\1" * 32, n), secrets.Register1()).entry for n in ("r1", "r2")]
+    expect(world.send(0, CaptureNext(world.realm, group, (mine[0], *rivals))), RoleOk)
+    forced = expect(world.send(0, StepDown(world.realm, group, force=True)), StepDownOk)
+    assert forced.last == mine[0].index
+    assert isinstance(forced.role.role, Witness)
+
+
 def test_partial_commit_while_stepping_down() -> None:
     """A commit below the last own index releases its part and leaves the HSM stepping down (I11)."""
     world, group, made = pipelined()
