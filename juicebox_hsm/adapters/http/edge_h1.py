@@ -32,7 +32,9 @@ class _H1Request(Request):
     __slots__ = ("_session",)
 
     def __init__(self, session: H1Session, event: h11.Request) -> None:
-        super().__init__(event.method.decode("ascii"), event.target, event.headers)
+        # h11's own header list walks through an abstract sequence: slower than lowering the names again.
+        headers = [(name.lower(), value) for name, value in event.headers.raw_items()]
+        super().__init__(event.method.decode("ascii"), event.target, headers)
         self._session = session
 
     async def body(self, limit: int) -> bytes:
