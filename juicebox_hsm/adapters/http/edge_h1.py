@@ -23,7 +23,11 @@ from juicebox_hsm.adapters.http.edge_stream import ByteStream
 from juicebox_hsm.adapters.http.exchange import REASONS, BodyTooLarge, Disconnected, Handler, Request, Response
 from juicebox_hsm.adapters.http.limits import EdgeLimits
 
-_CLOSE: Final = (b"connection", b"close")
+# What h11 is told of every answer: only framing and persistence matter to its state, never status or content, and 4xx
+# means "not switching protocols". We write the bytes ourselves, which takes half the time.
+_TOLD_KEEP: Final = h11.Response(status_code=400, headers=[(b"content-length", b"0")])
+_TOLD_CLOSE: Final = h11.Response(status_code=400, headers=[(b"content-length", b"0"), (b"connection", b"close")])
+_TOLD_END: Final = h11.EndOfMessage()
 
 
 class _H1Request(Request):
@@ -153,18 +157,18 @@ class H1Session:
         """Send `response`; False when the connection is to be closed afterwards."""
         parser = self._parser
         keep = not self._connection.stopping and (self._body_complete or self._try_skip_body(request))
-        headers = [
-            *response.headers,
-            (b"content-length", b"%d" % len(response.body)),
-            (b"x-exec-time", b"%d" % elapsed_ns),
-        ]
-        if not keep:
-            headers.append(_CLOSE)
-        reason = REASONS.get(response.status, b"")
-        data = parser.send(h11.Response(status_code=response.status, headers=headers, reason=reason)) or b""
-        if response.body and request.method != "HEAD":
-            data += parser.send(h11.Data(data=response.body)) or b""
-        data += parser.send(h11.EndOfMessage()) or b""
+        parser.send(_TOLD_KEEP if keep else _TOLD_CLOSE)
+        parser.send(_TOLD_END)
+        ends = parser.our_state is not h11.DONE
+        data = b"HTTP/1.1 %d %s\r\n%scontent-length: %d\r\nx-exec-time: %d\r\n%s\r\n%s" % (
+            response.status,
+            REASONS.get(response.status, b""),
+            b"".join([b"%s: %s\r\n" % header for header in response.headers]),
+            len(response.body),
+            elapsed_ns,
+            b"connection: close\r\n" if ends else b"",
+            response.body if request.method != "HEAD" else b"",
+        )
         await self._send(data)
         if parser.our_state is h11.DONE and parser.their_state is h11.DONE:
             return True
