@@ -1,8 +1,9 @@
 """An HSM inside this process, and its directory (decision record 0004, hardware.md 2).
 
 `InProcessHsm` is the `HsmTransport` of the default deployment: strictly serialised, and never on the event loop while
-NVRAM is written. An HSM directory holds `keys.json` (sealed realm keys), `wrapping.key`, `nvram` and `lock`. It belongs
-to one HSM for ever: never start a copy while the original may run.
+NVRAM is written. An HSM directory holds `keys.json` (sealed realm keys), `wrapping.key` and `nvram`. It belongs to one
+HSM for ever: never start a copy while the original may run. The directory itself is what is locked: a lock file could
+be deleted as stale, and two processes with one NVRAM would vote twice.
 """
 
 from __future__ import annotations
@@ -41,7 +42,6 @@ from juicebox_hsm.ports import HsmGone
 KEYS_FILE: Final = "keys.json"
 WRAPPING_KEY_FILE: Final = "wrapping.key"
 NVRAM_FILE: Final = "nvram"
-LOCK_FILE: Final = "lock"
 BACKENDS: Final = f"keys: {KEY_BACKEND} (in memory while running), NVRAM: file (no protection against rollback)"
 
 _MAY_WRITE: Final = (PersistState, BecomeLeader, NewRealm, JoinRealm, NewGroup, JoinGroup)
@@ -131,16 +131,18 @@ def open_hsm_dir(path: Path) -> FilePlatform:
 
 
 def _lock(directory: Path) -> int:
-    path = directory / LOCK_FILE
     try:
-        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
-        raise LocalError(f"{path}: {error.strerror}") from None
+        raise LocalError(f"{directory}: {error.strerror}") from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         os.close(lock)
         raise LocalError(f"{directory}: another process runs this HSM; one directory serves one process") from None
+    except OSError as error:
+        os.close(lock)
+        raise LocalError(f"{directory}: cannot be locked ({error.strerror}); use a local file system") from None
     return lock
 
 

@@ -94,7 +94,7 @@ def read_bundle(bundle_file: Path, wrapping_key_file: Path) -> KeyBundle:
     """Open a sealed bundle; raises `LocalError` naming the file that is wrong and what to do."""
     document = _read_document(bundle_file)
     wrapping_key = _read_wrapping_key(wrapping_key_file)
-    name, generation, sealed = document
+    name, generation, public_key, sealed = document
     try:
         opened = crypto_aead_xchacha20poly1305_ietf_decrypt(
             sealed[NONCE_BYTES:], _associated_data(name, generation), sealed[:NONCE_BYTES], wrapping_key.expose()
@@ -103,7 +103,10 @@ def read_bundle(bundle_file: Path, wrapping_key_file: Path) -> KeyBundle:
         raise LocalError(
             f"{bundle_file}: the key bundle does not open with {wrapping_key_file}; the two belong together"
         ) from None
-    return KeyBundle(name, generation, RealmKeys.from_bundle(opened))
+    keys = RealmKeys.from_bundle(opened)
+    if public_key != keys.communication_public.hex():
+        raise LocalError(f"{bundle_file}: the public key it shows does not belong to its sealed secret; do not use it")
+    return KeyBundle(name, generation, keys)
 
 
 def _read_text(path: Path) -> str:
@@ -116,19 +119,19 @@ def _read_text(path: Path) -> str:
         raise LocalError(f"{path}: not a text file of ours") from None
 
 
-def _read_document(path: Path) -> tuple[str, int, bytes]:
+def _read_document(path: Path) -> tuple[str, int, str, bytes]:
     try:
         document = json.loads(_read_text(path))
-        name, generation = document["realm_name"], document["generation"]
+        name, generation, public_key = document["realm_name"], document["generation"], document["public_key"]
         sealed = bytes.fromhex(document["sealed"])
         known = document["format"] == FORMAT and document["backend"] == BACKEND
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         raise LocalError(f"{path}: not a key bundle; make one with `juicebox-hsm hsm keygen --out FILE`") from None
     if not known:
         raise LocalError(f"{path}: a key bundle of another format or backend than {FORMAT}, {BACKEND!r}")
     if type(name) is not str or type(generation) is not int or len(sealed) != _SEALED_BYTES:
         raise LocalError(f"{path}: not a key bundle; make one with `juicebox-hsm hsm keygen --out FILE`")
-    return name, generation, sealed
+    return name, generation, public_key, sealed
 
 
 def _read_wrapping_key(path: Path) -> Secret:

@@ -17,7 +17,7 @@ import trio
 from cryptography import x509
 
 from juicebox_hsm.adapters.cluster_tls import CA_FILE, CERT_FILE, KEY_FILE, ROLE_URI_PREFIX, ClusterTls
-from juicebox_hsm.adapters.hsm_host import KEYS_FILE, LOCK_FILE, NVRAM_FILE, WRAPPING_KEY_FILE
+from juicebox_hsm.adapters.hsm_host import KEYS_FILE, NVRAM_FILE, WRAPPING_KEY_FILE
 from juicebox_hsm.adapters.http.edge_tls import load_edge_context
 from juicebox_hsm.adapters.key_bundle import read_bundle
 from juicebox_hsm.adapters.logging import parse_level
@@ -184,16 +184,16 @@ def hsm_problems(directory: Path) -> list[str]:
         decode_state(read_nvram(directory / NVRAM_FILE)[1])
     except RealmError as error:
         problems.append(f"{flag}: {error}")
-    if _is_locked(directory / LOCK_FILE):
+    if _is_locked(directory):
         problems.append(f"{flag}: another process runs this HSM")
     return problems
 
 
 def _is_locked(path: Path) -> bool:
     try:
-        lock = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError:
-        return False  # it never started
+        return False  # said already
     try:
         fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
 import threading
 from pathlib import Path
 
@@ -95,6 +98,42 @@ def test_one_process_per_directory(directory: Path) -> None:
     open_hsm_dir(directory).close()
 
 
+def test_removing_files_does_not_admit_a_second_process(directory: Path) -> None:
+    """The lock is on the directory: whatever somebody deletes inside as stale, two processes never share an NVRAM."""
+    with open_hsm_dir(directory):
+        kept = {entry.name: entry.read_bytes() for entry in directory.iterdir()}
+        assert sorted(kept) == ["keys.json", "nvram", "wrapping.key"]
+        for name, content in kept.items():
+            (directory / name).unlink()
+            (directory / name).write_bytes(content)
+            (directory / name).chmod(0o600)
+        with pytest.raises(LocalError, match="another process"):
+            open_hsm_dir(directory)
+    open_hsm_dir(directory).close()
+
+
+def test_a_file_system_without_locks_is_refused(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing can be locked no HSM starts, and the reason is not another process."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(LocalError, match=r"cannot be locked \(No locks available\)"):
+        open_hsm_dir(directory)
+
+
+def test_an_unreadable_directory_is_refused(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A directory that cannot be opened is named."""
+
+    def refuse(*_: object) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(LocalError, match="Permission denied"):
+        open_hsm_dir(directory)
+
+
 def test_a_failed_open_releases_the_lock(directory: Path) -> None:
     """After a refused start the directory can be repaired and opened."""
     content = (directory / "nvram").read_bytes()
@@ -142,6 +181,7 @@ def test_nothing_is_overwritten(directory: Path, keys_file: Path, tmp_path: Path
         ("keys.json", "", "not a key bundle"),
         ("keys.json", "{}", "not a key bundle"),
         ("keys.json", "[]", "not a key bundle"),
+        ("keys.json", "[" * 60_000, "not a key bundle"),
         ("keys.json", "\u00e4", "not a text file"),
         ("wrapping.key", "", "64 hex digits"),
         ("wrapping.key", "zz", "64 hex digits"),
@@ -169,6 +209,14 @@ def test_i15_facts_are_sealed_with_the_keys(directory: Path, field: str, value: 
     document = json.loads((directory / "keys.json").read_text())
     (directory / "keys.json").write_text(json.dumps({**document, field: value}))
     with pytest.raises(LocalError, match=r"keys\.json"):
+        open_hsm_dir(directory)
+
+
+def test_i15_public_key_must_belong_to_the_secret(directory: Path) -> None:
+    """The public key shown in the clear is what people hand to clients: an edited one is refused."""
+    document = json.loads((directory / "keys.json").read_text())
+    (directory / "keys.json").write_text(json.dumps({**document, "public_key": "ab" * 32}))
+    with pytest.raises(LocalError, match=r"keys\.json: the public key"):
         open_hsm_dir(directory)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import socket
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ import roles.agent.main
 import roles.lb.main
 import roles.manager.main
 from juicebox_hsm.adapters.certificates import CaKind, init_ca, issue, issue_edge
-from juicebox_hsm.adapters.hsm_host import generate_keys, init_hsm_dir
+from juicebox_hsm.adapters.hsm_host import generate_keys, init_hsm_dir, open_hsm_dir
 from roles.cli import cli
 from roles.options import flag_of, read_settings, variable_of
 from roles.tools.config import parse_role
@@ -201,8 +200,7 @@ def test_check_tells_that_an_hsm_runs(pki: Path, tmp_path: Path) -> None:
     hsm = tmp_path / "hsm"
     init_hsm_dir(pki / "realm.json", hsm)
     flags = ("--role", "agent", "--hsm-dir", hsm, "--store", f"sqlite:{tmp_path}/realm.db", "--listen", "127.0.0.1:0")
-    with (hsm / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with open_hsm_dir(hsm):
         code, output = _check(*flags, "--insecure-rpc")
     assert code == 78
     assert output.splitlines() == [f"--hsm-dir {hsm}: another process runs this HSM"]
