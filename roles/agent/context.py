@@ -98,6 +98,11 @@ class Timings:
     shutdown_s: float = 20.0
 
 
+def wall_clock_ms() -> int:
+    """Return Unix milliseconds."""
+    return time.time_ns() // 1_000_000
+
+
 @dataclass(frozen=True, slots=True)
 class AgentConfig:
     """Settings of one agent. `url` is the address others reach it at; `default_rate` is in requests per second."""
@@ -107,6 +112,7 @@ class AgentConfig:
     build: str
     default_rate: int = 10
     timings: Timings = field(default_factory=Timings)
+    now_ms: Callable[[], int] = wall_clock_ms
 
 
 WATCHDOG_CHECKS: Final = 5
@@ -128,6 +134,8 @@ class Agent:
         run_leadership: LeadershipRunner,
     ) -> None:
         self.config = config
+        self.now_ms = config.now_ms
+        """Returns Unix milliseconds."""
         self.hsm = hsm
         self.store = store
         self.rpc = rpc
@@ -163,11 +171,6 @@ class Agent:
     def timings(self) -> Timings:
         """The periods and deadlines in force."""
         return self.config.timings
-
-    @staticmethod
-    def now_ms() -> int:
-        """Return Unix milliseconds."""
-        return time.time_ns() // 1_000_000
 
     def add_group(self, realm: RealmId, group: GroupId, members: tuple[HsmId, ...], position: int) -> GroupState:
         """Insert a group as Witness at clock 0 and start its log watcher at index `position`."""

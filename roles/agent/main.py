@@ -16,12 +16,14 @@ import trio
 
 from juicebox_hsm import __version__
 from juicebox_hsm.adapters.cluster_tls import ClusterTls
+from juicebox_hsm.adapters.faults import FaultSwitch
 from juicebox_hsm.adapters.hsm_host import FilePlatform, InProcessHsm, open_hsm_dir
 from juicebox_hsm.adapters.http.probes import serve_probes
 from juicebox_hsm.adapters.logging import configure, get_logger, report_suppressed
 from juicebox_hsm.adapters.metrics import Metrics
 from juicebox_hsm.adapters.rpc import RpcPool, RpcServer, serve_rpc
 from juicebox_hsm.adapters.store import open_store
+from juicebox_hsm.adapters.store_faults import with_faults
 from juicebox_hsm.adapters.supervision import (
     ExitCode,
     handle_signals,
@@ -111,7 +113,8 @@ async def run_agent(options: AgentOptions, phase: _Phase) -> None:
     try:
         hsm = await trio.to_thread.run_sync(_start_hsm, platform)
         async with open_store(common.store_url, merkle_cache_size=options.merkle_cache_size) as store:
-            await _serve(options, phase, tls, hsm, store)
+            faults = FaultSwitch.from_environment(common.name)
+            await _serve(options, phase, tls, hsm, with_faults(store, faults), faults)
     finally:
         platform.close()
 
@@ -120,7 +123,9 @@ def _start_hsm(platform: FilePlatform) -> Hsm:
     return Hsm(platform)
 
 
-async def _serve(options: AgentOptions, phase: _Phase, tls: ClusterTls | None, hsm: Hsm, store: Store) -> None:
+async def _serve(
+    options: AgentOptions, phase: _Phase, tls: ClusterTls | None, hsm: Hsm, store: Store, faults: FaultSwitch
+) -> None:
     common = options.common
     log = get_logger("agent")
     metrics = Metrics()
@@ -136,6 +141,7 @@ async def _serve(options: AgentOptions, phase: _Phase, tls: ClusterTls | None, h
             url=f"{scheme}://{common.advertise}",
             build=__version__,
             default_rate=options.default_rate_limit,
+            now_ms=faults.now_ms,
         )
         agent = Agent(config, InProcessHsm(hsm), store, pool, metrics, log, nursery, lead)
         service = AgentService(agent)

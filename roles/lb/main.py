@@ -6,7 +6,6 @@ import dataclasses
 import datetime as dt
 import random
 import sys
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -18,6 +17,7 @@ import trio
 
 from juicebox_hsm import __version__
 from juicebox_hsm.adapters.cluster_tls import ClusterTls
+from juicebox_hsm.adapters.faults import FaultSwitch
 from juicebox_hsm.adapters.http.drain import DrainController
 from juicebox_hsm.adapters.http.edge import Edge, open_edge_listener
 from juicebox_hsm.adapters.http.edge_tls import EdgeTls
@@ -28,6 +28,7 @@ from juicebox_hsm.adapters.metrics import Metrics
 from juicebox_hsm.adapters.rpc import RpcPool
 from juicebox_hsm.adapters.secrets_file import SecretsFile
 from juicebox_hsm.adapters.store import open_store
+from juicebox_hsm.adapters.store_faults import with_faults
 from juicebox_hsm.adapters.supervision import (
     ExitCode,
     handle_signals,
@@ -212,7 +213,8 @@ class LoadBalancer:
     ) -> None:
         self._options = options
         self._place = place
-        self._store = store
+        self._faults = FaultSwitch.from_environment(options.common.name)
+        self._store = with_faults(store, self._faults)
         self._edge_tls = edge_tls
         self._cluster_tls = cluster_tls
         self._secrets = secrets
@@ -230,7 +232,7 @@ class LoadBalancer:
         poller = Poller(
             rpc,
             self._store.discovery,
-            now_ms=_now_ms,
+            now_ms=self._faults.now_ms,
             rng=random.Random(),  # noqa: S311 - jitter of polls
             metrics=self._metrics,
             log=_log,
@@ -241,7 +243,7 @@ class LoadBalancer:
             record_key=self._record_key,
             forwarder=Forwarder(rpc, poller, self._metrics),
             guard=guard,
-            now_s=time.time,
+            now_s=self._faults.now_s,
             metrics=self._metrics,
             log=_log,
         )
@@ -377,7 +379,7 @@ class LoadBalancer:
             while True:
                 pause_s = REGISTER_S
                 try:
-                    await self._store.discovery.register(ServiceKind.LOAD_BALANCER, url, _now_ms())
+                    await self._store.discovery.register(ServiceKind.LOAD_BALANCER, url, self._faults.now_ms())
                 except RealmError as error:
                     _log.warning("cannot register in discovery", error=str(error))
                     pause_s = REGISTER_RETRY_S
@@ -399,10 +401,6 @@ class LoadBalancer:
         while interval_s is not None:
             notify("WATCHDOG=1")
             await trio.sleep(interval_s)
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000
 
 
 def _with_port(address: Address, listener: trio.SocketListener) -> Address:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from functools import partial
 from typing import Any, Final
 
@@ -12,11 +11,13 @@ import trio
 
 from juicebox_hsm import __version__
 from juicebox_hsm.adapters.cluster_tls import ClusterTls
+from juicebox_hsm.adapters.faults import FaultSwitch
 from juicebox_hsm.adapters.http.probes import serve_probes
 from juicebox_hsm.adapters.logging import configure, get_logger
 from juicebox_hsm.adapters.metrics import Metrics
 from juicebox_hsm.adapters.rpc import RpcPool, RpcServer, serve_rpc
 from juicebox_hsm.adapters.store import open_store
+from juicebox_hsm.adapters.store_faults import with_faults
 from juicebox_hsm.adapters.supervision import ExitCode, handle_signals, notify, report_crash
 from juicebox_hsm.errors import InvariantViolation, RealmError
 from juicebox_hsm.ports import ServiceKind, Store, StoreUnavailable
@@ -65,10 +66,6 @@ def command(common: CommonOptions, interval_s: float, rebalance_interval_s: floa
         sys.exit(report_crash(error))
 
 
-def _wall_clock_ms() -> int:
-    return time.time_ns() // 1_000_000
-
-
 async def _run(common: CommonOptions, interval_s: float, rebalance_interval_s: float) -> None:
     """Open the store and run until a stop signal. Raises `StoreUnavailable` when the store cannot be opened."""
     tls = None if common.insecure_rpc or common.cluster_tls is None else ClusterTls.load(common.cluster_tls)
@@ -76,7 +73,8 @@ async def _run(common: CommonOptions, interval_s: float, rebalance_interval_s: f
         _log.warning("advertising a loopback address: only this machine can reach it", address=str(common.advertise))
     async with open_store(common.store_url) as store:
         await store.realms.create_shared()
-        manager = _Manager(common, store, tls)
+        faults = FaultSwitch.from_environment(common.name)
+        manager = _Manager(common, with_faults(store, faults), tls, faults)
         async with trio.open_nursery() as nursery:
             await manager.run(nursery, interval_s, rebalance_interval_s)
             nursery.cancel_scope.cancel()
@@ -86,7 +84,8 @@ async def _run(common: CommonOptions, interval_s: float, rebalance_interval_s: f
 class _Manager:
     """One running manager: what start-up, probes and shutdown share."""
 
-    def __init__(self, common: CommonOptions, store: Store, tls: ClusterTls | None) -> None:
+    def __init__(self, common: CommonOptions, store: Store, tls: ClusterTls | None, faults: FaultSwitch) -> None:
+        self.faults = faults
         self.common = common
         self.store = store
         self.tls = tls
@@ -100,7 +99,7 @@ class _Manager:
         await nursery.start(handle_signals, self._on_stop, self._reload)
         pool = RpcPool(nursery, self.tls, build=__version__, metrics=self.metrics)
         context = ManagerContext(
-            store=self.store, rpc=pool, name=self.common.name, now_ms=_wall_clock_ms, meter=self.metrics, log=_log
+            store=self.store, rpc=pool, name=self.common.name, now_ms=self.faults.now_ms, meter=self.metrics, log=_log
         )
         appointer = Appointer(context)
         work = await nursery.start(_work, context, appointer, interval_s, rebalance_interval_s)

@@ -1,0 +1,64 @@
+"""A store that misbehaves when told to: the ports of `ports.Store` around those of a real back end.
+
+Each operation first waits and may be refused; log appends may also be applied and then reported as ambiguous. What the
+back end itself would answer is never changed, so whatever happens to the realm could happen with a bad disk or network.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from dataclasses import fields, replace
+from typing import Any, Final, cast
+
+import trio
+
+from juicebox_hsm.adapters.faults import FaultSwitch
+from juicebox_hsm.ports import Store, StoreAmbiguous, StoreUnavailable
+
+_AMBIGUOUS: Final = frozenset({"append"})
+
+
+def with_faults(store: Store, switch: FaultSwitch) -> Store:
+    """Return a store whose operations suffer the faults of `switch`; `store` itself when none can be asked for."""
+    if not switch.is_configured:
+        return store
+    ports: dict[str, Any] = {
+        field.name: _FaultyPort(getattr(store, field.name), switch)
+        for field in fields(store)
+        if field.name != "description"
+    }
+    return replace(store, **ports)
+
+
+class _FaultyPort:
+    """Stands for one port: its coroutine methods pass a gate, everything else is the port's own."""
+
+    def __init__(self, port: Any, switch: FaultSwitch) -> None:
+        self._port = port
+        self._switch = switch
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._port, name)
+        if not inspect.iscoroutinefunction(found):
+            return found
+        gated = _gated(found, self._switch, loses_replies=name in _AMBIGUOUS)
+        self.__dict__[name] = gated  # next time without this detour
+        return gated
+
+
+def _gated(operation: Any, switch: FaultSwitch, *, loses_replies: bool) -> Any:
+    @functools.wraps(operation)
+    async def gated(*args: Any, **kwargs: Any) -> Any:
+        faults = switch.now
+        if faults.store_delay_ms:
+            await trio.sleep(faults.store_delay_ms / 1000)
+        if faults.store_refuses:
+            await trio.lowlevel.checkpoint()
+            raise StoreUnavailable("the store refuses everything (asked for by a chaos run)")
+        result = await operation(*args, **kwargs)
+        if loses_replies and faults.store_loses_replies:
+            raise StoreAmbiguous("the store's reply was lost (asked for by a chaos run)")
+        return result
+
+    return cast("Any", gated)
