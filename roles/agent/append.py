@@ -109,7 +109,7 @@ async def lose(agent: Agent, group: GroupState, leader: LeaderState, index: int)
 
 
 async def give_up(agent: Agent, group: GroupState, leader: LeaderState, why: str) -> None:
-    """Leadership cannot continue with an unknown log tail (decision 27): forced StepDown, queue and waiters dropped."""
+    """Leadership cannot continue with an unknown log tail (agent.md 13): forced StepDown, queue and waiters dropped."""
     agent.metrics.count("agent.append.given_up")
     leader.block_appends()
     if group.leader is leader:

@@ -34,7 +34,7 @@ from roles.agent.oneshot import Signal, Slot
 
 APPEND_BATCH_MAX: Final = 100
 UNCOMMITTED_MAX: Final = 1000
-"""More uncommitted entries than this and `app` answers Busy (decision 30: a certificate's tail must fit one jump)."""
+"""More uncommitted entries than this and `app` answers Busy (agent.md 6: a certificate's tail must fit one jump)."""
 RECENT_ENTRIES_MAX: Final = 2 * UNCOMMITTED_MAX
 """Acknowledged entries kept for pushing; a member further behind reads the log itself."""
 RATE_WINDOW_S: Final = 60

@@ -356,7 +356,7 @@ async def _fresh_tail(agent: Agent, group: GroupState, leader: LeaderState) -> L
 
 
 async def handle_owns(agent: Agent, body: OwnsCall) -> Done | Refused:
-    """Tell whether the group owns a range for certain (decision 25)."""
+    """Tell whether the group owns a range for certain (agent.md 14)."""
     found = _leading(agent, body.realm, body.group)
     if isinstance(found, Refused):
         return found

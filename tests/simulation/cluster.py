@@ -583,7 +583,7 @@ class Simulation:
         return status, encode_client_response(response)
 
     def _moved_lately(self, group: GroupId) -> bool:
-        """Tell whether the group's leader changed in the last second (decision 26)."""
+        """Tell whether the group's leader changed in the last second."""
         leader = self.leader_of(group)
         starting = 0 if leader is None else leader.group(group).leader.starting
         now = trio.current_time()

@@ -171,7 +171,7 @@ async def test_witnesses_refuse_transfers(tmp_path: Path) -> None:
 
 
 async def test_owns_needs_the_fresh_tail(tmp_path: Path) -> None:
-    """A deposed leader that has not noticed cannot vouch for what it owns (decision 25)."""
+    """A deposed leader that has not noticed cannot vouch for what it owns (agent.md 14)."""
     async with simulation(tmp_path) as sim:
         group = await sim.new_realm(3)
         sim.manager.appoints = False

@@ -146,7 +146,7 @@ def test_an_index_is_queued_once() -> None:
 
 
 def test_uncommitted_counts_everything_begun() -> None:
-    """Appended, queued and waiting requests all count against the bound of decision 30."""
+    """Appended, queued and waiting requests all count against the Busy bound."""
     leader = LeaderState(5)
     assert leader.uncommitted == 0
     leader.incoming.append(request())
