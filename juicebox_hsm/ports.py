@@ -17,6 +17,7 @@ from juicebox_hsm.consensus.types import Certificate, LogEntry, Partition
 from juicebox_hsm.errors import RealmError
 from juicebox_hsm.hsm.messages import Request, Response
 from juicebox_hsm.ids import GroupId, RealmId, RecordId
+from juicebox_hsm.table_stats import TableStats
 
 
 class StoreUnavailable(RealmError):
@@ -417,6 +418,7 @@ class Store:
     tenants: TenantConfig
     realms: RealmStore
     description: str = field(default="")
+    stats: TableStats | None = None
 
 
 class RealmStore(Protocol):

@@ -23,6 +23,7 @@ from juicebox_hsm.adapters.sqlite.nodes import CACHE_NODES, TreeNodes
 from juicebox_hsm.adapters.sqlite.outbox import SqliteOutbox
 from juicebox_hsm.adapters.sqlite.reads import Reads
 from juicebox_hsm.adapters.sqlite.schema import WRITER_CACHE_KIB, connect, prepare_file, prepare_tables, translate
+from juicebox_hsm.adapters.sqlite.stats import SqliteStats
 from juicebox_hsm.adapters.sqlite.writer import FileLock, Writer
 from juicebox_hsm.errors import LocalError
 from juicebox_hsm.ports import Store
@@ -85,6 +86,7 @@ async def open_sqlite(path: Path, *, merkle_cache_size: int = CACHE_NODES) -> As
             tenants=SqliteTenants(writer, reads),
             realms=SqliteRealms(writer, reads),
             description=f"sqlite:{path}",
+            stats=SqliteStats(reads),
         )
     finally:
         reads.close()

@@ -69,6 +69,18 @@ def is_bounded(row_id: int) -> bool:
     return not row_id & _LOWER or row_id & 15 < LAST_LEVEL
 
 
+def rows_of_realm(realm: int) -> tuple[int, int]:
+    """Return the smallest and the largest key of a realm's rows."""
+    return realm << _REALM_SHIFT, ((realm + 1) << _REALM_SHIFT) - 1
+
+
+def shape_of(row_id: int) -> tuple[bool, int | None]:
+    """Return whether a row holds leaves, and the first byte of the record ids below it (None: it spans several)."""
+    if not row_id & _LOWER:
+        return False, None
+    return row_id & 15 == LEAF_LEVEL, (row_id >> 4 & (1 << LAST_BITS) - 1) >> (LAST_BITS - 8)
+
+
 @dataclass(slots=True)
 class Changes:
     """A delta by rows: what to put where, what to take away, and all new nodes by hash (as be32 length || node)."""

@@ -47,6 +47,18 @@ def unpack(decoder: msgspec.msgpack.Decoder[T], data: bytes, what: str) -> T:
         raise StoreInvalid(f"a stored {what} cannot be decoded; the file is damaged") from None
 
 
+def entries_size(head: bytes) -> int | None:
+    """Return how many pairs an encoded map has, from its first five bytes; None if it is no map (MessagePack)."""
+    kind = head[0] if head else 0
+    if 0x80 <= kind <= 0x8F:
+        return kind & 0x0F
+    if kind == 0xDE and len(head) >= 3:
+        return int.from_bytes(head[1:3], "big")
+    if kind == 0xDF and len(head) >= 5:
+        return int.from_bytes(head[1:5], "big")
+    return None
+
+
 def _transfer_row(marker: Transferring) -> _TransferRow:
     if isinstance(marker, TransferringIn):
         return (True, marker.source, marker.range.start, marker.range.end, b"", marker.at)
