@@ -44,11 +44,13 @@ class ManagerState:
 
     `announced` are groups somebody said are leaderless, so that the next pass need not see it twice.
     `urls` are the agents last seen with a group; `moved_at` is the monotonic time of a group's last rebalancing.
+    `pending` maps a group and the index of its transfer to the Unix time in ms when the transfer was first seen.
     """
 
     announced: set[GroupKey] = field(default_factory=set)
     urls: dict[GroupKey, tuple[str, ...]] = field(default_factory=dict)
     moved_at: dict[GroupKey, float] = field(default_factory=dict)
+    pending: dict[tuple[GroupKey, int], int] = field(default_factory=dict)
     held_leases: dict[str, int] = field(default_factory=dict)
     actions: dict[str, str] = field(default_factory=dict)
     loops: dict[str, dict[str, Any]] = field(default_factory=dict)

@@ -13,7 +13,7 @@ from juicebox_hsm.cluster_view import ClusterView, GroupView, owned_range
 from juicebox_hsm.errors import RealmError
 from juicebox_hsm.ids import GroupId, RealmId
 from juicebox_hsm.wire.rpc import TransferringInfo
-from roles.manager.context import ManagerContext
+from roles.manager.context import ManagerContext, ManagerState
 from roles.manager.leases import LeaseBusy, management_lease, ownership_lease
 from roles.manager.overview import STATUS_TIMEOUT_S, read_overview
 from roles.manager.transfer import Arrival, TransferRequest, ask_arrived, complete_only, run_transfer
@@ -35,6 +35,12 @@ def pending(view: ClusterView, *, committed_only: bool) -> list[tuple[GroupView,
     return found
 
 
+def remember_pending(state: ManagerState, found: list[tuple[GroupView, TransferringInfo]], now_ms: int) -> None:
+    """Keep when each pending transfer was first seen; forget those that are gone."""
+    seen = [(group.key, marker.at) for group, marker in found]
+    state.pending = {key: state.pending.get(key, now_ms) for key in seen}
+
+
 def request_of(group: GroupView, marker: TransferringInfo) -> TransferRequest | None:
     """Return the transfer that a marker at `group` belongs to."""
     wanted = owned_range(marker.range)
@@ -50,6 +56,7 @@ async def recover_transfers(context: ManagerContext) -> None:
     view = await read_overview(context.store, context.rpc, context.now_ms(), STATUS_TIMEOUT_S)
     found = pending(view, committed_only=False)
     context.meter.gauge("manager.transfer.pending", len(found))
+    remember_pending(context.state, found, context.now_ms())
     for realm in sorted({group.realm for group, _ in found}):
         try:
             async with management_lease(context, ownership_lease(realm)):

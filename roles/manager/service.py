@@ -12,6 +12,7 @@ from typing import Any, Final, TypeVar
 
 import trio
 
+from juicebox_hsm import __version__
 from juicebox_hsm.errors import RealmError
 from juicebox_hsm.ids import GroupId
 from juicebox_hsm.ports import StoreUnavailable
@@ -59,11 +60,17 @@ class ManagerService:
 
     async def _status(self, body: Empty, caller: object) -> ManagerStatus:  # noqa: ARG002
         state = self._context.state
+        now_ms = self._context.now_ms()
         document = {
             "name": self._context.name,
+            "version": __version__,
             "loops": state.loops,
             "held_leases": sorted(state.held_leases),
             "actions": sorted(state.actions.values()),
+            "pending": [
+                {"realm": realm.hex(), "group": group.hex(), "age_s": max(0, now_ms - since_ms) / 1000}
+                for ((realm, group), _), since_ms in sorted(state.pending.items())
+            ],
             "announced": [f"{realm.hex()}/{group.hex()}" for realm, group in sorted(state.announced)],
         }
         return ManagerStatus(json=json.dumps(document))

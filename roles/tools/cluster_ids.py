@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Final
 
-from juicebox_hsm.ids import ID_BYTES, RECORD_ID_BYTES, OwnedRange, RecordId
+from juicebox_hsm.ids import ID_BYTES, RECORD_ID_BYTES, RecordId
+from roles.manager.ranges import show_range, show_record_id
 from roles.tools.cluster_session import ExitCode, ToolFailure
 
-_SHORTENED_FROM: Final = 4  # a trailing run of more than 3 bytes is shortened
+__all__ = ["parse_record_id", "resolve_id", "show_range", "show_record_id"]
 
 
 def resolve_id(text: str, known: Iterable[bytes], what: str) -> bytes:
@@ -47,17 +47,3 @@ def parse_record_id(text: str) -> RecordId:
             raise ValueError(f"{text!r} is short; give 32 bytes of hex, or end it in 00 or ff to repeat that byte")
         raw += raw[-1:] * (RECORD_ID_BYTES - len(raw))
     return RecordId(raw)
-
-
-def show_record_id(record: bytes) -> str:
-    """Return `0x` and hex, a trailing run of 00 or ff longer than 3 bytes cut to its first byte and `...`."""
-    last = record[-1:]
-    kept = record.rstrip(last)
-    if last in (b"\x00", b"\xff") and len(record) - len(kept) >= _SHORTENED_FROM:
-        return f"0x{(kept + last).hex()}..."
-    return f"0x{record.hex()}"
-
-
-def show_range(value: OwnedRange | None) -> str:
-    """Return `[start-end]`, or `none`."""
-    return "none" if value is None else f"[{show_record_id(value.start)}-{show_record_id(value.end)}]"

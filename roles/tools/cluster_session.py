@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import enum
 import functools
 import os
@@ -197,10 +198,11 @@ def with_connection(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """An opened store and a pool of streams to agents and managers."""
+    """An opened store and a pool of streams to agents and managers; `certificate_end` is that of our certificate."""
 
     store: Any
     rpc: Any
+    certificate_end: dt.datetime | None = None
 
     @staticmethod
     def now_ms() -> int:
@@ -219,7 +221,7 @@ async def open_session(connection: Connection) -> AsyncIterator[Session]:
     tls = load_cluster_tls(connection)
     async with open_store(connection.store) as store, trio.open_nursery() as nursery:
         try:
-            yield Session(store, RpcPool(nursery, tls))
+            yield Session(store, RpcPool(nursery, tls), None if tls is None else tls.not_after)
         finally:
             nursery.cancel_scope.cancel()
 

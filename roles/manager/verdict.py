@@ -1,0 +1,233 @@
+"""Judge a cluster's health from what its services say: pure, for command line and status page (operator-tools.md 2).
+
+A *problem* needs somebody to act; *advice* is
+worth knowing and needs nobody now. Reports are claims of one moment: a verdict may be wrong for a second around a
+change of leadership, and looking again tells.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+from juicebox_hsm.cluster_view import ClusterView, GroupKey, GroupView, Member
+from juicebox_hsm.ids import HsmId, OwnedRange
+from roles.manager.planning import gaps
+from roles.manager.ranges import show_range
+
+OUTBOX_ROWS_WARN: Final = 100_000  # 1 % of the bound at which clients are refused (agent.md 11)
+OUTBOX_AGE_WARN_S: Final = 60.0
+TRANSFER_AGE_WARN_S: Final = 60.0  # operator-tools.md 2
+CERTIFICATE_DAYS_WARN: Final = 20  # operator-tools.md 3
+LAG_WARN: Final = 1000  # entries; beyond it a member is no candidate to lead (manager.md 3.1)
+MEMBERS_ADVISED: Final = 3
+OWN_CERTIFICATE: Final = "the operator's certificate"
+
+
+@dataclass(frozen=True, slots=True)
+class ManagerReport:
+    """What one manager said. `pending` maps a group to the age in s of the transfer this manager sees pending there."""
+
+    url: str
+    error: str = ""
+    version: str = ""
+    pending: Mapping[GroupKey, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class BalancerReport:
+    """What one load balancer showed: the end of its certificate and its `/readyz` reasons, none when it is ready."""
+
+    url: str
+    error: str = ""
+    version: str = ""
+    not_after: dt.datetime | None = None
+    reasons: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """Everything a verdict is made from. `own_certificate_end` is that of the judging operator, if there is one."""
+
+    view: ClusterView
+    managers: tuple[ManagerReport, ...]
+    balancers: tuple[BalancerReport, ...]
+    now: dt.datetime
+    drained: frozenset[HsmId] = frozenset()
+    rebalancing_paused: bool = False
+    own_certificate_end: dt.datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One line each."""
+
+    problems: tuple[str, ...]
+    advice: tuple[str, ...]
+
+    @property
+    def is_healthy(self) -> bool:
+        """Tell whether nobody needs to act."""
+        return not self.problems
+
+
+def judge(evidence: Evidence) -> Verdict:
+    """Return all problems and advice, agents first, then managers, balancers, realms and groups."""
+    view = evidence.view
+    problems = [
+        *_agent_problems(view),
+        *_manager_problems(evidence),
+        *_balancer_problems(evidence),
+        *_version_problems(evidence),
+    ]
+    for realm in view.realms:
+        for group in view.groups_of(realm):
+            problems += _group_problems(evidence, group)
+        owned = [group.owned_range for group in view.groups_of(realm) if group.owned_range is not None]
+        problems += [f"realm {realm.hex()}: nobody serves {show_range(gap)}" for gap in gaps(owned)]
+        problems += [f"realm {realm.hex()}: two groups claim {show_range(part)}" for part in _overlaps(owned)]
+    return Verdict(tuple(problems), tuple(_advice(evidence)))
+
+
+def _agent_problems(view: ClusterView) -> Iterator[str]:
+    if not view.agents:
+        yield "no agent in discovery"
+    for agent in view.agents:
+        status = agent.status
+        if status is None:
+            yield f"agent {agent.url} does not answer: {agent.error}"
+            continue
+        if status.hsm is None:
+            yield f"agent {agent.url}: its HSM does not answer"
+        outbox = status.outbox
+        if outbox is not None and outbox.warning:
+            yield f"agent {agent.url}: outbox: {outbox.warning}"
+        elif outbox is not None and (outbox.backlog > OUTBOX_ROWS_WARN or outbox.oldest_s > OUTBOX_AGE_WARN_S):
+            yield f"agent {agent.url}: {outbox.backlog} unpublished events, the oldest {outbox.oldest_s:.0f} s"
+
+
+def _manager_problems(evidence: Evidence) -> Iterator[str]:
+    if not evidence.managers:
+        yield "no cluster manager in discovery: nobody appoints leaders"
+    elif len(evidence.managers) == 1:
+        yield "only one cluster manager: when it fails, nobody appoints leaders; run at least two"
+    for manager in evidence.managers:
+        if manager.error:
+            yield f"manager {manager.url} does not answer: {manager.error}"
+
+
+def _balancer_problems(evidence: Evidence) -> Iterator[str]:
+    if not evidence.balancers:
+        yield "no load balancer in discovery: clients cannot reach the realm"
+    for balancer in evidence.balancers:
+        if balancer.error:
+            yield f"load balancer {balancer.url} does not answer: {balancer.error}"
+        for reason in balancer.reasons:
+            yield f"load balancer {balancer.url} is not ready: {reason}"
+        yield from _certificate(f"load balancer {balancer.url}: its certificate", balancer.not_after, evidence.now)
+    yield from _certificate(OWN_CERTIFICATE, evidence.own_certificate_end, evidence.now)
+
+
+def _certificate(whose: str, end: dt.datetime | None, now: dt.datetime) -> Iterator[str]:
+    if end is None:
+        return
+    days = (end - now) / dt.timedelta(days=1)
+    if days <= 0:
+        yield f"{whose} ended on {end:%Y-%m-%d}"
+    elif days < CERTIFICATE_DAYS_WARN:
+        yield f"{whose} ends on {end:%Y-%m-%d}, in {days:.0f} days"
+
+
+def _version_problems(evidence: Evidence) -> Iterator[str]:
+    found: dict[str, list[str]] = {}
+    for agent in evidence.view.agents:
+        if agent.status is not None:
+            found.setdefault(agent.status.build, []).append("agents")
+    for manager in evidence.managers:
+        found.setdefault(manager.version, []).append("managers")
+    for balancer in evidence.balancers:
+        found.setdefault(balancer.version, []).append("load balancers")
+    found.pop("", None)  # did not answer
+    if len(found) > 1:
+        parts = [
+            f"{version} ({', '.join(f'{roles.count(role)} {role}' for role in dict.fromkeys(roles))})"
+            for version, roles in sorted(found.items())
+        ]
+        yield f"services run different versions: {', '.join(parts)}"
+
+
+def _group_problems(evidence: Evidence, group: GroupView) -> Iterator[str]:
+    name = _name(group)
+    missing = [hsm.hex() for hsm in group.configuration if group.member(hsm) is None]
+    if 2 * len(group.members) <= len(group.configuration):
+        yield f"{name}: fewer than a majority of members answer; down: {', '.join(missing)}"
+    elif missing:
+        yield f"{name}: members down: {', '.join(missing)}"
+    if group.leader is None:
+        yield f"{name}: nobody leads"
+    pending = describe_transfer(group)
+    if pending:
+        age_s = transfer_age_s(evidence, group)
+        if age_s is None:
+            yield f"{name}: {pending}; no manager answers to finish it"
+        elif age_s > TRANSFER_AGE_WARN_S:
+            yield f"{name}: {pending} for {age_s:.0f} s"
+
+
+def _name(group: GroupView) -> str:
+    return f"realm {group.realm.hex()} group {group.id.hex()}"
+
+
+def describe_transfer(group: GroupView) -> str:
+    """Return the pending transfer of a group in words, "" when there is none."""
+    leader = group.leader
+    marker = None if leader is None or leader.info.leader is None else leader.info.leader.transferring
+    if marker is None:
+        return ""
+    way = "from" if marker.direction == "In" else "to"
+    return f"transfer {way} {marker.peer.hex()} is pending since index {marker.at}"
+
+
+def transfer_age_s(evidence: Evidence, group: GroupView) -> float | None:
+    """Return how long managers have seen a transfer pending at a group: 0.0 if none has yet, None without managers."""
+    answering = [manager for manager in evidence.managers if not manager.error]
+    return max((manager.pending.get(group.key, 0.0) for manager in answering), default=None)
+
+
+def _overlaps(owned: list[OwnedRange]) -> Iterator[OwnedRange]:
+    """Yield what two ranges share; a deposed leader that has not noticed may cause it for a moment."""
+    parts = sorted(owned, key=lambda part: (part.start, part.end))
+    for number, low in enumerate(parts):
+        for high in parts[number + 1 :]:
+            if low.overlaps(high):
+                yield OwnedRange(high.start, min(low.end, high.end))
+
+
+def lag(group: GroupView, member: Member) -> int | None:
+    """Return how many entries a member's capture is behind its leader's, None without a leader."""
+    leader = group.leader
+    if leader is None or leader.captured_index is None:
+        return None
+    return max(0, leader.captured_index - (member.captured_index or 0))
+
+
+def _advice(evidence: Evidence) -> Iterator[str]:
+    if len(evidence.balancers) == 1:
+        yield "only one load balancer: when it fails, clients cannot reach the realm"
+    for hsm in sorted(evidence.drained):
+        yield f"HSM {hsm.hex()} is drained; let it lead again with `cluster undrain`"
+    if evidence.rebalancing_paused:
+        yield "periodic rebalancing is paused; resume it with `cluster rebalance --resume`"
+    for group in (group for _, group in sorted(evidence.view.groups.items())):
+        if group.owned_range is not None and len(group.configuration) < MEMBERS_ADVISED:
+            tolerated = (len(group.configuration) - 1) // 2
+            yield f"{_name(group)}: serves with {len(group.configuration)} members and tolerates {tolerated} lost ones"
+        for member in group.members:
+            behind = lag(group, member)
+            if behind is not None and behind >= LAG_WARN:
+                yield f"{_name(group)}: member {member.hsm.hex()} is {behind} entries behind"
+        pending = describe_transfer(group)
+        if pending and (transfer_age_s(evidence, group) or 0) <= TRANSFER_AGE_WARN_S:
+            yield f"{_name(group)}: {pending}"

@@ -1,0 +1,72 @@
+"""`cluster status`: the one-page verdict (operator-tools.md 2)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from roles.manager.evidence import gather
+from roles.manager.verdict import Evidence, Verdict, judge
+from roles.tools.cluster_output import print_json
+from roles.tools.cluster_session import Connection, ExitCode, Session, end, with_connection
+from roles.tools.cluster_show import with_session
+
+
+def status_json(evidence: Evidence, verdict: Verdict) -> dict[str, Any]:
+    """Return the `status --json` document."""
+    view = evidence.view
+    return {
+        "ok": verdict.is_healthy,
+        "problems": list(verdict.problems),
+        "advice": list(verdict.advice),
+        "agents": len(view.agents),
+        "hsms": len(view.hsms),
+        "managers": len(evidence.managers),
+        "load_balancers": len(evidence.balancers),
+        "realms": len(view.realms),
+        "groups": len(view.groups),
+    }
+
+
+def summary(evidence: Evidence) -> str:
+    """Return how many of everything there are, in one line."""
+    view = evidence.view
+    counts = (
+        (len(view.realms), "realm"),
+        (len(view.groups), "group"),
+        (len(view.hsms), "HSM"),
+        (len(view.agents), "agent"),
+        (len(evidence.managers), "manager"),
+        (len(evidence.balancers), "load balancer"),
+    )
+    return ", ".join(f"{count} {name}{'' if count == 1 else 's'}" for count, name in counts)
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@with_connection
+def status(connection: Connection, *, as_json: bool) -> None:
+    """Judge the cluster's health: one line for each problem and each advice; exit 5 when there is a problem.
+
+    Problems: agents, HSMs, managers or balancers that do not answer; fewer than two managers; members down; groups
+    without a leader; ranges nobody serves; transfers pending for more than a minute; balancers that are not ready
+    (stale secrets or routes); certificates that end within 20 days; different versions; a growing outbox.
+    """
+
+    async def body(session: Session) -> Evidence:
+        return await gather(session.store, session.rpc, session.now_ms(), own_certificate_end=session.certificate_end)
+
+    evidence = with_session(connection, body)
+    verdict = judge(evidence)
+    if as_json:
+        print_json(status_json(evidence, verdict))
+    else:
+        click.echo(summary(evidence))
+        for problem in verdict.problems:
+            click.echo(f"PROBLEM: {problem}")
+        for advice in verdict.advice:
+            click.echo(f"advice: {advice}")
+        click.echo("healthy" if verdict.is_healthy else "trouble")
+    if not verdict.is_healthy:
+        end(ExitCode.FINDINGS)

@@ -1,0 +1,202 @@
+"""The health verdict: every kind of trouble is told in one line, and a healthy cluster in none."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+from dataclasses import replace
+
+import pytest
+
+from juicebox_hsm.cluster_view import AgentView, build_view
+from juicebox_hsm.ids import FULL_RANGE, OwnedRange
+from juicebox_hsm.wire import rpc
+from roles.manager.evidence import read_manager_status
+from roles.manager.recovery import pending, remember_pending
+from roles.manager.verdict import BalancerReport, Evidence, ManagerReport, judge
+from tests.unit.manager.fakes import REALM, FakeAgent, group, hsm, make_context, record, three
+
+NOW = dt.datetime(2026, 11, 1, tzinfo=dt.UTC)
+END = NOW + dt.timedelta(days=60)
+MANAGERS = (ManagerReport("tls://m1", version="build"), ManagerReport("tls://m2", version="build"))
+BALANCERS = tuple(BalancerReport(f"https://b{number}", version="build", not_after=END) for number in (1, 2))
+
+
+def _led() -> list[FakeAgent]:
+    agents = three()
+    agents[0].lead(group(1), FULL_RANGE)
+    return agents
+
+
+def _evidence(agents: list[FakeAgent], **changes: object) -> Evidence:
+    view = build_view(
+        [AgentView(agent.url, None, "down") if agent.down else AgentView(agent.url, agent.status()) for agent in agents]
+    )
+    found = Evidence(view, MANAGERS, BALANCERS, NOW, own_certificate_end=END)
+    return replace(found, **changes)  # type: ignore[arg-type]  # names of fields
+
+
+def _only(evidence: Evidence) -> str:
+    """Return the single problem."""
+    problems = judge(evidence).problems
+    assert len(problems) == 1, problems
+    return problems[0]
+
+
+def test_healthy() -> None:
+    """Nothing wrong: no problem and no advice."""
+    verdict = judge(_evidence(_led()))
+    assert verdict.is_healthy
+    assert verdict.advice == ()
+
+
+def test_silent_agent_and_member() -> None:
+    """An agent that does not answer is named, and so is the member behind it; a lost majority is said."""
+    agents = _led()
+    agents[2].down = True
+    problems = judge(_evidence(agents)).problems
+    assert problems[0] == "agent tls://a3 does not answer: down"
+    assert problems[1].endswith(f"members down: {hsm(3).hex()}")
+    agents[1].down = True
+    assert "fewer than a majority" in judge(_evidence(agents)).problems[2]
+
+
+def test_silent_hsm() -> None:
+    """An agent without its HSM is a problem of its own."""
+    agents = _led()
+    view = build_view([AgentView(agent.url, agent.status()) for agent in agents[:2]])
+    gone = AgentView("tls://a3", replace_hsm(agents[2].status()))
+    view = build_view([*view.agents, gone])
+    assert judge(_evidence(agents, view=view)).problems[0] == "agent tls://a3: its HSM does not answer"
+
+
+def replace_hsm(status: rpc.AgentStatus) -> rpc.AgentStatus:
+    """Return a status whose HSM is gone."""
+    return rpc.AgentStatus(status.uptime_s, None, status.name, status.build, [])
+
+
+def test_no_agents() -> None:
+    """An empty discovery is no healthy cluster."""
+    assert _only(_evidence([])) == "no agent in discovery"
+
+
+def test_leaderless_group() -> None:
+    """A group nobody leads serves nothing: both are told."""
+    problems = judge(_evidence(three())).problems
+    assert problems[0].endswith("nobody leads")
+    assert problems[1].endswith("nobody serves [0x00...-0xff...]")
+
+
+def test_range_without_owner_and_range_with_two() -> None:
+    """Holes and overlaps of the key space are named by their range."""
+    agents = three(2)
+    agents[0].lead(group(1), OwnedRange(record("00"), record("7f", 0xFF)))
+    agents[1].lead(group(2), OwnedRange(record("90"), record("ff", 0xFF)))
+    assert _only(_evidence(agents)).endswith("nobody serves [0x8000...-0x8fff...]")
+    agents[1].groups[group(2)].owned = OwnedRange(record("70"), record("ff", 0xFF))
+    assert _only(_evidence(agents)).endswith("two groups claim [0x7000...-0x7fff...]")
+
+
+@pytest.mark.parametrize(
+    ("managers", "says"),
+    [
+        ((), "no cluster manager"),
+        (MANAGERS[:1], "only one cluster manager"),
+        ((MANAGERS[0], ManagerReport("tls://m2", error="no route")), "manager tls://m2 does not answer: no route"),
+    ],
+)
+def test_managers(managers: tuple[ManagerReport, ...], says: str) -> None:
+    """None, one, and a silent one are each a problem."""
+    assert says in _only(_evidence(_led(), managers=managers))
+
+
+def test_pending_transfer_by_age() -> None:
+    """A transfer under way is advice, one older than a minute a problem; without managers nobody finishes it."""
+    agents = _led()
+    marker = rpc.TransferringInfo("Out", group(2), rpc.Range(record("00"), record("0f", 0xFF)), 5, b"h" * 32)
+    agents[0].groups[group(1)].transferring = marker
+    young = judge(_evidence(agents))
+    assert young.is_healthy
+    assert "is pending since index 5" in young.advice[0]
+    old = ManagerReport("tls://m1", version="build", pending={(REALM, group(1)): 61.0})
+    assert _only(_evidence(agents, managers=(old, MANAGERS[1]))).endswith("is pending since index 5 for 61 s")
+    assert "no manager answers" in judge(_evidence(agents, managers=())).problems[-1]
+
+
+def test_balancers() -> None:
+    """What `/readyz` says, silence, and the end of a certificate are told with the balancer's address."""
+    one = BalancerReport("https://b1", version="build", not_after=END, reasons=("secrets stale for 60s",))
+    assert _only(_evidence(_led(), balancers=(one, BALANCERS[1]))).endswith("is not ready: secrets stale for 60s")
+    silent = BalancerReport("https://b1", error="refused")
+    assert "does not answer: refused" in _only(_evidence(_led(), balancers=(silent, BALANCERS[1])))
+    soon = replace(BALANCERS[0], not_after=NOW + dt.timedelta(days=19))
+    assert _only(_evidence(_led(), balancers=(soon, BALANCERS[1]))).endswith("ends on 2026-11-20, in 19 days")
+    over = replace(BALANCERS[0], not_after=NOW - dt.timedelta(days=1))
+    assert _only(_evidence(_led(), balancers=(over, BALANCERS[1]))).endswith("ended on 2026-10-31")
+    assert "no load balancer" in _only(_evidence(_led(), balancers=()))
+    assert judge(_evidence(_led(), balancers=BALANCERS[:1])).advice[0].startswith("only one load balancer")
+
+
+def test_own_certificate() -> None:
+    """The operator is told that the certificate in use ends."""
+    near = NOW + dt.timedelta(days=2)
+    assert "operator's certificate ends" in _only(_evidence(_led(), own_certificate_end=near))
+
+
+def test_version_skew() -> None:
+    """Services of different versions are told with how many run which."""
+    balancers = (BALANCERS[0], replace(BALANCERS[1], version="newer"))
+    assert _only(_evidence(_led(), balancers=balancers)) == (
+        "services run different versions: build (3 agents, 2 managers, 1 load balancers), newer (1 load balancers)"
+    )
+
+
+def test_outbox_backlog() -> None:
+    """Events that do not leave are told by number and age."""
+    agents = _led()
+    status = agents[0].status()
+    late = rpc.AgentStatus(1.0, status.hsm, status.name, status.build, status.groups, rpc.OutboxInfo(7, 61.0))
+    view = build_view([AgentView("tls://a1", late), *(AgentView(a.url, a.status()) for a in agents[1:])])
+    assert _only(_evidence(agents, view=view)) == "agent tls://a1: 7 unpublished events, the oldest 61 s"
+
+
+def test_advice_on_switches_and_members() -> None:
+    """A drained HSM, paused rebalancing, a small group and a member far behind need nobody now, and are said."""
+    agents = [FakeAgent("tls://a1", hsm(1)), FakeAgent("tls://a2", hsm(2))]
+    for agent in agents:
+        agent.groups = {group(1): three()[0].groups[group(1)].__class__([hsm(1), hsm(2)])}
+    agents[0].groups[group(1)].captured = 2000
+    agents[0].lead(group(1), FULL_RANGE)
+    verdict = judge(_evidence(agents, drained=frozenset({hsm(2)}), rebalancing_paused=True))
+    assert verdict.is_healthy
+    text = "\n".join(verdict.advice)
+    for said in ("is drained", "paused", "2 members and tolerates 0", f"{hsm(2).hex()} is 1995 entries behind"):
+        assert said in text
+    assert len(verdict.advice) == 4
+
+
+def test_a_manager_remembers_since_when() -> None:
+    """The first sight of a transfer counts; one that is gone and another one start anew."""
+    agents = _led()
+    context = make_context(agents)
+    bounds = rpc.Range(record("00"), record("0f", 0xFF))
+    agents[0].groups[group(1)].transferring = rpc.TransferringInfo("Out", group(2), bounds, 5, b"h" * 32)
+    for now_ms in (1000, 3000):
+        remember_pending(context.state, pending(_evidence(agents).view, committed_only=False), now_ms)
+    assert context.state.pending == {((REALM, group(1)), 5): 1000}
+    agents[0].groups[group(1)].transferring = rpc.TransferringInfo("Out", group(2), bounds, 9, b"h" * 32)
+    remember_pending(context.state, pending(_evidence(agents).view, committed_only=False), 4000)
+    assert context.state.pending == {((REALM, group(1)), 9): 4000}
+    agents[0].groups[group(1)].transferring = None
+    remember_pending(context.state, pending(_evidence(agents).view, committed_only=False), 5000)
+    assert context.state.pending == {}
+
+
+def test_reading_a_managers_status() -> None:
+    """Ages arrive by group; a reply that cannot be read is a silent manager, not a crash."""
+    entry = {"realm": REALM.hex(), "group": group(1).hex(), "age_s": 2.5}
+    found = read_manager_status("tls://m", rpc.ManagerStatus(json.dumps({"version": "1", "pending": [entry]})))
+    assert found == ManagerReport("tls://m", version="1", pending={(REALM, group(1)): 2.5})
+    for text in ("{", "[]", '{"pending": [{}]}', '{"pending": [{"realm": "x"}]}'):
+        assert read_manager_status("tls://m", rpc.ManagerStatus(text)).error
+    assert read_manager_status("tls://m", rpc.Done()).error
