@@ -174,3 +174,33 @@ def _take_above(steps: list[Step], layout: dict[GroupId, OwnedRange], destinatio
             raise PlanRefused("part of the target range is owned by nobody")
         end = min(layout[source].end, target.end)
         _apply(steps, layout, Step(source, destination, OwnedRange(start, end)))
+
+
+def spread(owners: Sequence[Owner], serving: Sequence[GroupId]) -> list[Step]:
+    """Return transfers after which the `serving` groups own nearly equal parts of the id space and nobody else any.
+
+    Ranges keep their order: groups that own something come first, by range, then the others as given; so ranges only
+    shrink and grow at their ends. `owners` are all ranges of the realm. Raises `PlanRefused` when some id has no owner.
+    """
+    layout = {owner.group: owner.range for owner in owners}
+    if not covers(list(layout.values()), OwnedRange(RECORD_ID_MIN, RECORD_ID_MAX)):
+        raise PlanRefused("part of the id space is owned by nobody; look at `cluster status`")
+    empty = [group for group in serving if group not in layout]
+    order = [*sorted((group for group in serving if group in layout), key=lambda group: layout[group].start), *empty]
+    steps: list[Step] = []
+    # From the top down: what lies above a target is settled when its turn comes.
+    for position in range(len(order) - 1, -1, -1):
+        target = even_partition(len(order))[position]
+        group = order[position]
+        if group in layout:
+            _take_above(steps, layout, group, OwnedRange(layout[group].start, target.end))
+            if layout[group].start < target.start:
+                below = _owner_at(layout, prev_record_id(layout[group].start)) or order[position - 1]
+                _apply(steps, layout, Step(group, below, OwnedRange(layout[group].start, _before(target.start))))
+        while group not in layout or layout[group].start > target.start:
+            end = _before(layout[group].start) if group in layout else target.end
+            source = _owner_at(layout, end)
+            if source is None:
+                raise PlanRefused("part of the target range is owned by nobody")
+            _apply(steps, layout, Step(source, group, OwnedRange(max(layout[source].start, target.start), end)))
+    return steps

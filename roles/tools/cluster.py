@@ -10,6 +10,9 @@ from roles.lazy import LazyCommand, LazyGroup
 from roles.tools.cluster_session import remember_connection
 
 _SHOW = "roles.tools.cluster_show"
+_STATUS = "roles.tools.cluster_status"
+_PLAN = "roles.tools.cluster_plan"
+_STATS = "roles.tools.cluster_stats"
 _CHANGE = "roles.tools.cluster_change"
 _LEADERS = "roles.tools.cluster_leaders"
 _CLIENTS = "roles.tools.cluster_clients"
@@ -21,7 +24,7 @@ _ADMIN = "roles.tools.cluster_admin"
     lazy={
         "agents": LazyCommand(_SHOW, "Show every agent with its HSM.", "agents"),
         "groups": LazyCommand(_SHOW, "Show every group with its members.", "groups"),
-        "status": LazyCommand(_SHOW, "Judge the cluster's health on one page; exit 5 on trouble.", "status"),
+        "status": LazyCommand(_STATUS, "Judge the cluster's health on one page; exit 5 on trouble.", "status"),
         "partitions": LazyCommand(_SHOW, "Show which group owns which range.", "partitions"),
         "leases": LazyCommand(_ADMIN, "Show the management leases.", "leases"),
         "discovery": LazyCommand(_ADMIN, "List or remove service registrations.", "discovery"),
@@ -31,10 +34,13 @@ _ADMIN = "roles.tools.cluster_admin"
         "new-group": LazyCommand(_CHANGE, "Create a group over HSMs of a realm.", "new_group_command"),
         "transfer": LazyCommand(_CHANGE, "Move a key range from one group to another.", "transfer"),
         "experimental": LazyCommand(_CHANGE, "Commands that may still change.", "experimental"),
+        "plan": LazyCommand(_PLAN, "Lay a realm out over its HSMs: print or apply the commands.", "plan"),
         "stepdown": LazyCommand(_LEADERS, "Hand over what an HSM or a group leads.", "stepdown"),
         "rebalance": LazyCommand(_LEADERS, "Move one leadership to a less busy HSM.", "rebalance"),
         "drain": LazyCommand(_LEADERS, "Take an HSM out of leadership.", "drain"),
         "undrain": LazyCommand(_LEADERS, "Let a drained HSM lead again.", "undrain"),
+        "table-stats": LazyCommand(_STATS, "Show what the store's tables hold for a realm.", "table_stats"),
+        "user-summary": LazyCommand(_STATS, "Count each tenant's users in a period, as CSV.", "user_summary"),
         "tenant": LazyCommand(_CLIENTS, "Set and show tenants' limits.", "tenant"),
         "configuration": LazyCommand(_CLIENTS, "Print the client configuration.", "configuration"),
         "auth-token": LazyCommand(_CLIENTS, "Mint a token for a test tenant.", "auth_token"),

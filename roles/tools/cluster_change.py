@@ -211,7 +211,10 @@ def planned_transfer(
 
 @click.group(
     cls=LazyGroup,
-    lazy={"transfer": LazyCommand(__name__, "Make a group own exactly a range.", "planned_transfer")},
+    lazy={
+        "transfer": LazyCommand(__name__, "Make a group own exactly a range.", "planned_transfer"),
+        "assimilate": LazyCommand("roles.tools.cluster_plan", "Take all HSMs into one realm.", "assimilate"),
+    },
 )
 def experimental() -> None:
     """Commands whose flags and output may still change."""

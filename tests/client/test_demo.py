@@ -86,7 +86,7 @@ def test_command_gets_the_configuration_and_decides_the_status(tmp_path: Path) -
         f"{sys.executable} -m roles cluster new-realm tls://127.0.0.1:1 --config {state}/cluster.toml || "
         f'test $? = 4; test -f "$JUICEBOX_CLIENT_JSON"; exit 7'
     )
-    result = _demo("--state-dir", state, "--", "/bin/sh", "-c", script)
+    result = _demo("--state-dir", state, "--managers", "2", "--", "/bin/sh", "-c", script)
     assert result.returncode == 7, result.stdout + result.stderr
     measured = json.loads((tmp_path / "bench.json").read_text())
     assert [entry["op"] for entry in measured] == ["register", "recover", "delete"]
@@ -224,7 +224,7 @@ def test_a_role_that_cannot_start_is_reported(tmp_path: Path) -> None:
 
 async def test_operators_commands_on_a_real_cluster(tmp_path: Path) -> None:
     """Drain, rebalance, limits, ranges and tokens, as typed: each does what it says and exits as documented."""
-    options = DemoOptions(state_dir=tmp_path, agents=3, groups=2, pin_hashing="FastInsecure")
+    options = DemoOptions(state_dir=tmp_path, agents=3, groups=2, managers=2, pin_hashing="FastInsecure")
     async with launch(options) as cluster:
         config = ("--config", str(cluster.state.cluster_toml))
 
@@ -257,7 +257,7 @@ async def test_operators_commands_on_a_real_cluster(tmp_path: Path) -> None:
         reloaded = await operate("tenant", "set-capacity", "acme", "5")
         assert reloaded.count("reloaded tenant config for 2 tenants") == 3
         listed = json.loads(await operate("discovery", "list", "--json"))["services"]
-        assert [entry["kind"] for entry in listed] == ["agent"] * 3 + ["manager", "lb"]
+        assert [entry["kind"] for entry in listed] == ["agent"] * 3 + ["manager", "manager", "lb"]
         printed = json.loads(
             await operate("configuration", cluster.configuration["realms"][0]["address"], "--pin-hashing-mode",
                           "FastInsecure")
@@ -280,6 +280,18 @@ async def test_operators_commands_on_a_real_cluster(tmp_path: Path) -> None:
         whole = ("--realm", realm.hex(), "--destination", low.id.hex(), "--start", "00", "--end", "ff")
         assert (await operate("experimental", "transfer", *whole)).startswith("[0xc000...-0xff...] from")
         assert await operate("experimental", "transfer", *whole) == "nothing to do!\n"
+
+        planned = json.loads(await operate("plan", "--groups", "3", "--json"))["commands"]
+        assert [command.split()[2] for command in planned] == ["new-group", "transfer", "transfer", "rebalance"]
+        applied = await operate("plan", "--groups", "3", "--apply")
+        assert applied.endswith("3 groups share the key space\n")
+        assert await operate("plan", "--groups", "3", "--apply") == "nothing to do!\n"
+        parts = json.loads(await operate("partitions", realm.hex(), "--json"))["realms"][0]["partitions"]
+        assert [part["start"][:10] for part in parts] == ["0000000000", "5555555500", "aaaaaaaa00"]
+        assert "would" not in await operate("experimental", "assimilate", "--group-size", "3", "--dry-run")
+        assert json.loads(await operate("table-stats", "merkle", realm.hex()[:4], "--json"))["roots"] == 3
+        assert len(json.loads(await operate("table-stats", "log", realm.hex(), "--json"))["groups"]) == 4
+        assert (await operate("user-summary")).startswith("start,end,realm,tenant,users")
 
         await cluster.process("agent3").kill()
         assert "agent" in await operate("status", expect=5)

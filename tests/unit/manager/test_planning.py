@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from juicebox_hsm.errors import LocalError
-from juicebox_hsm.ids import FULL_RANGE, RECORD_ID_MAX, OwnedRange, next_record_id
-from roles.manager.planning import Owner, PlanRefused, covers, even_partition, gaps, plan
+from juicebox_hsm.ids import FULL_RANGE, RECORD_ID_MAX, GroupId, OwnedRange, RecordId, next_record_id
+from roles.manager.planning import Owner, PlanRefused, covers, even_partition, gaps, plan, spread
 from tests.unit.manager.fakes import group, record, subtract
 
 
@@ -129,3 +129,57 @@ def test_plans_reach_the_target_by_legal_steps(cuts: list[int], data: st.DataObj
         assert covers(list(layout.values()), FULL_RANGE)
     assert layout[destination] == target
     assert next_record_id(RECORD_ID_MAX) is None
+
+
+@st.composite
+def _layouts(draw: st.DrawFn) -> tuple[list[Owner], list[GroupId]]:
+    """Return a covered id space cut at random places among some groups, and the groups that shall serve."""
+    cuts = sorted(draw(st.sets(st.integers(1, 2**256 - 1), max_size=5)))
+    starts = [0, *cuts]
+    ends = [*(cut - 1 for cut in cuts), 2**256 - 1]
+    names = draw(st.permutations(range(1, len(starts) + 1)))
+    owners = [
+        Owner(group(name), OwnedRange(RecordId(start.to_bytes(32, "big")), RecordId(end.to_bytes(32, "big"))))
+        for name, start, end in zip(names, starts, ends, strict=True)
+    ]
+    serving = draw(st.lists(st.integers(1, 10), min_size=1, max_size=6, unique=True))
+    return owners, [group(name) for name in serving]
+
+
+@given(_layouts())
+def test_spread_reaches_an_even_layout_by_legal_steps(case: tuple[list[Owner], list[GroupId]]) -> None:
+    """Every step gives an end of a range to a neighbour or an empty group; at the end the parts are even."""
+    owners, serving = case
+    layout = {owner.group: owner.range for owner in owners}
+    steps = spread(owners, serving)
+    for step in steps:
+        left = subtract(layout.pop(step.source), step.range)
+        if left is not None:
+            layout[step.source] = left
+        owned = layout.get(step.destination)
+        joined = step.range if owned is None else owned.join(step.range)
+        assert joined is not None
+        layout[step.destination] = joined
+        assert covers(list(layout.values()), FULL_RANGE)
+    assert set(layout) == set(serving)
+    assert sorted(layout.values(), key=lambda part: part.start) == even_partition(len(serving))
+    assert len(steps) <= 2 * (len(owners) + len(serving))
+
+
+def test_spread_of_an_even_layout_is_nothing() -> None:
+    """A layout that is as wanted is left alone, whoever owns which part."""
+    parts = even_partition(3)
+    owners = [Owner(group(name), part) for name, part in zip((3, 1, 2), parts, strict=True)]
+    assert spread(owners, [group(1), group(2), group(3)]) == []
+
+
+def test_spread_of_a_fresh_realm() -> None:
+    """The first group's range is cut into thirds by three steps, and it keeps nothing."""
+    steps = spread([Owner(group(9), FULL_RANGE)], [group(1), group(2), group(3)])
+    assert [(step.source, step.destination) for step in steps] == [(group(9), group(name)) for name in (3, 2, 1)]
+
+
+def test_spread_refuses_an_id_without_owner() -> None:
+    """A hole is for the operator to look at, not to plan around."""
+    with pytest.raises(PlanRefused):
+        spread([Owner(group(1), _range("00", "7f"))], [group(1)])

@@ -31,10 +31,19 @@ def test_help_of_every_command() -> None:
     """Every command loads and describes itself."""
     listing = _run("cluster", "--help")
     assert listing.exit_code == 0
-    for name in ("agents", "groups", "status", "new-realm", "transfer", "drain", "ca", "tenant", "auth-token"):
+    for name in ("agents", "groups", "status", "new-realm", "transfer", "drain", "ca", "tenant", "auth-token", "plan"):
         assert name in listing.output
         assert _run("cluster", name, "--help").exit_code == 0
-    for words in (["tokens"], ["secrets"], ["demo"], ["bench", "client"], ["cluster", "tenant", "set-capacity"]):
+    for words in (
+        ["tokens"],
+        ["secrets"],
+        ["demo"],
+        ["bench", "client"],
+        ["cluster", "tenant", "set-capacity"],
+        ["cluster", "table-stats", "log"],
+        ["cluster", "user-summary"],
+        ["cluster", "experimental", "assimilate"],
+    ):
         assert _run(*words, "--help").exit_code == 0
 
 
