@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from juicebox_hsm.adapters.http.edge import open_edge_listener
+from juicebox_hsm.adapters.http.edge_connection import ConnectionTable
 from juicebox_hsm.adapters.http.edge_tls import EdgeTls, load_edge_context
 from juicebox_hsm.adapters.http.exchange import Request, Response
 from juicebox_hsm.adapters.http.limits import FILES_RESERVED, EdgeLimits, fit_connections
@@ -320,6 +321,26 @@ async def test_idle_crowd_is_evicted(identity: Identity, nursery: trio.Nursery, 
     assert edge.recorder.counts["load_balancer.connections.evicted"] >= 1
     release.set()
     assert (await busy.answer()).status == 200
+
+
+def test_who_is_evicted() -> None:
+    """The one idle longest goes, never one idle for less than a second, one that is busy, or one that already ends."""
+
+    async def main() -> None:
+        table = ConnectionTable()
+        first, second, third = (table.add(now, 10.0) for now in (0.0, 0.1, 0.2))
+        third.set_busy()
+        assert not table.evict(0.99)
+        first.set_idle(5.0)  # its handshake is over; now the second is idle longest
+        assert table.evict(5.5)
+        assert second.scope.cancel_called
+        assert not table.evict(5.9)
+        assert table.evict(6.0)
+        assert first.scope.cancel_called
+        assert not table.evict(99.0)
+        assert not third.scope.cancel_called
+
+    trio.run(main)
 
 
 async def test_silent_handshakes_can_be_evicted(
