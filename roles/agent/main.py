@@ -20,6 +20,7 @@ from juicebox_hsm.adapters.faults import FaultSwitch
 from juicebox_hsm.adapters.hsm_host import FilePlatform, InProcessHsm, open_hsm_dir
 from juicebox_hsm.adapters.http.probes import serve_probes
 from juicebox_hsm.adapters.logging import configure, get_logger, report_suppressed
+from juicebox_hsm.adapters.memory_guard import forbid_dumps
 from juicebox_hsm.adapters.metrics import Metrics
 from juicebox_hsm.adapters.rpc import RpcPool, RpcServer, serve_rpc
 from juicebox_hsm.adapters.store import open_store
@@ -88,6 +89,7 @@ class _Phase:
 def command(common: CommonOptions, hsm_dir: Path, merkle_cache_size: int, default_rate_limit: int) -> None:
     """Run an agent: the process in front of one HSM, which runs inside it."""
     configure(common.log_level)
+    forbid_dumps()
     options = AgentOptions(common, hsm_dir, merkle_cache_size, default_rate_limit)
     phase = _Phase()
     try:
