@@ -1,0 +1,130 @@
+"""Authorise calls with a bearer token in their metadata, refreshed by one background task (storage.md 9.4).
+
+Credentials are not attached to the channel: that costs a thread per call. The emulator gets no token.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from typing import Any, Final, Protocol
+
+import trio
+
+from juicebox_hsm.adapters.bigtable.driver import Metadata
+from juicebox_hsm.adapters.logging import get_logger
+from juicebox_hsm.errors import LocalError
+
+SCOPES: Final = (
+    "https://www.googleapis.com/auth/bigtable.data",
+    "https://www.googleapis.com/auth/bigtable.admin.table",
+)
+EARLY_S: Final = 300.0
+"""How long before its expiry a token is replaced."""
+RETRY_S: Final = 10.0
+MIN_AGE_S: Final = 10.0
+"""A token younger than this is not replaced because a call was refused: it is not the token's fault."""
+REFRESH_TIMEOUT_S: Final = 60.0
+
+_log = get_logger("bigtable.auth")
+
+
+class Authorization(Protocol):
+    """What calls are authorised with."""
+
+    def metadata(self) -> Metadata:
+        """Return the headers for the next call."""
+        ...
+
+    async def renew(self) -> bool:
+        """Get a new token after a refusal; False if that cannot help."""
+        ...
+
+    async def keep_fresh(self) -> None:
+        """Replace tokens before they expire, for ever."""
+        ...
+
+
+class NoAuthorization:
+    """The emulator asks for nothing."""
+
+    def metadata(self) -> Metadata:
+        """Return no headers."""
+        return ()
+
+    async def renew(self) -> bool:
+        """Tell that no token would help."""
+        return False
+
+    async def keep_fresh(self) -> None:
+        """Do nothing."""
+
+
+class ApplicationDefault:
+    """Google's application-default credentials. Blocking refreshes run in a worker thread."""
+
+    def __init__(self, credentials: Any, transport: Any) -> None:
+        self._credentials = credentials
+        self._transport = transport
+        self._metadata: Metadata = ()
+        self._obtained = -MIN_AGE_S
+        self._lock = trio.Lock()
+
+    @classmethod
+    async def find(cls) -> ApplicationDefault:
+        """Find credentials and get the first token. Raises `LocalError` when there are none or they are refused."""
+        import google.auth
+        import google.auth.exceptions
+        import google.auth.transport.requests
+
+        try:
+            credentials, _ = await trio.to_thread.run_sync(lambda: google.auth.default(scopes=SCOPES))
+            found = cls(credentials, google.auth.transport.requests.Request())
+            await found.refresh()
+        except google.auth.exceptions.GoogleAuthError as error:
+            raise LocalError(
+                f"no credentials for Bigtable: {error}; set GOOGLE_APPLICATION_CREDENTIALS, or"
+                " BIGTABLE_EMULATOR_HOST for the emulator"
+            ) from None
+        return found
+
+    def metadata(self) -> Metadata:
+        """Return the current token's header."""
+        return self._metadata
+
+    async def refresh(self) -> None:
+        """Get a new token. Raises the library's errors."""
+        with trio.fail_after(REFRESH_TIMEOUT_S):
+            await trio.to_thread.run_sync(self._credentials.refresh, self._transport, abandon_on_cancel=True)
+        self._metadata = (("authorization", f"Bearer {self._credentials.token}"),)
+        self._obtained = trio.current_time()
+
+    async def renew(self) -> bool:
+        """Get a new token after a refusal, at most one per 10 s however many calls were refused."""
+        async with self._lock:
+            if trio.current_time() - self._obtained < MIN_AGE_S:
+                return False
+            return await self._try_refresh()
+
+    async def _try_refresh(self) -> bool:
+        try:
+            await self.refresh()
+        except Exception as error:  # noqa: BLE001 - the library's families are many; the old token serves meanwhile
+            _log.warning("access token not renewed", error=str(error))
+            return False
+        return True
+
+    def _due_s(self) -> float:
+        """Return in how many seconds the next refresh is due."""
+        expiry: dt.datetime | None = self._credentials.expiry
+        if expiry is None:
+            return 3600.0 - EARLY_S
+        aware = expiry if expiry.tzinfo is not None else expiry.replace(tzinfo=dt.UTC)
+        left_s: float = (aware - dt.datetime.now(dt.UTC)).total_seconds()
+        return max(RETRY_S, left_s - EARLY_S)
+
+    async def keep_fresh(self) -> None:
+        """Replace the token 5 minutes before it expires; the old one serves while that fails."""
+        while True:
+            await trio.sleep(self._due_s())
+            async with self._lock:
+                await self._try_refresh()

@@ -1,0 +1,135 @@
+"""Keep one channel to the service: options, keep-alive, and a fresh, warmed channel every 55 minutes (storage.md 9.4).
+
+The service closes connections after about 60 minutes; a new one opened in the middle of a request would cost that
+request a TLS handshake and cold caches. Options are set for transparency: no hidden retries (a repeated conditional
+write would report its own success as a conflict), no message limit of ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
+
+import grpc
+import grpc.aio
+import trio
+
+from juicebox_hsm.adapters.bigtable.driver import CallFailed, Driver, Metadata
+from juicebox_hsm.adapters.logging import get_logger
+
+ROTATION_S: Final = 3_300.0
+WARM_S: Final = 5.0
+CLOSE_GRACE_S: Final = 30.0
+"""How long calls on a replaced channel may still take; longer than any deadline of ours but scans."""
+
+OPTIONS: Final = (
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 8_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.enable_retries", 0),
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+)
+
+_log = get_logger("bigtable.channel")
+
+
+class _Open:
+    """One channel and its multicallables; lives on the asyncio thread."""
+
+    def __init__(self, target: str, *, insecure: bool) -> None:
+        self.channel = (
+            grpc.aio.insecure_channel(target, options=OPTIONS)
+            if insecure
+            else grpc.aio.secure_channel(target, grpc.ssl_channel_credentials(), options=OPTIONS)
+        )
+        self._unary: dict[str, Any] = {}
+        self._stream: dict[str, Any] = {}
+
+    async def unary(self, method: str, request: bytes, metadata: Metadata, timeout_s: float) -> bytes:
+        stub = self._unary.get(method)
+        if stub is None:
+            stub = self._unary[method] = self.channel.unary_unary(method)
+        try:
+            response: bytes = await stub(request, metadata=metadata, timeout=timeout_s)
+        except grpc.aio.AioRpcError as error:
+            raise CallFailed(error.code().name, error.details() or "") from None
+        return response
+
+    async def stream(self, method: str, request: bytes, metadata: Metadata, timeout_s: float) -> list[bytes]:
+        stub = self._stream.get(method)
+        if stub is None:
+            stub = self._stream[method] = self.channel.unary_stream(method)
+        received: list[bytes] = []
+        try:
+            async for message in stub(request, metadata=metadata, timeout=timeout_s):
+                received.append(message)  # noqa: PERF401 - a failure must keep what came before it
+        except grpc.aio.AioRpcError as error:
+            raise CallFailed(error.code().name, error.details() or "", received) from None
+        return received
+
+
+class ChannelTransport:
+    """A `Transport` over one channel at a time to one `host:port`."""
+
+    def __init__(self, driver: Driver, target: str, *, insecure: bool) -> None:
+        self._driver = driver
+        self._target = target
+        self._insecure = insecure
+        self._current: _Open | None = None
+
+    async def open(self) -> None:
+        """Make the first channel; it connects at its first call."""
+        self._current = await self._make()
+
+    async def _make(self) -> _Open:
+        async def make() -> _Open:
+            return _Open(self._target, insecure=self._insecure)
+
+        return await self._driver.run(make)
+
+    async def close(self) -> None:
+        """Close the channel; calls under way fail."""
+        current, self._current = self._current, None
+        if current is not None:
+            await self._driver.run(lambda: current.channel.close(None))
+
+    def _channel(self) -> _Open:
+        if self._current is None:
+            raise CallFailed("UNAVAILABLE", "the store is closed")
+        return self._current
+
+    async def unary(self, method: str, request: bytes, metadata: Metadata, timeout_s: float) -> bytes:
+        """Send a request and return its one response. Raises `CallFailed`."""
+        channel = self._channel()
+        return await self._driver.run(lambda: channel.unary(method, request, metadata, timeout_s))
+
+    async def stream(self, method: str, request: bytes, metadata: Metadata, timeout_s: float) -> list[bytes]:
+        """Send a request and return all messages of its response. Raises `CallFailed`."""
+        channel = self._channel()
+        return await self._driver.run(lambda: channel.stream(method, request, metadata, timeout_s))
+
+    async def rotate(self, warm: Callable[[ChannelTransport], Awaitable[None]]) -> None:
+        """Replace the channel by a new one that `warm` used first; the old one closes after its calls ended."""
+        fresh = ChannelTransport(self._driver, self._target, insecure=self._insecure)
+        await fresh.open()
+        try:
+            with trio.fail_after(WARM_S):
+                await warm(fresh)
+        except (CallFailed, trio.TooSlowError) as error:
+            _log.warning("new channel not warmed", error=str(error) or type(error).__name__)
+        former, self._current = self._current, fresh._current
+        if former is not None:
+            await self._driver.run(lambda: former.channel.close(CLOSE_GRACE_S))
+
+    async def keep_rotating(
+        self, warm: Callable[[ChannelTransport], Awaitable[None]], interval_s: float = ROTATION_S
+    ) -> None:
+        """Rotate every 55 minutes, for ever."""
+        while True:
+            await trio.sleep(interval_s)
+            await self.rotate(warm)
