@@ -1,0 +1,194 @@
+"""Open a Bigtable instance as a `ports.Store` (storage.md 9; operator-tools.md 10).
+
+`bigtable:PROJECT/INSTANCE`, optionally with `?emulator=HOST:PORT` and `&app-profile=ID`. Without an explicit emulator
+the variable BIGTABLE_EMULATOR_HOST counts, as for Google's own clients.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Final
+from urllib.parse import parse_qsl
+
+import trio
+
+from juicebox_hsm.adapters.bigtable import codec
+from juicebox_hsm.adapters.bigtable.accounting import BigtableAccounting
+from juicebox_hsm.adapters.bigtable.auth import ApplicationDefault, Authorization, NoAuthorization
+from juicebox_hsm.adapters.bigtable.channel import ChannelTransport
+from juicebox_hsm.adapters.bigtable.cluster import (
+    BigtableDiscovery,
+    BigtableLeases,
+    BigtableSettings,
+    BigtableTenants,
+)
+from juicebox_hsm.adapters.bigtable.deletion import DELAY_S, DeferredDeletion
+from juicebox_hsm.adapters.bigtable.driver import Driver, Transport
+from juicebox_hsm.adapters.bigtable.log import BigtableLog
+from juicebox_hsm.adapters.bigtable.log_reads import LogReads
+from juicebox_hsm.adapters.bigtable.nodes import CACHE_NODES, TreeNodes
+from juicebox_hsm.adapters.bigtable.outbox import BigtableOutbox
+from juicebox_hsm.adapters.bigtable.realms import BigtableRealms
+from juicebox_hsm.adapters.bigtable.retry import STORE_RETRY, RetryProfile
+from juicebox_hsm.adapters.bigtable.settled import Settled
+from juicebox_hsm.adapters.bigtable.table import CALL_S, Endpoint
+from juicebox_hsm.errors import LocalError
+from juicebox_hsm.ports import Store
+
+EMULATOR_VARIABLE: Final = "BIGTABLE_EMULATOR_HOST"
+DATA_TARGET: Final = "bigtable.googleapis.com:443"
+ADMIN_TARGET: Final = "bigtableadmin.googleapis.com:443"
+CLOSING_S: Final = 8.0
+"""How long closing waits for deferred deletions (5 s after their append) and the last settled indexes."""
+
+_NAME: Final = re.compile(r"[a-z0-9][a-z0-9.:_-]{0,62}")
+_PROFILE: Final = re.compile(r"[A-Za-z0-9_.-]{1,50}")
+_TARGET: Final = re.compile(r"(\[[0-9a-fA-F:]+\]|[A-Za-z0-9.-]+):[0-9]{1,5}")
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Which instance, and how to reach it; `emulator` is HOST:PORT or "" for the service."""
+
+    project: str
+    instance: str
+    emulator: str = ""
+    profile: str = ""
+
+    @property
+    def path(self) -> str:
+        """Return the instance's resource name."""
+        return f"projects/{self.project}/instances/{self.instance}"
+
+    @property
+    def description(self) -> str:
+        """Return the store's name for logs."""
+        return f"bigtable:{self.project}/{self.instance}" + (f" (emulator {self.emulator})" if self.emulator else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """What tests change: delays, deadlines, and a wrapper around the transport that loses answers."""
+
+    deletion_delay_s: float = DELAY_S
+    call_s: float = CALL_S
+    retry: RetryProfile = STORE_RETRY
+    wrap: Callable[[Transport], Transport] | None = None
+
+
+DEFAULT_TUNING: Final = Tuning()
+
+
+def parse_address(rest: str, variable: str | None) -> Address:
+    """Parse what follows `bigtable:`. Raises `LocalError` in one line that says what is expected."""
+    path, question, query = rest.partition("?")
+    project, slash, instance = path.partition("/")
+    settings = dict(parse_qsl(query, keep_blank_values=True))
+    emulator = settings.pop("emulator", variable or "")
+    profile = settings.pop("app-profile", "")
+    is_named = slash and _NAME.fullmatch(project) and _NAME.fullmatch(instance)
+    if not is_named or settings or (question and not query):
+        raise LocalError(
+            f"not a store: 'bigtable:{rest}'; expected bigtable:PROJECT/INSTANCE, optionally with ?emulator=HOST:PORT"
+            " or ?app-profile=ID"
+        )
+    if emulator and not _TARGET.fullmatch(emulator):
+        raise LocalError(f"the Bigtable emulator's address is HOST:PORT, not {emulator!r}")
+    if profile and not _PROFILE.fullmatch(profile):
+        raise LocalError(f"not an application profile: {profile!r}")
+    return Address(project, instance, emulator, profile)
+
+
+@asynccontextmanager
+async def open_bigtable(
+    rest: str, *, merkle_cache_size: int = CACHE_NODES, tuning: Tuning = DEFAULT_TUNING
+) -> AsyncIterator[Store]:
+    """Open the instance that `rest` (behind `bigtable:`) names.
+
+    Raises `LocalError` for what the operator must mend and `StoreUnavailable` if nothing answers within some seconds.
+    Leaving runs deferred deletions, at most 8 s; no operation may be started after that.
+    """
+    address = parse_address(rest, os.environ.get(EMULATOR_VARIABLE))
+    authorization: Authorization = NoAuthorization() if address.emulator else await ApplicationDefault.find()
+    driver = Driver()
+    await driver.start()
+    try:
+        data = ChannelTransport(driver, address.emulator or DATA_TARGET, insecure=bool(address.emulator))
+        admin = ChannelTransport(driver, address.emulator or ADMIN_TARGET, insecure=bool(address.emulator))
+        await data.open()
+        await admin.open()
+        try:
+            async with _opened(address, authorization, data, admin, merkle_cache_size, tuning) as store:
+                yield store
+        finally:
+            with trio.CancelScope(shield=True):
+                await data.close()
+                await admin.close()
+    finally:
+        await driver.stop()
+
+
+@asynccontextmanager
+async def _opened(
+    address: Address,
+    authorization: Authorization,
+    data: ChannelTransport,
+    admin: ChannelTransport,
+    cache_nodes: int,
+    tuning: Tuning,
+) -> AsyncIterator[Store]:
+    """Build the ports over open channels, with the tasks they need."""
+    transport = data if tuning.wrap is None else tuning.wrap(data)
+    endpoint = Endpoint(transport, authorization, address.path, address.profile, tuning.call_s)
+    nodes = TreeNodes(endpoint, cache_nodes)
+    deletion = DeferredDeletion(nodes, tuning.deletion_delay_s)
+    settled = Settled(endpoint, tuning.retry)
+    realms = BigtableRealms(endpoint, admin)
+    await realms.self_test()
+
+    async def warm(fresh: ChannelTransport) -> None:
+        ping = codec.ping_request(address.path, address.profile)
+        headers = (("x-goog-request-params", f"name={address.path}"), *authorization.metadata())
+        await fresh.unary(codec.PING_AND_WARM, ping, headers, tuning.call_s)
+
+    failure: BaseException | None = None
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(authorization.keep_fresh)
+        nursery.start_soon(data.keep_rotating, warm)
+        nursery.start_soon(settled.run)
+        nursery.start_soon(deletion.run)
+        try:
+            yield Store(
+                log=BigtableLog(LogReads(endpoint, tuning.retry), nodes, deletion, tuning.retry),
+                nodes=nodes,
+                outbox=BigtableOutbox(endpoint, settled, tuning.retry),
+                accounting=BigtableAccounting(endpoint),
+                discovery=BigtableDiscovery(endpoint, nursery),
+                leases=BigtableLeases(endpoint),
+                settings=BigtableSettings(endpoint),
+                tenants=BigtableTenants(endpoint),
+                realms=realms,
+                description=address.description,
+            )
+        except (trio.Cancelled, GeneratorExit):
+            raise
+        except BaseException as error:  # noqa: BLE001 - raised again below, outside the nursery that would wrap it
+            failure = error
+        finally:
+            await _finish(deletion, settled)
+            nursery.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
+
+
+async def _finish(deletion: DeferredDeletion, settled: Settled) -> None:
+    """Carry out what was put off, within limits."""
+    with trio.move_on_after(CLOSING_S) as limit:
+        limit.shield = True
+        await settled.flush_all()
+        deletion.close()
+        await deletion.drained()

@@ -1,0 +1,228 @@
+"""Read paths through trees whose nodes are rows, and write what appends change (merkle.md 9; storage.md 2.2, 4.4).
+
+A row is never overwritten: its key contains the node's hash. Readers start from a published root, and a node that
+an append removed stays for 5 s more (`deletion`), so a reader sees its whole tree without any transaction. All nodes
+that a path may still need are read in one request: the versions of the node at every remaining depth.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from juicebox_hsm.adapters.bigtable import keys
+from juicebox_hsm.adapters.bigtable.codec import KeyRange, RowSet, Selection, SetCell
+from juicebox_hsm.adapters.bigtable.table import Endpoint, Table
+from juicebox_hsm.consensus.types import Partition
+from juicebox_hsm.errors import DecodingError
+from juicebox_hsm.ids import RealmId, RecordId
+from juicebox_hsm.merkle.kernel import EdgeWalk, PathWalk, Side, Walk, path_scan_starts, scan_end
+from juicebox_hsm.ports import MissingNode, StoreInvalid, StoreUnavailable, TreeSide
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+CACHE_NODES: Final = 25_000
+LARGE_READ_RANGES: Final = 246
+"""A read of so many ranges comes from a cache with fewer than about 12 levels of the tree."""
+LARGE_READS_MAX: Final = 10
+LARGE_READ_WAIT_S: Final = 3.0
+PATHS_PER_READ: Final = 8
+"""Paths read in one request: at most 2,056 ranges of about 80 bytes each, well below the service's 500 KB."""
+INSTANCE_KEYS: Final = 1_024
+
+_FIRST_CELL: Final = Selection(cells_per_row=1)
+_FIRST_NAME: Final = Selection(cells_per_row=1, strip_values=True)
+
+Stored = tuple[bytes, bytes]  # node encoding, instance id
+
+
+class NodeCache:
+    """A least-recently-used cache in two generations, row key -> (node, instance id); at most about `size` nodes."""
+
+    __slots__ = ("_half", "_old", "_young")
+
+    def __init__(self, size: int) -> None:
+        self._half = max(1, size // 2)
+        self._young: dict[bytes, Stored] = {}
+        self._old: dict[bytes, Stored] = {}
+
+    def get(self, key: bytes) -> Stored | None:
+        """Return the node, if remembered, and keep it for longer."""
+        found = self._young.get(key)
+        if found is None:
+            found = self._old.get(key)
+            if found is not None:
+                self.put(key, found)
+        return found
+
+    def put(self, key: bytes, stored: Stored) -> None:
+        """Remember a node."""
+        if len(self._young) >= self._half:
+            self._old, self._young = self._young, {}
+        self._young[key] = stored
+
+    def purge(self, key: bytes, instance: bytes) -> None:
+        """Forget a node unless it was written again since."""
+        for half in (self._young, self._old):
+            if key in half and half[key][1] == instance:
+                del half[key]
+
+
+class TreeNodes:
+    """`ports.NodeStore` on one instance, and the node half of an append."""
+
+    def __init__(self, endpoint: Endpoint, cache_nodes: int = CACHE_NODES) -> None:
+        self._endpoint = endpoint
+        self._tables: dict[RealmId, Table] = {}
+        self.cache = NodeCache(cache_nodes)
+        self._writer = os.urandom(16)
+        self._written = 0
+        self._large_reads = trio.CapacityLimiter(LARGE_READS_MAX)
+
+    def table(self, realm: RealmId) -> Table:
+        """Return the realm's table of nodes."""
+        table = self._tables.get(realm)
+        if table is None:
+            table = self._tables[realm] = Table(self._endpoint, keys.realm_tables(realm)[1])
+        return table
+
+    # --- writing ---------------------------------------------------------------------------------
+
+    async def write(self, realm: RealmId, adds: Sequence[tuple[bytes, bytes]]) -> dict[bytes, Stored]:
+        """Write nodes durably, each under a fresh instance id; return row key -> what was stored."""
+        stored: dict[bytes, Stored] = {}
+        for key, node in adds:
+            self._written += 1
+            stored[key] = (node, self._writer + self._written.to_bytes(8, "big"))
+        await self.table(realm).mutate_rows(
+            [(key, (SetCell("f", instance, node),)) for key, (node, instance) in stored.items()]
+        )
+        return stored
+
+    def remember(self, stored: dict[bytes, Stored]) -> None:
+        """Take the nodes of an acknowledged append into the cache."""
+        for key, value in stored.items():
+            self.cache.put(key, value)
+
+    async def instances(self, realm: RealmId, wanted: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
+        """Return (row key, instance id) of the current writes of nodes; those that are gone already are left out.
+
+        MUST be called before the append that removes the nodes is acknowledged: a write after it has another id.
+        """
+        found: list[tuple[bytes, bytes]] = []
+        unknown: list[bytes] = []
+        for key in wanted:
+            stored = self.cache.get(key)
+            if stored is None:
+                unknown.append(key)
+            else:
+                found.append((key, stored[1]))
+        table = self.table(realm)
+        for at in range(0, len(unknown), INSTANCE_KEYS):
+            rows = RowSet(keys=unknown[at : at + INSTANCE_KEYS])
+            found += [(row.key, row.cells[0].qualifier) for row in await table.read_rows(rows, selection=_FIRST_NAME)]
+        return found
+
+    # --- reading ---------------------------------------------------------------------------------
+
+    async def read_proofs(
+        self, realm: RealmId, partition: Partition, records: Sequence[RecordId]
+    ) -> list[bytes | None]:
+        """Return a read proof per record, None where a node is gone because the root is no longer current.
+
+        No I/O if all nodes are remembered, else one request per 8 records. Raises `StoreUnavailable` when more than
+        10 large reads are under way for 3 s.
+        """
+        walks = [PathWalk(record, partition.range, partition.root_hash) for record in records]
+        for walk in walks:
+            self._follow(walk, {})
+        missing = [(walk, record) for walk, record in zip(walks, records, strict=True) if walk.wanted is not None]
+        chunks = [missing[at : at + PATHS_PER_READ] for at in range(0, len(missing), PATHS_PER_READ)]
+        if len(chunks) == 1:
+            await self._read_paths(realm, chunks[0])
+        elif chunks:
+            await self._read_together(realm, chunks)
+        return [walk.proof() if walk.wanted is None else None for walk in walks]
+
+    async def _read_together(self, realm: RealmId, chunks: list[list[tuple[PathWalk, RecordId]]]) -> None:
+        """Read several chunks of paths at the same time; raises the first error alone."""
+        errors: list[StoreUnavailable | StoreInvalid] = []
+
+        async def read(chunk: list[tuple[PathWalk, RecordId]], scope: trio.CancelScope) -> None:
+            try:
+                await self._read_paths(realm, chunk)
+            except (StoreUnavailable, StoreInvalid) as error:
+                errors.append(error)
+                scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            for chunk in chunks:
+                nursery.start_soon(read, chunk, nursery.cancel_scope)
+        if errors:
+            raise errors[0]
+
+    async def _read_paths(self, realm: RealmId, chunk: list[tuple[PathWalk, RecordId]]) -> None:
+        """Read all that the walks may still need in one request and continue them in what came."""
+        starts = {start for walk, record in chunk for start in path_scan_starts(record, walk.depth)}
+        ranges = [KeyRange(start, scan_end(start), end_open=True) for start in sorted(starts)]
+        async with self._permit(len(ranges)):
+            rows = await self.table(realm).read_rows(RowSet(ranges=ranges), selection=_FIRST_CELL)
+        found = {row.key: (row.cells[0].value, row.cells[0].qualifier) for row in rows}
+        for walk, _ in chunk:
+            self._follow(walk, found)
+
+    @asynccontextmanager
+    async def _permit(self, ranges: int) -> AsyncIterator[None]:
+        """Hold one of the permits for large reads while a read of so many ranges runs."""
+        if ranges < LARGE_READ_RANGES:
+            yield
+            return
+        borrower = object()
+        with trio.move_on_after(LARGE_READ_WAIT_S) as waiting:
+            await self._large_reads.acquire_on_behalf_of(borrower)
+        if waiting.cancelled_caught:
+            raise StoreUnavailable(f"busy: {LARGE_READS_MAX} large reads of tree nodes are under way")
+        try:
+            yield
+        finally:
+            self._large_reads.release_on_behalf_of(borrower)
+
+    def _follow(self, walk: Walk, found: dict[bytes, Stored]) -> None:
+        """Walk on while the wanted nodes are remembered or were just read; used ones are remembered."""
+        cache = self.cache
+        while walk.wanted is not None:
+            key = walk.wanted_row
+            stored = cache.get(key)
+            if stored is None:
+                stored = found.get(key)
+                if stored is None:
+                    return
+                cache.put(key, stored)
+            _feed(walk, stored[0])
+
+    async def read_edge_proof(self, realm: RealmId, partition: Partition, side: TreeSide) -> bytes:
+        """Return the proof of the partition's outermost record on `side`; one read per unknown node of the path.
+
+        Where the path leads is known only node by node. Raises `MissingNode` if the root is no longer current.
+        """
+        walk = EdgeWalk(Side.LEFT if side is TreeSide.LEFT else Side.RIGHT, partition.range, partition.root_hash)
+        table = self.table(realm)
+        self._follow(walk, {})
+        while walk.wanted is not None:
+            row = await table.read_row(walk.wanted_row, _FIRST_CELL)
+            if row is None:
+                raise MissingNode("the tree's root is no longer current")
+            self._follow(walk, {row.key: (row.cells[0].value, row.cells[0].qualifier)})
+        return walk.proof()
+
+
+def _feed(walk: Walk, node: bytes) -> None:
+    try:
+        walk.feed(node)
+    except DecodingError as error:
+        raise StoreInvalid(f"a stored tree node is damaged: {error}") from None
