@@ -1,4 +1,4 @@
-"""Open a store by its URL: `sqlite:PATH` (operator-tools.md 10; decision record 0003)."""
+"""Open a store by its URL, `sqlite:PATH` or `bigtable:PROJECT/INSTANCE` (operator-tools.md 10)."""
 
 from __future__ import annotations
 
@@ -15,11 +15,17 @@ def open_store(url: str, *, merkle_cache_size: int = CACHE_NODES) -> AbstractAsy
     """Return the context manager that opens the store named by `url`.
 
     `merkle_cache_size` is how many tree nodes this process remembers. Raises `LocalError`, in one line an operator can
-    act on, for a URL or a file that cannot be used.
+    act on, for a URL, a file or an instance that cannot be used.
     """
     scheme, colon, rest = url.partition(":")
     if scheme == "sqlite" and rest and not rest.startswith((":", "//")):
         return open_sqlite(Path(rest), merkle_cache_size=merkle_cache_size)
     if scheme == "bigtable" and colon:
-        raise LocalError("the Bigtable store is not available in this version; use sqlite:PATH")
-    raise LocalError(f"not a store: {url!r}; expected sqlite:PATH, for example sqlite:/var/lib/juicebox/realm.db")
+        # Google's libraries take half a second to import; only who uses them pays.
+        from juicebox_hsm.adapters.bigtable.backend import open_bigtable
+
+        return open_bigtable(rest, merkle_cache_size=merkle_cache_size)
+    raise LocalError(
+        f"not a store: {url!r}; expected sqlite:PATH, for example sqlite:/var/lib/juicebox/realm.db, or"
+        " bigtable:PROJECT/INSTANCE"
+    )

@@ -41,7 +41,7 @@ async def test_urls(tmp_path: Path) -> None:
     """Anything but sqlite:PATH is refused with what is expected."""
     for url in ("", "realm.db", "sqlite", "sqlite:", "sqlite::memory:", "sqlite://host/x", "mysql:x"):
         assert "sqlite:PATH" in await refusal(url)
-    assert "not available" in await refusal("bigtable:project/instance")
+    assert "bigtable:PROJECT/INSTANCE" in await refusal("bigtable:project")
     assert "directory" in await refusal(f"sqlite:{tmp_path}/absent/realm.db")
     assert "directory" in await refusal(f"sqlite:{tmp_path}")
 
