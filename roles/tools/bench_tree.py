@@ -24,6 +24,7 @@ from juicebox_hsm.errors import check
 from juicebox_hsm.ids import FULL_RANGE
 from juicebox_hsm.merkle import kernel, model
 from juicebox_hsm.merkle.memory import MemoryTree
+from juicebox_hsm.merkle.nodes import KEY_BITS
 
 SEALED_RECORD_BYTES: Final = 790  # a padded record, its tag and its nonce (hsm.md 13.3)
 OVERLAY_DELTAS: Final = 1024  # a usual `tree_overlay_size` (hsm.md 2)
@@ -57,6 +58,25 @@ def build(leaves: int, value_bytes: int, seed: int) -> tuple[MemoryTree, list[by
     keys = [source.randbytes(32) for _ in range(leaves)]
     value = source.randbytes(value_bytes)
     return MemoryTree.build(FULL_RANGE, ((key, value) for key in keys)), keys
+
+
+def below(key: bytes, bits: int, source: random.Random) -> bytes:
+    """Return a random key that shares its first `bits` bits with `key` and differs in the next, if there is one."""
+    free = KEY_BITS - bits
+    if free == 0:
+        return key
+    number = int.from_bytes(key, "big")
+    kept = number >> free << free
+    fork = ~number & (1 << (free - 1))
+    return (kept | fork | source.getrandbits(free - 1)).to_bytes(32, "big")
+
+
+def deepen(host: MemoryTree, key: bytes, depth: int, value_bytes: int, source: random.Random) -> None:
+    """Add records that fork off `key` at every bit above `depth`, so that its path has at least `depth` nodes."""
+    tree = kernel.Tree(host.root, FULL_RANGE.start, FULL_RANGE.end, OVERLAY_DELTAS)
+    for bit in range(depth):
+        added = below(key, bit, source)
+        host.apply(*tree.update(host.read(added), source.randbytes(value_bytes)))
 
 
 def measure(
@@ -94,15 +114,23 @@ def measure(
     )
 
 
-def run(leaves: int, count: int, value_bytes: int = SEALED_RECORD_BYTES, seed: int = 1) -> list[Measurement]:
-    """Build the tree and measure both forms; memory is about 1.5 KB per leaf with full-size records."""
+def run(
+    leaves: int, count: int, value_bytes: int = SEALED_RECORD_BYTES, seed: int = 1, depth: int = 0
+) -> list[Measurement]:
+    """Build the tree and measure both forms; memory is about 1.5 KB per leaf with full-size records.
+
+    With a `depth` all operations are at one place of the tree whose path has at least that many nodes.
+    """
     host, existing = build(leaves, value_bytes, seed)
     source = random.Random(seed + 1)  # noqa: S311 - as above
+    if depth:
+        del existing[1:]
+        deepen(host, existing[0], depth, value_bytes, source)
     results: list[Measurement] = []
     for form, tree_class, times in (("c", kernel.Tree, count), ("model", model.Tree, min(count, MODEL_COUNT_MAX))):
         tree = tree_class(host.root, FULL_RANGE.start, FULL_RANGE.end, OVERLAY_DELTAS)
         updated = (source.choice(existing) for _ in range(times))
-        added = (source.randbytes(32) for _ in range(times))
+        added = (below(existing[0], depth, source) if depth else source.randbytes(32) for _ in range(times))
         for kind, keys in (("update", updated), ("insert", added)):
             results.append(measure(f"tree-{kind}-{form}", host, tree.update, keys, times, value_bytes, leaves))
     return results
@@ -151,6 +179,13 @@ def table(results: list[Measurement]) -> Table:
     help=f"Operations of each kind in C; the model does at most {MODEL_COUNT_MAX}.",
 )
 @click.option(
+    "--depth",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0, KEY_BITS),
+    help="Work at one place whose path has at least this many nodes; 0: anywhere, about log2(leaves).",
+)
+@click.option(
     "--value-bytes",
     default=SEALED_RECORD_BYTES,
     show_default=True,
@@ -161,11 +196,11 @@ def table(results: list[Measurement]) -> Table:
 @click.option(
     "--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Also write the results here."
 )
-def bench_tree(leaves: int, count: int, value_bytes: int, seed: int, json_file: Path | None) -> None:
+def bench_tree(leaves: int, count: int, depth: int, value_bytes: int, seed: int, json_file: Path | None) -> None:
     """Measure verify and insert in the Merkle tree at a given size: C against the model."""
     console = Console()
     with console.status(f"building {leaves:,} leaves and measuring"):
-        results = run(leaves, count, value_bytes, seed)
+        results = run(leaves, count, value_bytes, seed, depth)
     console.print(table(results))
     if json_file is not None:
         json_file.write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n", encoding="ascii")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from click.testing import CliRunner
 
-from roles.tools.bench_tree import bench_tree
+from roles.tools.bench_tree import bench_tree, run
 
 
 def test_both_forms_are_measured_and_written(tmp_path: Path) -> None:
@@ -29,3 +30,9 @@ def test_one_operation_is_enough(tmp_path: Path) -> None:
     """A single operation has percentiles too."""
     done = CliRunner().invoke(bench_tree, ["--leaves", "1", "--count", "1"], catch_exceptions=False)
     assert done.exit_code == 0
+
+
+@pytest.mark.parametrize("depth", [1, 100, 255])
+def test_depth(depth: int) -> None:
+    """With --depth every measured path has at least that many nodes."""
+    assert all(result.path_nodes >= depth for result in run(20, 5, 8, 1, depth))
