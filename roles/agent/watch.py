@@ -105,7 +105,11 @@ class Follower:
 
         Returns the persister ticket that covers them. MUST only be given entries the store acknowledged.
         """
-        async with self._lock:
+        if self._lock.locked():
+            await self._lock.acquire()
+        else:
+            self._lock.acquire_nowait()  # spares a trip through the scheduler per batch
+        try:
             position = self._group.position
             first = entries[0].index
             if first > position:
@@ -119,6 +123,8 @@ class Follower:
                 return self._agent.persister.request()
             self._agent.metrics.count("agent.push.refused", outcome=outcome.value)
             await self._resync()
+        finally:
+            self._lock.release()
         self.wake.set()
         return None
 
