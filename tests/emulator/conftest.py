@@ -9,7 +9,12 @@ import pytest
 
 from roles.tools.demo_emulator import EMULATOR_VARIABLE, HOW_TO_GET, Emulator, find_emulator
 
-pytest.register_assert_rewrite("tests.emulator.contract", "tests.emulator.contract_outbox", "tests.emulator.realm_data")
+pytest.register_assert_rewrite(
+    "tests.emulator.contract",
+    "tests.emulator.contract_bus",
+    "tests.emulator.contract_outbox",
+    "tests.emulator.realm_data",
+)
 
 
 @pytest.fixture(scope="session")

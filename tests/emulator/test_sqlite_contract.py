@@ -11,6 +11,7 @@ from juicebox_hsm.adapters.store import open_store
 from juicebox_hsm.ports import Store
 from tests.emulator import contract
 from tests.emulator.contract import ClusterContract, LogContract, NodeContract
+from tests.emulator.contract_bus import BusContract
 from tests.emulator.contract_outbox import AccountingContract, OutboxContract
 
 store = contract.store
@@ -51,3 +52,7 @@ class TestOutbox(OutboxContract):
 
 class TestAccounting(AccountingContract):
     """Accounting in one file."""
+
+
+class TestBus(BusContract):
+    """The embedded bus on one file."""

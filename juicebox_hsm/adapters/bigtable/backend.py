@@ -143,10 +143,10 @@ async def _opened(
 ) -> AsyncIterator[Store]:
     """Build the ports over open channels, with the tasks they need."""
     transport = data if tuning.wrap is None else tuning.wrap(data)
-    endpoint = Endpoint(transport, authorization, address.path, address.profile, tuning.call_s)
+    endpoint = Endpoint(transport, authorization, address.path, address.profile, tuning.call_s, tuning.retry)
     nodes = TreeNodes(endpoint, cache_nodes)
     deletion = DeferredDeletion(nodes, tuning.deletion_delay_s)
-    settled = Settled(endpoint, tuning.retry)
+    settled = Settled(endpoint)
     realms = BigtableRealms(endpoint, admin)
     await realms.self_test()
 
@@ -156,16 +156,17 @@ async def _opened(
         await fresh.unary(codec.PING_AND_WARM, ping, headers, tuning.call_s)
 
     failure: BaseException | None = None
+    deleting = trio.CancelScope(shield=True)  # goes on while the body is being cancelled, until `_finish` is done
     async with trio.open_nursery() as nursery:
         nursery.start_soon(authorization.keep_fresh)
         nursery.start_soon(data.keep_rotating, warm)
         nursery.start_soon(settled.run)
-        nursery.start_soon(deletion.run)
+        nursery.start_soon(_delete, deletion, deleting)
         try:
             yield Store(
-                log=BigtableLog(LogReads(endpoint, tuning.retry), nodes, deletion, tuning.retry),
+                log=BigtableLog(LogReads(endpoint), nodes, deletion),
                 nodes=nodes,
-                outbox=BigtableOutbox(endpoint, settled, tuning.retry),
+                outbox=BigtableOutbox(endpoint, settled),
                 accounting=BigtableAccounting(endpoint),
                 discovery=BigtableDiscovery(endpoint, nursery),
                 leases=BigtableLeases(endpoint),
@@ -180,9 +181,15 @@ async def _opened(
             failure = error
         finally:
             await _finish(deletion, settled)
+            deleting.cancel()
             nursery.cancel_scope.cancel()
     if failure is not None:
         raise failure
+
+
+async def _delete(deletion: DeferredDeletion, scope: trio.CancelScope) -> None:
+    with scope:
+        await deletion.run()
 
 
 async def _finish(deletion: DeferredDeletion, settled: Settled) -> None:

@@ -28,7 +28,7 @@ from juicebox_hsm.adapters.bigtable.codec import (
     Selection,
     SetCell,
 )
-from juicebox_hsm.adapters.bigtable.retry import STORE_RETRY, Attempts, NoSuchTable
+from juicebox_hsm.adapters.bigtable.retry import NoSuchTable
 from juicebox_hsm.adapters.bigtable.table import Endpoint, Table
 from juicebox_hsm.adapters.logging import get_logger
 from juicebox_hsm.errors import DecodingError, RealmError
@@ -156,7 +156,7 @@ class BigtableLeases:
     async def terminate(self, lease: Lease) -> None:
         """Give the lease back if it is still ours."""
         ours = AnyValueEquals(lease.id.encode())
-        attempts = Attempts("end a lease", STORE_RETRY)
+        attempts = self._table.attempts("end a lease")
         while True:
             try:
                 await self._table.check_and_mutate(lease.name.encode(), ours, if_match=(DeleteRow(),))
@@ -200,7 +200,7 @@ class BigtableSettings:
 
     async def claim(self, name: str, value: bytes) -> bytes:
         """Set the value if absent; return the value that stands afterwards."""
-        attempts = Attempts("claim a setting", STORE_RETRY)
+        attempts = self._table.attempts("claim a setting")
         while True:
             try:
                 if not await self._table.check_and_mutate(

@@ -22,7 +22,6 @@ from juicebox_hsm.adapters.bigtable.deletion import DeferredDeletion
 from juicebox_hsm.adapters.bigtable.log_reads import LogReads
 from juicebox_hsm.adapters.bigtable.log_rows import TOMBSTONE_CELL, entry_cells, is_tombstone
 from juicebox_hsm.adapters.bigtable.nodes import TreeNodes
-from juicebox_hsm.adapters.bigtable.retry import STORE_RETRY, Attempts, RetryProfile
 from juicebox_hsm.adapters.bigtable.table import Table
 from juicebox_hsm.consensus.codec import decode_certificate, encode_certificate
 from juicebox_hsm.consensus.types import ZERO_MAC, Certificate, LogEntry
@@ -65,13 +64,10 @@ def check_batch(entries: Sequence[LogEntry], intents: Sequence[Intent | None]) -
 class BigtableLog:
     """`ports.LogStore` on one instance."""
 
-    def __init__(
-        self, reads: LogReads, nodes: TreeNodes, deletion: DeferredDeletion, retry: RetryProfile = STORE_RETRY
-    ) -> None:
+    def __init__(self, reads: LogReads, nodes: TreeNodes, deletion: DeferredDeletion) -> None:
         self._reads = reads
         self._nodes = nodes
         self._deletion = deletion
-        self._retry = retry
         self._tails: dict[tuple[RealmId, GroupId], tuple[int, bytes]] = {}
 
     def _table(self, realm: RealmId) -> Table:
@@ -103,7 +99,6 @@ class BigtableLog:
             outcome = await self._write_row(realm, group, entries, entry_cells(entries, intents))
         if outcome is AppendOutcome.APPENDED:
             self._tails[tail] = (entries[-1].index, entries[-1].entry_mac)
-            self._reads.note_boundary(realm, group, entries[-1].index + 1)
             self._nodes.remember(stored)
             self._deletion.schedule(realm, removals)
         return outcome
@@ -123,7 +118,7 @@ class BigtableLog:
     ) -> AppendOutcome:
         """Write the row if it is absent; raises `StoreAmbiguous` when not even reading can tell what happened."""
         key = keys.log_key(group, entries[0].index)
-        attempts = Attempts("append", self._retry)
+        attempts = self._table(realm).attempts("append")
         in_doubt = False
         while True:
             try:

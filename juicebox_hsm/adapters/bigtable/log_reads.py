@@ -14,7 +14,6 @@ import trio
 from juicebox_hsm.adapters.bigtable import keys
 from juicebox_hsm.adapters.bigtable.codec import EVERYTHING, KeyRange, Row, RowSet, Selection
 from juicebox_hsm.adapters.bigtable.log_rows import decode_cell, decode_entries, decode_with_intents, is_tombstone
-from juicebox_hsm.adapters.bigtable.retry import STORE_RETRY, Attempts, RetryProfile
 from juicebox_hsm.adapters.bigtable.table import Endpoint, Table
 from juicebox_hsm.consensus.types import LogEntry
 from juicebox_hsm.ids import GroupId, RealmId
@@ -33,9 +32,8 @@ _NEWEST_CELL: Final = Selection(cells_per_row=1)
 class LogReads:
     """Everything that reads the log tables."""
 
-    def __init__(self, endpoint: Endpoint, retry: RetryProfile = STORE_RETRY) -> None:
+    def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
-        self._retry = retry
         self._tables: dict[RealmId, Table] = {}
         self._boundaries: dict[tuple[RealmId, GroupId], tuple[int, float]] = {}
 
@@ -43,7 +41,7 @@ class LogReads:
         """Return the realm's log table."""
         table = self._tables.get(realm)
         if table is None:
-            table = self._tables[realm] = Table(self._endpoint, keys.realm_tables(realm)[0], self._retry)
+            table = self._tables[realm] = Table(self._endpoint, keys.realm_tables(realm)[0])
         return table
 
     def note_boundary(self, realm: RealmId, group: GroupId, index: int) -> None:
@@ -68,7 +66,7 @@ class LogReads:
         The newest row is never a tombstone, but a scan can choose a row that is replaced before it is read, when a
         newer one was appended meanwhile: then it is read again.
         """
-        attempts = Attempts("read the end of the log", self._retry)
+        attempts = self.table(realm).attempts("read the end of the log")
         while True:
             row = await self.newest_row(realm, group, _NEWEST_CELL)
             if row is None:

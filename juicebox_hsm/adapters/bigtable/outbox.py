@@ -43,7 +43,7 @@ from juicebox_hsm.adapters.bigtable.outbox_rows import (
     number,
 )
 from juicebox_hsm.adapters.bigtable.outbox_table import OutboxTable
-from juicebox_hsm.adapters.bigtable.retry import STORE_RETRY, Attempts, RetryProfile
+from juicebox_hsm.adapters.bigtable.retry import Attempts
 from juicebox_hsm.adapters.bigtable.settled import Settled
 from juicebox_hsm.adapters.bigtable.table import Endpoint
 from juicebox_hsm.errors import check
@@ -88,9 +88,8 @@ class _Tenant:
 class BigtableOutbox:
     """`ports.EventOutbox` on one instance."""
 
-    def __init__(self, endpoint: Endpoint, settled: Settled, retry: RetryProfile = STORE_RETRY) -> None:
-        self._table = OutboxTable(endpoint, retry)
-        self._retry = retry
+    def __init__(self, endpoint: Endpoint, settled: Settled) -> None:
+        self._table = OutboxTable(endpoint)
         self._settled = settled
         self._removal = Removal(self._table)
         self._tenants: dict[tuple[RealmId, str], _Tenant] = {}
@@ -157,7 +156,7 @@ class BigtableOutbox:
             SetCell(EVENTS, keys.downward(first + place), encode_event(first + place, event))
             for place, event in enumerate(events)
         ]
-        attempts = Attempts("record events", self._retry)
+        attempts = self._table.of(realm).attempts("record events")
         in_doubt = False
         while True:
             try:
@@ -282,7 +281,7 @@ class BigtableOutbox:
         known, name = self._tenant(realm, tenant), keys.check_tenant(tenant)
         if to_seq > known.tail and to_seq > await self._table.read_tail(realm, name):
             return False
-        attempts = Attempts("advance a cursor", self._retry)
+        attempts = self._table.of(realm).attempts("advance a cursor")
         cursor, known.cursor = known.cursor, None
         while True:
             if cursor is None:

@@ -7,7 +7,6 @@ from typing import Final
 from juicebox_hsm.adapters.bigtable import keys
 from juicebox_hsm.adapters.bigtable.codec import KeyRange, RowSet, Selection
 from juicebox_hsm.adapters.bigtable.outbox_rows import EVENTS, decode_event
-from juicebox_hsm.adapters.bigtable.retry import Attempts, RetryProfile
 from juicebox_hsm.adapters.bigtable.table import Endpoint, Table
 from juicebox_hsm.ids import RealmId
 from juicebox_hsm.ports import OutboxEvent, StoreUnavailable
@@ -22,16 +21,15 @@ _EVENTS: Final = Selection(family=EVENTS)
 class OutboxTable:
     """The outbox tables of an instance."""
 
-    def __init__(self, endpoint: Endpoint, retry: RetryProfile) -> None:
+    def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
-        self._retry = retry
         self._tables: dict[RealmId, Table] = {}
 
     def of(self, realm: RealmId) -> Table:
         """Return the realm's outbox table."""
         table = self._tables.get(realm)
         if table is None:
-            table = self._tables[realm] = Table(self._endpoint, keys.realm_tables(realm)[3], self._retry)
+            table = self._tables[realm] = Table(self._endpoint, keys.realm_tables(realm)[3])
         return table
 
     async def read_tail(self, realm: RealmId, tenant: bytes) -> int:
@@ -40,7 +38,7 @@ class OutboxTable:
         The newest event is never removed, but a scan can see the one before it being removed and the next not yet:
         then it finds only the cursor row, or nothing, and looks again.
         """
-        attempts = Attempts("read the end of the outbox", self._retry)
+        attempts = self.of(realm).attempts("read the end of the outbox")
         wanted = KeyRange(keys.event_key(tenant, keys.TOP), keys.cursor_key(tenant))
         while True:
             row = await self.of(realm).first(wanted, _NEWEST)

@@ -16,7 +16,6 @@ import trio
 from juicebox_hsm.adapters.bigtable import keys
 from juicebox_hsm.adapters.bigtable.codec import DeleteColumn, Mutation, RowSet, Selection, SetCell
 from juicebox_hsm.adapters.bigtable.outbox_rows import EVENTS, SETTLED, number
-from juicebox_hsm.adapters.bigtable.retry import STORE_RETRY, RetryProfile
 from juicebox_hsm.adapters.bigtable.table import Endpoint, Table
 from juicebox_hsm.adapters.logging import get_logger
 from juicebox_hsm.errors import RealmError
@@ -33,15 +32,14 @@ _log = get_logger("bigtable.outbox")
 class Settled:
     """The settled indexes of all groups, with those not written yet."""
 
-    def __init__(self, endpoint: Endpoint, retry: RetryProfile = STORE_RETRY) -> None:
+    def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
-        self._retry = retry
         self._waiting: dict[RealmId, dict[GroupId, int]] = defaultdict(dict)
         self._work = trio.Event()
         self._flushing = trio.Lock()
 
     def _table(self, realm: RealmId) -> Table:
-        return Table(self._endpoint, keys.realm_tables(realm)[3], self._retry)
+        return Table(self._endpoint, keys.realm_tables(realm)[3])
 
     async def raise_to(self, realm: RealmId, settled: Mapping[GroupId, int], *, lazily: bool) -> None:
         """Raise indexes, at once or within a quarter of a second."""

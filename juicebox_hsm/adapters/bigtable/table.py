@@ -57,12 +57,14 @@ class Endpoint:
         instance: str,
         profile: str = "",
         call_s: float = CALL_S,
+        retry: RetryProfile = STORE_RETRY,
     ) -> None:
         self.transport = transport
         self.authorization = authorization
         self.instance = instance
         self.profile = profile
         self.call_s = call_s
+        self.retry = retry
 
     def routing(self, table: str) -> Metadata:
         """Return the header that routes a call; the generated client would add it (storage.md 9.1)."""
@@ -73,15 +75,19 @@ class Endpoint:
 class Table:
     """One table by its short name. Row keys, qualifiers and values are bytes."""
 
-    def __init__(self, endpoint: Endpoint, name: str, retry: RetryProfile = STORE_RETRY) -> None:
+    def __init__(self, endpoint: Endpoint, name: str, retry: RetryProfile | None = None) -> None:
         self.name = name
         self._endpoint = endpoint
         self._full = f"{endpoint.instance}/tables/{name}"
         self._routing = endpoint.routing(self._full)
-        self._retry = retry
+        self._retry = retry or endpoint.retry
 
     def _headers(self) -> Metadata:
         return self._routing + self._endpoint.authorization.metadata()
+
+    def attempts(self, what: str) -> Attempts:
+        """Begin to count the attempts of one operation on this table."""
+        return Attempts(what, self._retry)
 
     async def _after(self, failure: CallFailed, attempts: Attempts, renewed: list[bool]) -> None:
         """Wait for the next attempt of a call that may be repeated; raises what the failure means if there is none."""
@@ -93,9 +99,7 @@ class Table:
 
     # --- reading ---------------------------------------------------------------------------------
 
-    async def read_rows(
-        self, rows: RowSet, *, limit: int = 0, selection: Selection = EVERYTHING, retry: RetryProfile | None = None
-    ) -> list[Row]:
+    async def read_rows(self, rows: RowSet, *, limit: int = 0, selection: Selection = EVERYTHING) -> list[Row]:
         """Return the rows of the set in key order, at most `limit` unless it is 0. A row without cells is absent.
 
         A stream that breaks is continued after its last complete row.
@@ -103,7 +107,7 @@ class Table:
         _check_rows(rows)
         check(selection.qualifier is None or selection.family is not None, "a column is named with its family")
         endpoint = self._endpoint
-        attempts, renewed = Attempts(f"read {self.name}", retry or self._retry), list[bool]()
+        attempts, renewed = self.attempts(f"read {self.name}"), list[bool]()
         found: list[Row] = []
         left: RowSet | None = rows
         last: bytes | None = None
@@ -163,7 +167,7 @@ class Table:
         check(mutations, "a row is changed by at least one mutation")
         endpoint = self._endpoint
         request = codec.mutate_row_request(self._full, endpoint.profile, key, mutations)
-        attempts, renewed = Attempts(f"write {self.name}", self._retry), list[bool]()
+        attempts, renewed = self.attempts(f"write {self.name}"), list[bool]()
         while True:
             try:
                 await endpoint.transport.unary(codec.MUTATE_ROW, request, self._headers(), endpoint.call_s)
@@ -179,7 +183,7 @@ class Table:
     async def _mutate_chunk(self, rows: Sequence[tuple[bytes, Sequence[Mutation]]]) -> None:
         endpoint = self._endpoint
         request = codec.mutate_rows_request(self._full, endpoint.profile, rows)
-        attempts, renewed = Attempts(f"write {self.name}", self._retry), list[bool]()
+        attempts, renewed = self.attempts(f"write {self.name}"), list[bool]()
         while True:
             try:
                 messages = await endpoint.transport.stream(codec.MUTATE_ROWS, request, self._headers(), endpoint.call_s)
