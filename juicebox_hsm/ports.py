@@ -15,6 +15,7 @@ from typing import Protocol
 
 from juicebox_hsm.consensus.types import Certificate, LogEntry, Partition
 from juicebox_hsm.errors import RealmError
+from juicebox_hsm.event_bus import EventBus
 from juicebox_hsm.hsm.messages import Request, Response
 from juicebox_hsm.ids import GroupId, RealmId, RecordId
 from juicebox_hsm.table_stats import TableStats
@@ -419,6 +420,7 @@ class Store:
     realms: RealmStore
     description: str = field(default="")
     stats: TableStats | None = None
+    bus: EventBus | None = None
 
 
 class RealmStore(Protocol):

@@ -26,7 +26,7 @@ def with_faults(store: Store, switch: FaultSwitch) -> Store:
     ports: dict[str, Any] = {
         field.name: _FaultyPort(getattr(store, field.name), switch)
         for field in fields(store)
-        if field.name != "description"
+        if field.name != "description" and getattr(store, field.name) is not None
     }
     return replace(store, **ports)
 

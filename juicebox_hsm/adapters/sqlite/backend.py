@@ -9,6 +9,7 @@ from pathlib import Path
 import apsw
 import trio
 
+from juicebox_hsm.adapters.embedded_bus import EmbeddedBus
 from juicebox_hsm.adapters.sqlite.accounting import SqliteAccounting
 from juicebox_hsm.adapters.sqlite.cluster import (
     SqliteDiscovery,
@@ -21,6 +22,7 @@ from juicebox_hsm.adapters.sqlite.gc import Maintenance
 from juicebox_hsm.adapters.sqlite.log import SqliteLog
 from juicebox_hsm.adapters.sqlite.nodes import CACHE_NODES, TreeNodes
 from juicebox_hsm.adapters.sqlite.outbox import SqliteOutbox
+from juicebox_hsm.adapters.sqlite.published import SqlitePublished
 from juicebox_hsm.adapters.sqlite.reads import Reads
 from juicebox_hsm.adapters.sqlite.schema import WRITER_CACHE_KIB, connect, prepare_file, prepare_tables, translate
 from juicebox_hsm.adapters.sqlite.stats import SqliteStats
@@ -87,6 +89,7 @@ async def open_sqlite(path: Path, *, merkle_cache_size: int = CACHE_NODES) -> As
             realms=SqliteRealms(writer, reads),
             description=f"sqlite:{path}",
             stats=SqliteStats(reads),
+            bus=EmbeddedBus(SqlitePublished(writer, reads)),
         )
     finally:
         reads.close()

@@ -16,6 +16,7 @@ import apsw
 from juicebox_hsm.adapters.sqlite.nodes import TreeNodes
 from juicebox_hsm.adapters.sqlite.reads import Reads, fetch, fetch_one, group_number, make_group_number
 from juicebox_hsm.adapters.sqlite.rows import (
+    checksum,
     decode_certificate,
     decode_entries,
     decode_intents,
@@ -81,6 +82,7 @@ class SqliteLog:
         known = self._reads.group(realm, group)
         changes = self._nodes.plan(realm, delta)
         packed, packed_intents = encode_entries(entries), encode_intents(intents)
+        total = checksum(packed, packed_intents)
         apply = self._nodes.apply
 
         def write(connection: apsw.Connection) -> AppendOutcome:
@@ -91,8 +93,8 @@ class SqliteLog:
             if number is None:
                 number = make_group_number(connection, realm, group)
             connection.execute(
-                "INSERT INTO log VALUES (?, ?, ?, ?, ?)",
-                (number << INDEX_BITS | first.index, last.index, last.entry_mac, packed, packed_intents),
+                "INSERT INTO log VALUES (?, ?, ?, ?, ?, ?)",
+                (number << INDEX_BITS | first.index, last.index, last.entry_mac, packed, packed_intents, total),
             )
             apply(connection, changes)
             return AppendOutcome.APPENDED

@@ -13,7 +13,7 @@ from typing import Final
 import apsw
 
 from juicebox_hsm.adapters.sqlite.reads import Reads, fetch, fetch_one, make_group_number, realm_number
-from juicebox_hsm.adapters.sqlite.rows import decode_event, encode_event
+from juicebox_hsm.adapters.sqlite.rows import checksum, decode_event, encode_event
 from juicebox_hsm.adapters.sqlite.writer import Writer
 from juicebox_hsm.errors import check
 from juicebox_hsm.ids import GroupId, RealmId
@@ -57,10 +57,11 @@ class SqliteOutbox:
             for event, blob in zip(events, blobs, strict=True):
                 tenant, tail = tails.get(event.tenant) or _tenant_row(db, number, event.tenant)
                 tails[event.tenant] = (tenant, tail + 1)
+                bare = event.event is None
                 rows.append(
-                    (tenant, tail + 1, groups[event.group], event.index, event.when_ms, event.event is None, blob)
+                    (tenant, tail + 1, groups[event.group], event.index, event.when_ms, bare, blob, checksum(blob))
                 )
-            db.executemany("INSERT INTO outbox VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+            db.executemany("INSERT INTO outbox VALUES (?, ?, ?, ?, ?, ?, ?, ?, 0)", rows)
             db.executemany("UPDATE outbox_tenants SET tail = ?2 WHERE number = ?1", list(tails.values()))
             db.executemany(
                 "INSERT INTO settled VALUES (?, ?) ON CONFLICT DO UPDATE SET idx = max(idx, excluded.idx)",
@@ -200,4 +201,5 @@ def _remove(db: apsw.Connection, tenant: int, published: int, event_before_ms: i
                 gone.add(seq)
         cursor.close()
     db.executemany("DELETE FROM outbox WHERE tenant = ? AND seq = ?", [(tenant, seq) for seq in sorted(gone)])
+    db.execute("UPDATE outbox_tenants SET removed = removed + ? WHERE number = ?", (len(gone), tenant))
     return len(gone)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TypeVar
+from zlib import crc32
 
 import msgspec
 
@@ -45,6 +46,14 @@ def unpack(decoder: msgspec.msgpack.Decoder[T], data: bytes, what: str) -> T:
         return decoder.decode(data)
     except msgspec.MsgspecError:
         raise StoreInvalid(f"a stored {what} cannot be decoded; the file is damaged") from None
+
+
+def checksum(*parts: bytes | None) -> int:
+    """Return the CRC-32 of what a row keeps: finds damage, not forgery. About 0.1 us per 100 bytes."""
+    value = 0
+    for part in parts:
+        value = crc32(part or b"", value)
+    return value
 
 
 def entries_size(head: bytes) -> int | None:

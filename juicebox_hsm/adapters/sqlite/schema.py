@@ -17,7 +17,7 @@ from juicebox_hsm.errors import LocalError, RealmError
 from juicebox_hsm.ports import StoreInvalid, StoreUnavailable
 
 APPLICATION_ID: Final = 0x4A42_4853  # "JBHS"
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 BUSY_TIMEOUT_MS: Final = 5_000  # only a foreign program (a shell, a backup) can make us wait here
 WRITER_CACHE_KIB: Final = 65_536
 READER_CACHE_KIB: Final = 16_384
@@ -25,22 +25,25 @@ WAL_KEPT_BYTES: Final = 64 << 20  # a write-ahead log that a long reader let gro
 INDEX_BITS: Final = 48
 INDEX_MAX: Final = 2**INDEX_BITS - 1
 REALMS_MAX: Final = 1_023  # ten bits of a tree row's key
+SEQ_MAX: Final = 2**63 - 1
 
 _TABLES: Final = """
 CREATE TABLE realms (number INTEGER PRIMARY KEY, realm BLOB NOT NULL UNIQUE);
 CREATE TABLE groups (number INTEGER PRIMARY KEY, realm INTEGER NOT NULL, grp BLOB NOT NULL, UNIQUE (realm, grp));
 CREATE TABLE log (id INTEGER PRIMARY KEY, last INTEGER NOT NULL, mac BLOB NOT NULL, entries BLOB NOT NULL,
-  intents BLOB);
+  intents BLOB, sum INTEGER);
 CREATE TABLE certificates (grp INTEGER NOT NULL, idx INTEGER NOT NULL, data BLOB NOT NULL, PRIMARY KEY (grp, idx))
   WITHOUT ROWID;
 CREATE TABLE roots (realm INTEGER NOT NULL, hash BLOB NOT NULL, node BLOB NOT NULL, PRIMARY KEY (realm, hash))
   WITHOUT ROWID;
 CREATE TABLE tree (id INTEGER PRIMARY KEY, data BLOB NOT NULL);
 CREATE TABLE outbox_tenants (number INTEGER PRIMARY KEY, realm INTEGER NOT NULL, tenant TEXT NOT NULL,
-  tail INTEGER NOT NULL, published INTEGER NOT NULL, UNIQUE (realm, tenant));
+  tail INTEGER NOT NULL, published INTEGER NOT NULL, removed INTEGER NOT NULL DEFAULT 0, UNIQUE (realm, tenant));
 CREATE TABLE outbox (tenant INTEGER NOT NULL, seq INTEGER NOT NULL, grp INTEGER NOT NULL, idx INTEGER NOT NULL,
-  when_ms INTEGER NOT NULL, bare INTEGER NOT NULL, data BLOB NOT NULL, PRIMARY KEY (tenant, seq)) WITHOUT ROWID;
+  when_ms INTEGER NOT NULL, bare INTEGER NOT NULL, data BLOB NOT NULL, sum INTEGER,
+  acked INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (tenant, seq)) WITHOUT ROWID;
 CREATE INDEX outbox_bare ON outbox (tenant, seq) WHERE bare = 1;
+CREATE INDEX outbox_left ON outbox (tenant, seq) WHERE bare = 0 AND acked = 0;
 CREATE TABLE settled (grp INTEGER PRIMARY KEY, idx INTEGER NOT NULL);
 CREATE TABLE counters (tenant INTEGER NOT NULL, day TEXT NOT NULL, kind TEXT NOT NULL, count INTEGER NOT NULL,
   PRIMARY KEY (tenant, day, kind)) WITHOUT ROWID;
@@ -53,6 +56,20 @@ CREATE TABLE leases (name TEXT PRIMARY KEY, owner TEXT NOT NULL, id TEXT NOT NUL
 CREATE TABLE settings (name TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE tenants (tenant TEXT PRIMARY KEY, capacity_ops_per_s INTEGER NOT NULL) WITHOUT ROWID;
 """
+
+_UPGRADES: Final = {
+    # Checksums for `store check` (rows from before have none), acknowledgements of the embedded bus, and how many
+    # outbox rows were removed, so that a lost one shows.
+    1: """
+ALTER TABLE log ADD COLUMN sum INTEGER;
+ALTER TABLE outbox ADD COLUMN sum INTEGER;
+ALTER TABLE outbox ADD COLUMN acked INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE outbox_tenants ADD COLUMN removed INTEGER NOT NULL DEFAULT 0;
+UPDATE outbox_tenants SET removed = tail - (SELECT count(*) FROM outbox o WHERE o.tenant = number);
+CREATE INDEX outbox_left ON outbox (tenant, seq) WHERE bare = 0 AND acked = 0;
+""",
+}
+"""Version -> what brings a file of that version to the next."""
 
 
 def translate(error: apsw.Error, path: Path) -> RealmError:
@@ -114,6 +131,8 @@ def prepare_tables(connection: apsw.Connection, path: Path) -> None:
         raise LocalError(
             f"sqlite:{path}: has schema version {version}, this program knows up to {SCHEMA_VERSION}; upgrade it"
         )
+    elif version < SCHEMA_VERSION:
+        _upgrade(connection, version)
 
 
 def _create(connection: apsw.Connection, path: Path) -> None:
@@ -123,4 +142,12 @@ def _create(connection: apsw.Connection, path: Path) -> None:
     with connection:
         connection.execute(_TABLES)
         connection.pragma("application_id", APPLICATION_ID)
+        connection.pragma("user_version", SCHEMA_VERSION)
+
+
+def _upgrade(connection: apsw.Connection, version: int) -> None:
+    """Bring a file of an older version to ours, in one transaction."""
+    with connection:
+        for step in range(version, SCHEMA_VERSION):
+            connection.execute(_UPGRADES[step])
         connection.pragma("user_version", SCHEMA_VERSION)
