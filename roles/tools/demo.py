@@ -40,7 +40,13 @@ SIGNAL_STATUS: Final = 128
 @click.option("--groups", type=int, default=1, show_default=True, help="Groups that share the key space of a realm.")
 @click.option("--load-balancers", type=int, default=1, show_default=True)
 @click.option("--managers", type=int, default=1, show_default=True)
-@click.option("--store", type=click.Choice(["sqlite", "bigtable"]), default="sqlite", show_default=True)
+@click.option(
+    "--store",
+    type=click.Choice(["sqlite", "bigtable"]),
+    default="sqlite",
+    show_default=True,
+    help="bigtable starts Google's emulator, or uses the one BIGTABLE_EMULATOR_HOST names.",
+)
 @click.option(
     "--state-dir",
     type=click.Path(path_type=Path, file_okay=False),
@@ -82,8 +88,6 @@ def command(
     from roles.tools.demo_layout import DemoOptions
 
     begun = time.monotonic()
-    if store == "bigtable":
-        raise ToolFailure("--store bigtable: not available in this version; use sqlite", ExitCode.USAGE)
     directory = state_dir or Path(tempfile.mkdtemp(prefix="juicebox-demo-"))
     try:
         options = DemoOptions(
@@ -96,6 +100,7 @@ def command(
             port_base=port_base,
             pin_hashing=pin_hashing,
             rate_limit=rate_limit,
+            store=store,
             restart=restart,
         )
         status = run(lambda: _demo(options, command_line, begun))

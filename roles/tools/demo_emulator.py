@@ -8,6 +8,11 @@ import select
 import shutil
 import subprocess
 import time
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Final
 
@@ -94,3 +99,47 @@ class Emulator:
             self._process.wait()
         if self._process.stdout is not None:
             self._process.stdout.close()
+
+
+@dataclass(frozen=True, slots=True)
+class DemoStore:
+    """The demo's Bigtable store: its URL ("" for the SQLite file) and the emulator's process (0: not ours)."""
+
+    url: str = ""
+    pid: int = 0
+
+
+@contextmanager
+def demo_store(store: str, state: Path) -> Iterator[DemoStore]:
+    """Provide the store of a demo in directory `state`: start the emulator unless the environment names one.
+
+    Raises `LocalError` when there is no emulator, and for a directory that belongs to another store: an emulator that
+    ended took its data with it, while the directory's HSMs remember theirs.
+    """
+    if store != "bigtable":
+        _check_belongs(state, "")
+        yield DemoStore()
+        return
+    name = f"bigtable:demo/demo-{sha256(bytes(state)).hexdigest()[:12]}"
+    given = os.environ.get(EMULATOR_VARIABLE)
+    if given:
+        url = f"{name}?emulator={given}"
+        _check_belongs(state, url)
+        yield DemoStore(url)
+        return
+    _check_belongs(state, name)
+    emulator = Emulator()
+    try:
+        yield DemoStore(f"{name}?emulator={emulator.address}", emulator.pid)
+    finally:
+        emulator.stop()
+
+
+def _check_belongs(state: Path, url: str) -> None:
+    """Refuse a directory that an earlier demo used with another store."""
+    try:
+        former = str(tomllib.loads((state / "cluster.toml").read_text(encoding="utf-8")).get("store", ""))
+    except (OSError, tomllib.TOMLDecodeError):
+        return
+    if former.startswith("bigtable:") if not url else former != url:
+        raise LocalError(f"{state} belongs to the store {former}, which this demo does not use: give a new --state-dir")

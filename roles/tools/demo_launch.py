@@ -41,6 +41,7 @@ from roles.tools.cluster_change import transfer_range
 from roles.tools.cluster_clients import client_configuration
 from roles.tools.cluster_create import join_realm, new_group, new_realm
 from roles.tools.cluster_session import COMMAND_TIMEOUT_S, ExitCode, Session, ToolFailure, call_manager, first_leaf
+from roles.tools.demo_emulator import demo_store
 from roles.tools.demo_layout import (
     KEY_VERSION,
     TENANT,
@@ -286,17 +287,30 @@ async def launch(
     options: DemoOptions, *, on_exit: Callable[[RunningService], None] = _report
 ) -> AsyncIterator[Cluster]:
     """Start a cluster, hand it over ready, and stop it afterwards. Raises `ToolFailure` and `LocalError`."""
-    state = StateDir(options.state_dir.resolve())
-    state.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path = options.state_dir.resolve()
+    path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with demo_store(options.store, path) as used:
+        async with _launched(options, StateDir(path, used.url), used.pid, on_exit) as cluster:
+            yield cluster
+
+
+@asynccontextmanager
+async def _launched(
+    options: DemoOptions, state: StateDir, emulator_pid: int, on_exit: Callable[[RunningService], None]
+) -> AsyncIterator[Cluster]:
+    """Start the services on a store that runs."""
     failure: BaseException | None = None
     async with open_store(state.store_url) as store, trio.open_nursery() as nursery:
         found = services(options, state)
         prepare(state, found)
+        await store.realms.create_shared()
         session = Session(store, RpcPool(nursery, ClusterTls.load(state.operator)))
         for entry in await store.discovery.list(session.now_ms()):
             await store.discovery.deregister(entry.kind, entry.url)  # left over from a run that was killed
         await store.tenants.put(TENANT, TenantLimits(options.rate_limit))
         guard = OrphanGuard()
+        if emulator_pid:
+            guard.watch(emulator_pid)
         cluster = Cluster(options, state, session, found, guard)
         try:
             for running in cluster.processes:

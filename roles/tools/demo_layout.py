@@ -54,6 +54,7 @@ class DemoOptions:
     port_base: int | None = None
     pin_hashing: str = "Standard2019"
     rate_limit: int = RATE_LIMIT_DEFAULT
+    store: str = "sqlite"
     restart: bool = False
     extra_flags: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
@@ -101,14 +102,15 @@ class Service:
 
 @dataclass(frozen=True, slots=True)
 class StateDir:
-    """Where everything of a demo lies."""
+    """Where everything of a demo lies. `bigtable` is the store's URL if that is not the file here."""
 
     path: Path
+    bigtable: str = ""
 
     @property
     def store_url(self) -> str:
         """Return the store."""
-        return f"sqlite:{self.path / 'store.db'}"
+        return self.bigtable or f"sqlite:{self.path / 'store.db'}"
 
     @property
     def secrets_file(self) -> Path:
