@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 REPLICATE_ENTRIES_MAX: Final = 200
 UNREACHABLE_PAUSE_S: Final = 0.1
+BEHIND_PAUSE_S: Final = 0.05
+"""Between pushes to a member that reads the log and has not come closer: asking again at once would only delay it."""
 
 
 def encoded_capture(group: GroupState) -> bytes | None:
@@ -60,6 +62,7 @@ async def _push_once(
     agent: Agent, group: GroupState, leader: LeaderState, member: HsmId, url: str, next_index: int
 ) -> int:
     """Send what the member may lack, count its vote, and return the next index to send."""
+    asked = next_index
     entries = leader.recent_from(next_index, REPLICATE_ENTRIES_MAX)
     if entries is None:
         # further behind than what is kept: it reads the log, and we go on with what comes
@@ -87,7 +90,10 @@ async def _push_once(
         if captured.hsm == member and captured.realm == group.realm and captured.group == group.group:
             leader.vote(captured)
             if reply.behind:
-                return max(captured.index + 1, leader.starting)
+                wanted = max(captured.index + 1, leader.starting)
+                if wanted == asked:
+                    await trio.sleep(min(BEHIND_PAUSE_S, agent.timings.heartbeat_s))
+                return wanted
     return last + 1
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import trio
 
 from juicebox_hsm.client import ClientError
+from juicebox_hsm.consensus.types import LogEntry
 from juicebox_hsm.ids import GroupId
-from juicebox_hsm.ports import Compacted, EventKind
+from juicebox_hsm.ports import Compacted, EventKind, StoreUnavailable
 from juicebox_hsm.wire.rpc import AppOk, Done, Refusal
 from tests.simulation.cluster import KEEP_EVENTS, QUICK, TENANT, SimAgent, Simulation, simulation, until
 
@@ -258,3 +259,38 @@ async def test_split_and_merge_with_live_users(tmp_path: Path) -> None:
         await sim.transfer(other, group, sim.upper_half())
         await traffic.more(8)
         assert traffic.errors == []
+
+
+async def test_member_far_behind_is_not_flooded(tmp_path: Path) -> None:
+    """A member behind the leadership's start that cannot read the log is asked at a steady pace, not without pause."""
+    async with simulation(tmp_path) as sim:
+        group = await sim.new_realm(3)
+        await sim.settle_peers()
+        first = sim.leader_of(group)
+        assert first is not None
+        behind, second = (a for a in sim.agents if a is not first)
+
+        async def fail(*_: object) -> list[LogEntry]:
+            raise StoreUnavailable("down")
+
+        behind.log.read_from = fail  # type: ignore[attr-defined]
+        sim.cut |= {frozenset((other.name, behind.name)) for other in (first, second)}
+        assert isinstance(await first.call("app", sim.register1(group, "alice")), AppOk)
+        assert await sim.hand_over_group(first, group) is second
+        assert isinstance(await second.call("app", sim.register1(group, "bob")), AppOk)
+        asked = 0
+        handler = behind.handlers["replicate"]
+
+        async def counting(body: object, caller: object) -> object:
+            nonlocal asked
+            asked += 1
+            return await handler(body, caller)
+
+        behind.handlers = {**behind.handlers, "replicate": counting}
+        sim.cut.clear()
+        await until(lambda: asked)
+        asked = 0
+        await trio.sleep(0.5)
+        assert 2 <= asked <= 25
+        del behind.log.read_from
+        await all_at_end(sim, group)
