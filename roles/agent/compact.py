@@ -50,12 +50,15 @@ async def keep_house(agent: Agent, group: GroupState, leader: LeaderState) -> No
     while leader.committed is None or leader.committed < leader.starting - 1:
         await leader.compactible.wait()
     failures = 0
+    listed = False
     trouble = f"compaction {group.group.hex()}"
     while True:
         try:
             if not leader.resolved:
                 await resolve_unknown(agent, group, leader)
+            if not listed:
                 await _take_older_rows(agent, group, leader)
+                listed = True
             await compact_once(agent, group, leader)
         except RealmError as error:
             failures += 1

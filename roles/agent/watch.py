@@ -27,7 +27,7 @@ from juicebox_hsm.hsm.messages import (
     RoleOk,
 )
 from juicebox_hsm.ids import HsmId
-from juicebox_hsm.ports import Compacted
+from juicebox_hsm.ports import Compacted, HsmGone
 from juicebox_hsm.wire.rpc import AGENT_METHODS, CapturedReply, GroupCall
 from roles.agent.oneshot import Signal
 from roles.agent.retry import STORE_RETRY
@@ -201,6 +201,8 @@ class Follower:
             agent.note_trouble(f"log {group.group.hex()}", error)
         try:
             jumped = await self._jump()
+        except (LogRefused, HsmGone):
+            raise
         except RealmError as error:
             agent.note_trouble(f"log {group.group.hex()}", error)
             jumped = False

@@ -383,3 +383,60 @@ async def test_agent_that_cannot_read_the_log_is_not_ready(tmp_path: Path) -> No
         await until(lambda: agent.agent.troubles)
         del agent.log.read_from
         await until(lambda: not agent.agent.troubles)
+
+
+async def test_rows_of_earlier_leaderships_are_compacted_after_trouble(tmp_path: Path) -> None:
+    """A store that fails while the older rows are listed delays their compaction and does not cancel it."""
+    async with simulation(tmp_path) as sim:
+        group = await sim.new_realm(1)
+        agent = sim.agents[0]
+        for number in range(3):
+            assert isinstance(await agent.call("app", sim.register1(group, f"user{number}")), AppOk)
+        await sim.restart(agent)
+        failures = [StoreUnavailable("busy")] * 2
+
+        async def sometimes(realm: RealmId, wanted: GroupId, below: int) -> object:
+            if failures:
+                raise failures.pop()
+            return await sim.store.log.list_rows(realm, wanted, below)
+
+        agent.log.list_rows = sometimes  # type: ignore[attr-defined]
+        await serves_again(sim, group)
+        with trio.fail_after(5):
+            while not isinstance(await sim.store.log.read_from(sim.realm, group, 3, 10), Compacted):
+                await agent.call("app", sim.register1(group, "more"))
+                await trio.sleep(0.02)
+        assert not failures
+
+
+async def test_corrupted_log_met_while_jumping_ends_the_process(tmp_path: Path) -> None:
+    """Rows that the HSM refuses in a jump over compacted ones end the agent, as any stored row it refuses does."""
+    async with simulation(tmp_path) as sim:
+        group = await sim.new_realm(3)
+        await sim.settle_peers()
+        leader = sim.leader_of(group)
+        assert leader is not None
+        behind = next(a for a in sim.agents if a is not leader)
+        behind.kill()
+        await behind.closed.wait()
+        position = behind.group(group).position
+        with trio.fail_after(8):
+            while not isinstance(await sim.store.log.read_from(sim.realm, group, position, 10), Compacted):
+                await leader.call("app", sim.register1(group, "alice"))
+                await trio.sleep(0.02)
+
+        class SpoilsTails(Corrupting):
+            async def read_from(
+                self, realm: RealmId, group: GroupId, index: int, entries_max: int
+            ) -> list[LogEntry] | Compacted:
+                found = await self._inner.read_from(realm, group, index, entries_max)  # type: ignore[attr-defined]
+                return found if isinstance(found, Compacted) else await super().read_from(realm, group, index, 10)
+
+        behind.store = dataclasses.replace(behind.store, log=SpoilsTails(behind.log))  # type: ignore[arg-type]
+        behind.platform.restarted()
+        sim.cut |= {frozenset((behind.name, other.name)) for other in sim.agents}
+        sim.nursery.start_soon(behind.run)
+        await until(lambda: behind.crash is not None)
+        assert behind.crash is not None
+        assert contains(behind.crash, (LogRefused,))
+        behind.crash = None
