@@ -31,6 +31,7 @@ ACTIVE_MS: Final = 4000
 """Tenants with no activity for this long are not gossiped, and their limiters may be forgotten."""
 REQUESTS_PER_OPERATION: Final = 3
 GOSSIP_TIMEOUT_S: Final = 0.5
+TIDY_S: Final = 1.0
 
 
 class LimiterState(msgspec.Struct, array_like=True, frozen=True):
@@ -71,6 +72,8 @@ class Limiter:
         floor = now_ms - WINDOW_MS
         while own and own[0] < floor:
             own.popleft()
+        if own and own[-1] > now_ms + WINDOW_MS:
+            own.clear()  # the clock was set back; until it was there again the window would have stayed full
         count = len(own)
         for peer in self._peers.values():
             count += len(peer.requests) - bisect_left(peer.requests, floor)
@@ -181,6 +184,11 @@ class Limiters:
             self.of(tenant).hear(peer, state)
         return bool(told)
 
+    def tidy(self, now_ms: int) -> None:
+        """Forget what no longer counts, also where no peer asks for it; a reservation is one entry per user."""
+        self.forget_silent(now_ms)
+        self.snapshot(now_ms)
+
     def forget_silent(self, now_ms: int) -> None:
         """Forget peers that were not heard for 2 s."""
         for peer, heard_ms in list(self._heard_ms.items()):
@@ -209,6 +217,7 @@ async def gossip(agent: Agent) -> None:
         if isinstance(reply, RateState) and agent.limiters.absorb(url, reply.tenants, agent.now_ms()):
             heard_any = True
 
+    tidy_at = trio.current_time()
     while True:
         busy = heard_any or agent.limiters.any_active(agent.now_ms())
         await trio.sleep(agent.timings.gossip_s if busy else agent.timings.gossip_idle_s)
@@ -218,7 +227,9 @@ async def gossip(agent: Agent) -> None:
             async with trio.open_nursery() as nursery:
                 for url in urls:
                     nursery.start_soon(ask, url)
-        agent.limiters.forget_silent(agent.now_ms())
+        if trio.current_time() >= tidy_at:
+            agent.limiters.tidy(agent.now_ms())
+            tidy_at = trio.current_time() + TIDY_S
 
 
 async def refresh_tenants(agent: Agent) -> int:

@@ -169,3 +169,30 @@ def test_unsorted_requests_of_a_peer_count() -> None:
     limiter.hear("other", LimiterState([NOW, NOW - 2000, NOW - 10], [], []))
     assert limiter.admit(ALICE, NOW)
     assert not limiter.admit(ALICE, NOW)
+
+
+def test_a_lone_agent_forgets_too() -> None:
+    """Without peers that ask, used and expired reservations and idle tenants do not pile up."""
+    alone = Limiters(0)
+    for number in range(100):
+        record = RecordId(number.to_bytes(32, "big"))
+        alone.of("acme").reserve(record, NOW)
+        if number % 2:
+            assert alone.of("acme").admit(record, NOW + 1)
+    alone.tidy(NOW + RESERVATION_MS + USED_KEPT_MS + 1)
+    state = alone.of("acme").state(NOW)
+    assert (state.requests, state.reservations, state.used) == ([], [], [])
+    before = alone.of("acme")
+    alone.tidy(NOW + 60_000)
+    assert alone.of("acme") is not before
+
+
+def test_a_clock_that_is_set_back_blocks_nobody() -> None:
+    """Requests admitted in what is now the future do not keep the window full until that time comes again."""
+    limiter = Limiter(2)
+    assert limiter.admit(ALICE, NOW)
+    assert limiter.admit(ALICE, NOW)
+    earlier = NOW - 3_600_000
+    assert limiter.admit(ALICE, earlier)
+    assert limiter.admit(ALICE, earlier)
+    assert not limiter.admit(ALICE, earlier)
