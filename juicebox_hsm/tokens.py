@@ -229,6 +229,20 @@ def _parse_kid(kid: object) -> tuple[str, int] | None:
     return match[1], int(match[2])
 
 
+def claimed_audience(token: str) -> str | None:
+    """Return the audience a token claims, unverified: to choose the realm against which it is then validated."""
+    if len(token) > TOKEN_CHARS_MAX:
+        return None
+    try:
+        _, claims_part, _ = token.split(".")
+        audience = _json_object(claims_part).get("aud")
+    except (_Malformed, ValueError):
+        return None
+    if isinstance(audience, list) and len(audience) == 1:
+        audience = audience[0]
+    return audience if isinstance(audience, str) else None
+
+
 # Validation ---------------------------------------------------------------------------------------------------
 
 

@@ -62,6 +62,7 @@ SIGNAL_STATUS: Final = 128
 )
 @click.option("--keep", is_flag=True, help="Leave a temporary state directory behind.")
 @click.option("--restart", is_flag=True, help="Start a service again when it exits.")
+@click.option("--tenant-log/--no-tenant-log", default=True, show_default=True, help="Serve tenants' event logs, too.")
 @click.option("--rate-limit", type=int, default=100_000, show_default=True, help="Operations/s of tenant test-acme.")
 @click.argument("command_line", nargs=-1, type=click.UNPROCESSED, metavar="[-- COMMAND ARGS...]")
 def command(
@@ -79,6 +80,7 @@ def command(
     *,
     keep: bool,
     restart: bool,
+    tenant_log: bool,
 ) -> None:
     """Run a real realm here: real processes, TLS between all of them, and files.
 
@@ -102,6 +104,7 @@ def command(
             rate_limit=rate_limit,
             store=store,
             restart=restart,
+            tenant_log=tenant_log,
         )
         status = run(lambda: _demo(options, command_line, begun))
     except LocalError as error:
@@ -166,13 +169,14 @@ async def _show(cluster: Cluster, begun: float) -> None:
     """Register and recover with our own client, and say what happened."""
     from juicebox_hsm.client import Client, Configuration, HttpTransport, InvalidPin
     from roles.tools.demo_launch import DEMO_USER
+    from roles.tools.demo_layout import TENANT_LOG
 
     configuration = Configuration.from_json(cluster.configuration)
     tokens = {realm: cluster.token(realm, DEMO_USER) for realm in cluster.realms}
     click.echo(f"A realm is up after {time.monotonic() - begun:.1f} s:")
     for running in cluster.processes:
         belongs = f"  HSM {running.hsm[:8]}...  realm {running.realm[:8]}..." if running.hsm else ""
-        click.echo(f"  {running.service.name:<10} {running.service.address:<17} process {running.pid}{belongs}")
+        click.echo(f"  {running.service.name:<11} {running.service.address:<17} process {running.pid}{belongs}")
     async with (
         HttpTransport(ca_file=cluster.state.edge_ca) as transport,
         Client(configuration, tokens, transport=transport) as client,
@@ -192,6 +196,9 @@ async def _show(cluster: Cluster, begun: float) -> None:
     click.echo(f"\nFirst recover {time.monotonic() - begun:.1f} s after the start. For clients and operators:")
     click.echo(f"  {CLIENT_JSON_VARIABLE}={cluster.state.client_json}")
     click.echo(f"  juicebox-hsm cluster status --config {cluster.state.cluster_toml}")
+    for running in cluster.of_role(TENANT_LOG):
+        token_file = cluster.state.audit_token(cluster.realms[0])
+        click.echo(f"  juicebox-hsm tenant-log tail --page 10 --url {running.service.url} --token-file {token_file}")
     if sys.stdout.isatty():
         click.echo("\nRunning until Ctrl-C.")
         await trio.sleep_forever()

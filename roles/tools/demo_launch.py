@@ -25,7 +25,7 @@ from juicebox_hsm.crypto.noise import Initiator, NoiseError
 from juicebox_hsm.errors import DecodingError
 from juicebox_hsm.ids import GroupId, RealmId
 from juicebox_hsm.ports import TenantLimits
-from juicebox_hsm.tokens import create
+from juicebox_hsm.tokens import Scope, create
 from juicebox_hsm.wire.client import (
     ClientRequest,
     HandshakeRequest,
@@ -117,6 +117,7 @@ class Cluster:
                 "http": running.service.http,
             }
             for running in self.processes
+            if running.pid
         ]
         write_file(self.state.processes_json, json.dumps(entries, indent=2) + "\n")
 
@@ -175,7 +176,7 @@ class Cluster:
             return False
         return True
 
-    def token(self, realm: RealmId, user: str) -> str:
+    def token(self, realm: RealmId, user: str, scope: Scope = Scope.USER) -> str:
         """Mint a token of the demo's tenant, valid for 24 h."""
         return create(
             signing_key(self.state),
@@ -185,6 +186,7 @@ class Cluster:
             realm=realm,
             now_s=int(time.time()),
             lifetime_s=TOKEN_LIFETIME_S,
+            scope=scope,
         )
 
     async def build(self) -> None:
@@ -200,6 +202,8 @@ class Cluster:
                 self._public_keys[hsm.realm] = hsm.public_key
         self.realms = view.realms
         self._write_client_json()
+        for realm in self.realms:
+            write_file(self.state.audit_token(realm), self.token(realm, DEMO_USER, Scope.AUDIT) + "\n", 0o600)
         self.write_processes()
 
     async def _build_realm(self, number: int) -> None:
@@ -314,9 +318,14 @@ async def _launched(
         cluster = Cluster(options, state, session, found, guard)
         try:
             for running in cluster.processes:
-                running.start()
+                if not running.service.is_started_late:
+                    running.start()
             cluster.write_processes()
             await _bring_up(cluster)
+            for running in cluster.processes:
+                if running.service.is_started_late:
+                    running.start()
+            cluster.write_processes()
             for running in cluster.processes:
                 nursery.start_soon(_watch, cluster, running, on_exit)
             yield cluster
@@ -365,7 +374,8 @@ async def _bring_up(cluster: Cluster) -> None:
 
     async with trio.open_nursery() as nursery:
         for running in cluster.processes:
-            nursery.start_soon(fail_on_exit, running, nursery.cancel_scope)
+            if not running.service.is_started_late:
+                nursery.start_soon(fail_on_exit, running, nursery.cancel_scope)
         with trio.move_on_after(READY_S):
             await build()
             done = True

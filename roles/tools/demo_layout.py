@@ -38,6 +38,8 @@ KEY_BYTES: Final = 32
 PORTS: Final = range(20000, 32000)  # below the range from which outgoing connections are numbered
 PORT_ATTEMPTS_MAX: Final = 1000
 RATE_LIMIT_DEFAULT: Final = 100_000
+TENANT_LOG: Final = "tenant-log"
+_SCHEMES: Final = {"agent": "tls", "manager": "tls", "lb": "https", TENANT_LOG: "http"}
 EDGE_HOSTS: Final = ("localhost", "127.0.0.1", "::1")
 
 
@@ -56,6 +58,7 @@ class DemoOptions:
     rate_limit: int = RATE_LIMIT_DEFAULT
     store: str = "sqlite"
     restart: bool = False
+    tenant_log: bool = True
     extra_flags: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -96,8 +99,13 @@ class Service:
 
     @property
     def url(self) -> str:
-        """Return the address as discovery shows it."""
-        return f"{'https' if self.role == 'lb' else 'tls'}://{self.address}"
+        """Return the address as discovery shows it; the tenant log's, which is in none, as its readers call it."""
+        return f"{_SCHEMES[self.role]}://{self.address}"
+
+    @property
+    def is_started_late(self) -> bool:
+        """Tell whether the realm serves without it, so that it starts once clients can be served."""
+        return self.role == TENANT_LOG
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +145,10 @@ class StateDir:
         """Return the list of running processes."""
         return self.path / "processes.json"
 
+    def audit_token(self, realm: bytes) -> Path:
+        """Return the file with a token that opens the tenant log of a realm."""
+        return self.path / f"audit-{realm.hex()}.jwt"
+
     @property
     def edge_ca(self) -> Path:
         """Return the certificate that clients trust."""
@@ -175,6 +187,8 @@ def services(options: DemoOptions, state: StateDir) -> list[Service]:
         names += [("agent", f"agent{realm * options.agents + index + 1}", realm) for index in range(options.agents)]
     names += [("manager", f"manager{index + 1}", None) for index in range(options.managers)]
     names += [("lb", f"lb{index + 1}", None) for index in range(options.load_balancers)]
+    if options.tenant_log:
+        names.append((TENANT_LOG, f"{TENANT_LOG}1", None))
     ports = _choose_ports(options, state, [name for _, name, _ in names])
     found = []
     for role, name, belongs_to in names:
@@ -185,6 +199,17 @@ def services(options: DemoOptions, state: StateDir) -> list[Service]:
 
 
 def _argv(options: DemoOptions, state: StateDir, role: str, name: str, port: int, http_port: int) -> tuple[str, ...]:
+    if role == TENANT_LOG:
+        return (
+            sys.executable, "-m", "roles", "tenant-log", "serve",
+            "--name", name,
+            "--host", HOST,
+            "--port", str(port),
+            "--http-listen", f"{HOST}:{http_port}",
+            "--store", state.store_url,
+            "--secrets-file", str(state.secrets_file),
+            *options.extra_flags.get(role, ()),
+        )  # fmt: skip
     common = [
         sys.executable, "-m", "roles", "--role", role,
         "--name", name,
@@ -266,6 +291,8 @@ def prepare(state: StateDir, found: list[Service]) -> None:
     shutil.copyfile(edge_ca / "ca.pem", state.edge_ca)
     issue(cluster_ca, PeerRole.OPERATOR, "demo", state.operator)
     for service in found:
+        if service.role == TENANT_LOG:
+            continue  # it speaks to the store and to tenants, never to the cluster
         issue(cluster_ca, PeerRole(service.role), service.name, state.tls(service.name))
         if service.role == "agent" and service.realm is not None:
             keys = state.keys(service.realm)

@@ -540,3 +540,21 @@ def test_nothing_prints_keys_or_users() -> None:
     assert "mario" not in printed
     assert "kkk" not in printed
     assert hashlib.sha256(HMAC_KEY).hexdigest() not in printed
+
+
+@pytest.mark.parametrize(
+    ("claims", "expect"),
+    [
+        ({"aud": "abc"}, "abc"),
+        ({"aud": ["abc"]}, "abc"),
+        ({"aud": ["a", "b"]}, None),
+        ({"aud": 5}, None),
+        ({}, None),
+    ],
+)
+def test_claimed_audience(claims: dict[str, object], expect: str | None) -> None:
+    """The claimed audience is read without a key, from good tokens only; it proves nothing."""
+    part = b64(json.dumps(claims).encode())
+    assert tokens.claimed_audience(f"e30.{part}.AA") == expect
+    for broken in ("", "a.b", "e30.!.AA", f"{part}{part}", "x" * 1001, f"e30.{b64(b'[]')}.AA", "e30.e30.\u00e9."):
+        assert tokens.claimed_audience(broken) is None

@@ -32,7 +32,7 @@ RESPONSE_S: Final = 5.0  # own: for pages of a role; probes and metrics need mil
 METRICS_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
 
-class _Exchange(TrioASGIHTTPConnection):
+class Exchange(TrioASGIHTTPConnection):
     """One request. Ends a response before it is cancelled.
 
     Hypercorn tells the application of the end of an exchange before it closes the connection, and Quart-Trio takes
@@ -78,7 +78,7 @@ async def serve_probes(
     config.keep_alive_timeout = IDLE_S
     config.read_timeout = IDLE_S
     config.graceful_timeout = GRACE_S
-    listener = _listen(*bind)
+    listener = listen(*bind)
     port = int(listener.getsockname()[1])
     config.bind = [f"fd://{listener.detach()}"]
     async with trio.open_nursery() as nursery:
@@ -89,7 +89,7 @@ async def serve_probes(
 def make_app(name: str, *, livez: Probe, readyz: Probe, metrics: Metrics) -> QuartTrio:
     """Return the application without a server, for tests and for roles that serve it elsewhere."""
     app = QuartTrio(__name__, static_folder=None)
-    app.asgi_http_class = _Exchange
+    app.asgi_http_class = Exchange
     app.config["MAX_CONTENT_LENGTH"] = BODY_BYTES_MAX
     turns = {"livez": trio.Lock(), "readyz": trio.Lock()}
 
@@ -122,12 +122,13 @@ def make_app(name: str, *, livez: Probe, readyz: Probe, metrics: Metrics) -> Qua
     return app
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int, flag: str = "--http-listen") -> socket.socket:
+    """Return a listening socket for hypercorn; raises `LocalError` naming `flag`."""
     try:
         info = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         listener = socket.socket(info[0], socket.SOCK_STREAM)
     except OSError as error:
-        raise LocalError(f"--http-listen {host}:{port}: {error.strerror}") from None
+        raise LocalError(f"{flag} {host}:{port}: {error.strerror}") from None
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         # Accepted sockets inherit it. Hypercorn shields its writes from cancellation, so only the system can end one.

@@ -343,10 +343,11 @@ def test_demo_numbers_services_and_keeps_their_ports(tmp_path: Path) -> None:
     options = demo_layout.DemoOptions(state_dir=tmp_path, realms=2, agents=2, load_balancers=2, port_base=20000)
     state = demo_layout.StateDir(tmp_path)
     found = demo_layout.services(options, state)
-    assert [service.name for service in found] == ["agent1", "agent2", "agent3", "agent4", "manager1", "lb1", "lb2"]
-    assert [service.realm for service in found] == [0, 0, 1, 1, None, None, None]
+    names = ["agent1", "agent2", "agent3", "agent4", "manager1", "lb1", "lb2", "tenant-log1"]
+    assert [service.name for service in found] == names
+    assert [service.realm for service in found] == [0, 0, 1, 1, None, None, None, None]
     ports = [port for service in found for port in (service.port, service.http_port)]
-    assert ports == list(range(20000, 20014))
+    assert ports == list(range(20000, 20016))
     chosen = demo_layout.services(demo_layout.DemoOptions(state_dir=tmp_path), state)
     entries = [{"name": service.name, "address": service.address, "http": service.http} for service in chosen]
     state.processes_json.write_text(json.dumps(entries))
