@@ -136,6 +136,16 @@ def _read(path: Path) -> bytes:
 
 
 def _load(directory: Path) -> _Loaded:
+    """Read and verify everything. Raises `LocalError` and nothing else: a reload must never end the process."""
+    try:
+        return _read_and_verify(directory)
+    except LocalError:
+        raise
+    except Exception as error:  # noqa: BLE001  # certificates are parsed as they are used, with errors of many types
+        raise LocalError(f"{directory / CERT_FILE} or {CA_FILE}: cannot be used: {error}; {_ISSUE}") from None
+
+
+def _read_and_verify(directory: Path) -> _Loaded:
     ca_path, cert_path, key_path = (directory / name for name in (CA_FILE, CERT_FILE, KEY_FILE))
     ca_pem, cert_pem, key_pem = _read(ca_path), _read(cert_path), _read(key_path)
     cas, leaf = _parse(ca_path, ca_pem), _parse(cert_path, cert_pem)[0]

@@ -178,6 +178,9 @@ async def test_only_tls_1_3(ca: Path, agent: Path) -> None:
     assert all(isinstance(result, Exception) for result in seen)
 
 
+P256_OID = bytes.fromhex("06082a8648ce3d030107")
+
+
 def _other_key(agent: Path, ca: Path) -> None:
     issue(ca, "agent", "x", agent.parent / "x")
     shutil.copy(agent.parent / "x" / "key.pem", agent / "key.pem")
@@ -200,6 +203,12 @@ def _encrypted(agent: Path, _ca: Path) -> None:
     (agent / "key.pem").write_text("-----BEGIN ENCRYPTED PRIVATE KEY-----\nAAAA\n-----END ENCRYPTED PRIVATE KEY-----\n")
 
 
+def _unknown_curve(agent: Path, _ca: Path) -> None:
+    path = agent / "cert.pem"
+    der = ssl.PEM_cert_to_DER_cert(path.read_text())
+    path.write_text(ssl.DER_cert_to_PEM_cert(der.replace(P256_OID, P256_OID[:-1] + b"\x7f")))
+
+
 MISTAKES: list[tuple[Callable[[Path, Path], object], str]] = [
     (lambda agent, _: (agent / "ca.pem").unlink(), "ca.pem: No such file"),
     (lambda agent, _: (agent / "cert.pem").unlink(), "cert.pem: No such file"),
@@ -209,6 +218,7 @@ MISTAKES: list[tuple[Callable[[Path, Path], object], str]] = [
     (lambda agent, _: (agent / "key.pem").write_text("x"), "key.pem: not an unencrypted PEM private key"),
     (lambda agent, _: (agent / "key.pem").write_bytes(bytes((1 << 20) + 1)), "key.pem: larger than"),
     (_encrypted, "key.pem: not an unencrypted PEM private key"),
+    (_unknown_curve, "cannot be used"),
     (_other_key, "cert.pem: key.pem does not match"),
     (_other_ca, "cert.pem: not issued by a CA in ca.pem"),
     (_expired, "cert.pem: valid from"),

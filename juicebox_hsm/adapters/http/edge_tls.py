@@ -23,6 +23,8 @@ ALPN: Final = ("http/1.1", "h2")
 PEM_BYTES_MAX: Final = 1 << 20
 """Largest key or certificate file that is read (own)."""
 
+_FORM: Final = (Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+
 
 @dataclass(frozen=True, slots=True)
 class LeafInfo:
@@ -65,11 +67,20 @@ def _load_key(path: Path, data: bytes) -> PrivateKeyTypes:
 def _load_leaf(path: Path, data: bytes) -> x509.Certificate:
     try:
         chain = x509.load_pem_x509_certificates(data)
-    except ValueError as error:
+    except (ValueError, x509.InvalidVersion) as error:
         raise LocalError(f"TLS certificate file {path} does not parse: {error}") from None
     if not chain:
         raise LocalError(f"TLS certificate file {path} holds no certificate")
     return chain[0]
+
+
+def _describe(path: Path, leaf: x509.Certificate) -> tuple[bytes, LeafInfo]:
+    """Return a certificate's public key (DER) and what an operator wants to know of it. Raises `LocalError` only."""
+    try:
+        public = leaf.public_key().public_bytes(*_FORM)
+        return public, LeafInfo(leaf.subject.rfc4514_string(), f"{leaf.serial_number:x}", leaf.not_valid_after_utc)
+    except Exception as error:  # noqa: BLE001  # it is parsed as it is used, with errors of many types
+        raise LocalError(f"TLS certificate file {path} cannot be used: {error}") from None
 
 
 def load_edge_context(key_file: Path, cert_file: Path) -> tuple[ssl.SSLContext, LeafInfo]:
@@ -78,9 +89,8 @@ def load_edge_context(key_file: Path, cert_file: Path) -> tuple[ssl.SSLContext, 
     Raises `LocalError` that names the file at fault.
     """
     key = _load_key(key_file, _read(key_file, "key"))
-    leaf = _load_leaf(cert_file, _read(cert_file, "certificate"))
-    form = (Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-    if key.public_key().public_bytes(*form) != leaf.public_key().public_bytes(*form):
+    public, info = _describe(cert_file, _load_leaf(cert_file, _read(cert_file, "certificate")))
+    if key.public_key().public_bytes(*_FORM) != public:
         raise LocalError(f"TLS key file {key_file} does not match the first certificate of {cert_file}")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -91,7 +101,6 @@ def load_edge_context(key_file: Path, cert_file: Path) -> tuple[ssl.SSLContext, 
         context.load_cert_chain(cert_file, key_file, password=lambda: b"")
     except (ssl.SSLError, OSError) as error:
         raise LocalError(f"TLS key {key_file} and certificate {cert_file} cannot be used: {error}") from None
-    info = LeafInfo(leaf.subject.rfc4514_string(), f"{leaf.serial_number:x}", leaf.not_valid_after_utc)
     return context, info
 
 

@@ -77,6 +77,21 @@ def test_bad_files_are_named(tmp_path: Path, which: str, content: bytes | None, 
     assert str(path) in str(caught.value)
 
 
+def test_certificate_with_an_unknown_key_is_refused(tmp_path: Path) -> None:
+    """A certificate that parses and whose key does not is a refused reload, not an end of the process."""
+    made = make_identity(tmp_path)
+    tls = EdgeTls(made.key, made.cert)
+    before = (tls.context, tls.leaf)
+    der = ssl.PEM_cert_to_DER_cert(made.cert.read_text())
+    curve = bytes.fromhex("06082a8648ce3d030107")
+    assert curve in der
+    made.cert.write_text(ssl.DER_cert_to_PEM_cert(der.replace(curve, curve[:-1] + b"\x7f")))
+    with pytest.raises(LocalError, match="cannot be used") as caught:
+        tls.reload()
+    assert str(made.cert) in str(caught.value)
+    assert (tls.context, tls.leaf) == before
+
+
 def test_encrypted_key_is_refused_without_asking(tmp_path: Path) -> None:
     """An encrypted key is a clear error, not a prompt on the terminal."""
     from cryptography.hazmat.primitives.serialization import BestAvailableEncryption
