@@ -18,7 +18,7 @@ from juicebox_hsm.consensus.types import LogEntry
 from juicebox_hsm.errors import RealmError
 from juicebox_hsm.hsm.messages import ResultKind, ResultType
 from juicebox_hsm.ids import GroupId, RealmId
-from juicebox_hsm.ports import EventKind, Intent, Lease, NewEvent, OutboxEvent
+from juicebox_hsm.ports import EventKind, Intent, Lease, NewEvent, OutboxEvent, TenantCursor
 from roles.agent.retry import retrying
 from roles.agent.state import GroupState, LeaderState, PendingRequest
 
@@ -33,6 +33,10 @@ LEASE_MARGIN_MS: Final = 1000
 """A dispatcher renews when less than this is left."""
 PAGE_EVENTS: Final = 1000
 REMOVE_ROWS: Final = 5000
+KEPT_MS: Final = 7 * 86_400_000
+"""How long an event stays after it was published (agent.md 11)."""
+LATE_MS: Final = 3_600_000
+"""Own: events published within this time of their own keep the usual date of removal, which has this much to spare."""
 
 _KINDS: Final = {kind: EventKind(kind.value.lower()) for kind in ResultKind}
 
@@ -200,10 +204,10 @@ def note_backlog(agent: Agent, rows: int, age_s: float) -> None:
 
 
 class Dispatcher:
-    """Publishes outbox rows in order per tenant: accounting, then cursor and counters in one conditional write.
+    """Publishes outbox rows in order per tenant: bus, accounting, then cursor and counters in one conditional write.
 
-    The embedded bus serves the rows themselves, so publishing a row means moving the cursor past it. One dispatcher
-    per realm holds the lease; two at once only duplicate accounting, which is idempotent.
+    The embedded bus serves the rows themselves, so there moving the cursor is all of it. One dispatcher per realm holds
+    the lease; two at once only repeat events, which keep their sequence numbers, and accounting, which is idempotent.
     """
 
     def __init__(self, agent: Agent) -> None:
@@ -227,28 +231,47 @@ class Dispatcher:
             await trio.sleep(timings.dispatch_s if moved else timings.dispatch_idle_s)
 
     async def dispatch(self, realm: RealmId) -> int:
-        """Do one round for `realm` if there is work and the lease is ours; returns how many rows were published."""
+        """Do one round for `realm` if there is work and the lease is ours; returns how many rows were published.
+
+        Trouble with one tenant, say its topic, holds up no other; the last trouble is raised when the round is over.
+        """
         agent = self._agent
         waiting = [cursor for cursor in await agent.store.outbox.cursors(realm) if cursor.published < cursor.tail]
         moved = 0
+        trouble: RealmError | None = None
         for cursor in waiting:
-            published = cursor.published
-            while published < cursor.tail and await self._hold_lease(realm):
-                page = await agent.store.outbox.read(realm, cursor.tenant, published, PAGE_EVENTS)
-                if not page:
-                    break
-                advanced = await self._publish(realm, cursor.tenant, published, page)
-                if advanced == published:
-                    break
-                moved += advanced - published
-                published = advanced
+            try:
+                moved += await self._dispatch_tenant(realm, cursor)
+            except RealmError as error:
+                trouble = error
         if moved:
-            await agent.store.outbox.remove_published(realm, agent.now_ms(), REMOVE_ROWS)
+            await agent.store.outbox.remove_published(realm, await self._removal_ms(realm), REMOVE_ROWS)
+        if trouble is not None:
+            raise trouble
         return moved
 
+    async def _dispatch_tenant(self, realm: RealmId, cursor: TenantCursor) -> int:
+        """Publish what waits for one tenant, page by page; returns how many rows."""
+        outbox = self._agent.store.outbox
+        published = cursor.published
+        while published < cursor.tail and await self._hold_lease(realm):
+            page = await outbox.read(realm, cursor.tenant, published, PAGE_EVENTS)
+            if not page:
+                break
+            advanced = await self._publish(realm, cursor.tenant, published, page)
+            if advanced == published:
+                break
+            published = advanced
+        return published - cursor.published
+
     async def _publish(self, realm: RealmId, tenant: str, published: int, page: list[OutboxEvent]) -> int:
-        """Account and advance over `page`, day by day; returns the new cursor."""
+        """Hand events to the bus, then account and advance over `page`, day by day; returns the new cursor."""
         agent = self._agent
+        events = [row for row in page if row.new.event is not None]
+        if events:
+            await self._keep_late(realm, min(row.new.when_ms for row in events))
+            if agent.store.bus is not None:
+                await agent.store.bus.publish(realm, tenant, events)
         for day, rows in by_day(page):
             accounting = [
                 (tenant, row.new.record_id, row.new.when_ms, row.new.accounting == "registered")
@@ -263,6 +286,36 @@ class Dispatcher:
                 return published
             published = rows[-1].seq
         return published
+
+    async def _keep_late(self, realm: RealmId, oldest_ms: int) -> None:
+        """Put off the removal of events that are published late: readers have 7 days from now, not from their time."""
+        now_ms = self._agent.now_ms()
+        if now_ms - oldest_ms < LATE_MS:
+            return
+        kept = await self._read_late(realm)
+        if kept is not None and now_ms < kept[1] + KEPT_MS:
+            oldest_ms = min(oldest_ms, kept[0])
+        await self._agent.store.settings.put(_late_name(realm), f"{oldest_ms} {now_ms}".encode())
+
+    async def _removal_ms(self, realm: RealmId) -> int:
+        """Return the time by which the 7 days of events are judged."""
+        now_ms = self._agent.now_ms()
+        kept = await self._read_late(realm)
+        if kept is None:
+            return now_ms - LATE_MS
+        oldest_ms, published_ms = kept
+        if now_ms < published_ms + KEPT_MS:
+            return min(now_ms - LATE_MS, oldest_ms + KEPT_MS - 1)
+        await self._agent.store.settings.remove(_late_name(realm))
+        return now_ms - LATE_MS
+
+    async def _read_late(self, realm: RealmId) -> tuple[int, int] | None:
+        """Return (time of the oldest event that was published late, when), None when there is none."""
+        value = await self._agent.store.settings.get(_late_name(realm))
+        if value is None:
+            return None
+        oldest_ms, published_ms = value.split()
+        return int(oldest_ms), int(published_ms)
 
     async def _hold_lease(self, realm: RealmId) -> bool:
         """Obtain or renew `<realm>-outbox`."""
@@ -285,6 +338,11 @@ class Dispatcher:
         lease, self._lease = self._lease, None
         if lease is not None:
             await self._agent.store.leases.terminate(lease)
+
+
+def _late_name(realm: RealmId) -> str:
+    """Return the setting that remembers late publication."""
+    return f"outbox/late/{realm.hex()}"
 
 
 def by_day(page: list[OutboxEvent]) -> Iterator[tuple[str, list[OutboxEvent]]]:
