@@ -44,7 +44,7 @@ def remember_pending(state: ManagerState, found: list[tuple[GroupView, Transferr
 def request_of(group: GroupView, marker: TransferringInfo) -> TransferRequest | None:
     """Return the transfer that a marker at `group` belongs to."""
     wanted = owned_range(marker.range)
-    if wanted is None or not wanted.is_valid:
+    if wanted is None:
         return None
     peer = GroupId(marker.peer)
     source, destination = (peer, group.id) if marker.direction == INCOMING else (group.id, peer)

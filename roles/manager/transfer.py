@@ -21,6 +21,7 @@ from juicebox_hsm.wire.rpc import (
     AGENT_METHODS,
     ArrivedCall,
     Done,
+    OwnsCall,
     Prepared,
     Refusal,
     Refused,
@@ -222,6 +223,8 @@ async def _move_range(context: ManagerContext, request: TransferRequest) -> Done
     out = await _call(context, leaders.source, "transfer/out", out_call)
     if not isinstance(out, TransferredOut):
         refusal = _refusal(out)
+        if refusal.outcome is Refusal.NOT_OWNER and await _owns_nothing(context, request, leaders.source):
+            refusal = Refused(Refusal.UNACCEPTABLE_RANGE, detail="the source does not own the range")
         if refusal.outcome in CANCELS:
             cancelled = await _call(context, leaders.destination, "transfer/cancel_prepare", request.to_wire())
             context.log.info("preparation withdrawn", transfer=str(request), outcome=str(cancelled))
@@ -237,6 +240,17 @@ async def _move_range(context: ManagerContext, request: TransferRequest) -> Done
     )
     taken = await _call(context, leaders.destination, "transfer/in", in_call)
     return taken if isinstance(taken, Done) else _refusal(taken)
+
+
+async def _owns_nothing(context: ManagerContext, request: TransferRequest, source: Member) -> bool:
+    """Tell whether the source's committed log says that nothing of the range is there, nor on its way out.
+
+    A deposed leader cannot say so (agent.md 14). Without this a transfer from a group that owns nothing would be tried
+    for ever, and its preparation would keep the destination busy.
+    """
+    body = OwnsCall(request.realm, request.source, wire_range(request.range))
+    reply = await _call(context, source, "transfer/owns", body)
+    return isinstance(reply, Refused) and reply.outcome is Refusal.NOT_OWNED
 
 
 async def _already_arrived(context: ManagerContext, request: TransferRequest, leaders: _Leaders) -> bool:

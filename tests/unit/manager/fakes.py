@@ -207,6 +207,16 @@ class FakeRpc:
         found.transferring = None
         return rpc.Done()
 
+    def _transfer_owns(self, agent: FakeAgent, body: rpc.OwnsCall) -> Any:
+        found = self._leading(agent, body.group)
+        if found is None:
+            return rpc.Refused(rpc.Refusal.NOT_LEADER)
+        if found.transferring is not None:
+            return rpc.Refused(rpc.Refusal.TRANSFER_IN_PROGRESS)
+        wanted = OwnedRange(RecordId(body.range.start), RecordId(body.range.end))
+        owns = found.owned is not None and found.owned.contains_range(wanted)
+        return rpc.Done() if owns else rpc.Refused(rpc.Refusal.NOT_OWNED)
+
     def _transfer_arrived(self, agent: FakeAgent, body: rpc.ArrivedCall) -> Any:
         if self._leading(agent, body.destination) is None:
             return rpc.Refused(rpc.Refusal.NOT_LEADER)

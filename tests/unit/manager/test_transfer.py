@@ -313,3 +313,40 @@ async def test_recovery_respects_the_lease(autojump_clock: trio.testing.MockCloc
     await recover_transfers(context)
     assert not rpc.methods("transfer/prepare", "transfer/out")
     assert hsm(2) == agents[1].hsm
+
+
+async def test_source_that_owns_nothing(autojump_clock: trio.testing.MockClock) -> None:
+    """A range that its source does not have is refused at once and leaves no preparation behind."""
+    agents, context, _ = _cluster()
+    agents[0].groups[group(1)].owned = None
+    outcome = await run_requested_transfer(context, _request())
+    assert isinstance(outcome, Refused)
+    assert outcome.outcome is Refusal.UNACCEPTABLE_RANGE
+    assert trio.current_time() < 1
+    assert agents[1].groups[group(2)].transferring is None
+
+
+async def test_recovery_withdraws_what_its_source_lost(autojump_clock: trio.testing.MockClock) -> None:
+    """A preparation whose source no longer owns the range is withdrawn instead of being tried for ever."""
+    agents, context, rpc = _cluster()
+    rpc.agents["tls://a2"].refuse["transfer/cancel_prepare"] = RpcUnreachable("lost", maybe_delivered=False)
+    agents[0].groups[group(1)].owned = None
+    await run_requested_transfer(context, _request())
+    assert agents[1].groups[group(2)].transferring is not None
+    rpc.agents["tls://a2"].refuse.clear()
+    await recover_transfers(context)
+    assert agents[1].groups[group(2)].transferring is None
+
+
+async def test_not_owner_of_a_deposed_leader_withdraws_nothing(autojump_clock: trio.testing.MockClock) -> None:
+    """A source leader that cannot prove that it is current is asked again; its preparation stays."""
+    agents, context, rpc = _cluster()
+    agents[0].refuse["transfer/out"] = Refused(Refusal.NOT_OWNER)
+    agents[0].refuse["transfer/owns"] = Refused(Refusal.NOT_LEADER)
+    outcome = await run_requested_transfer(context, _request())
+    assert isinstance(outcome, Refused)
+    assert outcome.outcome is Refusal.TIMEOUT
+    assert not rpc.methods("transfer/cancel_prepare")
+    agents[0].refuse.clear()
+    await recover_transfers(context)
+    assert _is_settled(agents)
