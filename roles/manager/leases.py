@@ -15,7 +15,7 @@ import trio
 from juicebox_hsm.cluster_view import GroupKey
 from juicebox_hsm.errors import RealmError
 from juicebox_hsm.ids import RealmId
-from juicebox_hsm.ports import Lease, StoreUnavailable
+from juicebox_hsm.ports import Lease
 from roles.manager.context import ManagerContext
 
 LEASE_MS: Final = 3000
@@ -88,7 +88,7 @@ async def _renew(context: ManagerContext, held: list[Lease], body: trio.CancelSc
         begun = trio.current_time()
         try:
             extended = await context.store.leases.extend(held[0], context.now_ms(), LEASE_MS)
-        except StoreUnavailable:
+        except RealmError:  # whatever ails the store, the body's deadline decides
             pause_s = RETRY_S
             continue
         if extended is None:

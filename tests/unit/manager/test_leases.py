@@ -6,7 +6,7 @@ import pytest
 import trio
 import trio.testing
 
-from juicebox_hsm.ports import StoreUnavailable
+from juicebox_hsm.ports import StoreInvalid, StoreUnavailable
 from roles.manager.context import ManagerContext
 from roles.manager.leases import LeaseBusy, LeaseLost, management_lease
 from tests.unit.manager.fakes import FakeLeases, make_context
@@ -101,3 +101,19 @@ async def test_outside_cancellation_gives_it_back(autojump_clock: trio.testing.M
         async with management_lease(context, "x"):
             await trio.sleep_forever()
     assert not leases.rows
+
+
+async def test_a_damaged_store_costs_the_lease_only(autojump_clock: trio.testing.MockClock) -> None:
+    """A renewal that fails for a lasting reason ends the body like any other loss, and nothing else."""
+    context, leases = _context()
+
+    async def damaged(*_: object) -> None:
+        raise StoreInvalid("not ours")
+
+    async def work() -> None:
+        async with management_lease(context, "x"):
+            leases.extend = damaged  # type: ignore[assignment,method-assign]
+            await trio.sleep(60)
+
+    with pytest.raises(LeaseLost):
+        await work()
