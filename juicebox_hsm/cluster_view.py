@@ -144,8 +144,11 @@ class ClusterView:
 
 
 def owned_range(value: Range | None) -> OwnedRange | None:
-    """Translate a range of the internal RPC."""
-    return None if value is None else OwnedRange(RecordId(value.start), RecordId(value.end))
+    """Translate a range of the internal RPC; a malformed one counts as none."""
+    if value is None:
+        return None
+    owned = OwnedRange(RecordId(value.start), RecordId(value.end))
+    return owned if owned.is_valid else None
 
 
 def wire_range(value: OwnedRange) -> Range:

@@ -38,8 +38,11 @@ class Appointer:
     async def run_pass(self) -> None:
         """Look once at all groups and appoint where nobody leads. Raises `StoreUnavailable` without discovery."""
         context = self._context
+        announced = set(context.state.announced)
         view = await read_overview(context.store, context.rpc, context.now_ms(), STATUS_TIMEOUT_S)
         remember_urls(context, view)
+        # Announced before we looked, and led: the announcement has served. What was announced since stays.
+        context.state.announced -= {key for key in announced if key in view.groups and view.groups[key].leader}
         orphans = self.orphans(view, trio.current_time())
         extra_work: dict[HsmId, int] = {}
         limiter = trio.CapacityLimiter(PARALLEL_GROUPS_MAX)

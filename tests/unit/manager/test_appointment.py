@@ -7,10 +7,12 @@ import trio
 import trio.testing
 
 from juicebox_hsm.cluster_view import AgentView, build_view
-from juicebox_hsm.wire.rpc import LeaderLost, Refusal, Refused
+from juicebox_hsm.ids import OwnedRange, RecordId
+from juicebox_hsm.wire.rpc import LeaderLost, Rebalanced, Refusal, Refused
 from roles.manager.appointment import Appointer
 from roles.manager.assign import candidates
 from roles.manager.context import ManagerContext
+from roles.manager.rebalance import rebalance
 from tests.unit.manager.fakes import (
     FULL,
     REALM,
@@ -22,6 +24,7 @@ from tests.unit.manager.fakes import (
     group,
     hsm,
     make_context,
+    record,
     three,
 )
 
@@ -265,3 +268,32 @@ async def test_drained_hsm_is_appointed_only_when_nothing_else_is_left(
     agents[1].refuse["become_leader"] = agents[2].refuse["become_leader"] = Refused(Refusal.NO_STORE)
     await Appointer(context).run_pass()
     assert _leaders(agents) == [1]
+
+
+async def test_an_announcement_that_came_to_nothing_is_forgotten(autojump_clock: trio.testing.MockClock) -> None:
+    """A group once announced as leaderless and led all the same gets the patience of any other group back."""
+    agents = three()
+    agents[0].lead(group(1), FULL)
+    context = make_context(agents)
+    context.state.announced.add((REALM, group(1)))
+    appointer = Appointer(context)
+    await appointer.run_pass()
+    agents[0].down = True
+    await appointer.run_pass()
+    agents[0].down = False
+    await appointer.run_pass()
+    assert _leaders(agents) == [1]
+    assert not _rpc(context).methods("become_leader")
+
+
+@pytest.mark.parametrize("bad", [OwnedRange(RecordId(b""), RecordId(b"")), OwnedRange(record("80"), record("7f"))])
+async def test_malformed_ranges_of_an_agent_disturb_nobody(
+    autojump_clock: trio.testing.MockClock, bad: OwnedRange
+) -> None:
+    """An agent that reports nonsense as its range cannot end the passes of a manager."""
+    agents = three(groups=2)
+    agents[0].lead(group(1), bad)
+    context = make_context(agents)
+    await Appointer(context).run_pass()
+    assert _leaders(agents, 2)
+    assert isinstance(await rebalance(context, Appointer(context)), Rebalanced)
