@@ -7,6 +7,7 @@ import pytest
 from tests.emulator import contract
 from tests.emulator.bigtable_backend import BigtableBackend
 from tests.emulator.contract import ClusterContract, LogContract, NodeContract
+from tests.emulator.contract_bus import BusContract
 from tests.emulator.contract_outbox import AccountingContract, OutboxContract
 
 pytestmark = pytest.mark.emulator
@@ -37,3 +38,7 @@ class TestOutbox(OutboxContract):
 
 class TestAccounting(AccountingContract):
     """Accounting in one instance."""
+
+
+class TestBus(BusContract):
+    """The embedded bus on one instance."""

@@ -15,7 +15,8 @@ from juicebox_hsm.adapters.bigtable.log import BigtableLog
 from juicebox_hsm.adapters.bigtable.log_rows import TOMBSTONE_CELL
 from juicebox_hsm.adapters.bigtable.nodes import LARGE_READS_MAX, TreeNodes
 from juicebox_hsm.adapters.bigtable.outbox import BigtableOutbox
-from juicebox_hsm.adapters.bigtable.table import Table
+from juicebox_hsm.adapters.bigtable.published import BigtablePublished
+from juicebox_hsm.adapters.bigtable.table import Endpoint, Table
 from juicebox_hsm.adapters.store import open_store
 from juicebox_hsm.consensus.types import Partition
 from juicebox_hsm.errors import InvariantViolation, LocalError
@@ -84,6 +85,12 @@ def outbox_table(store: Store) -> Table:
     """Return the outbox's table."""
     assert isinstance(store.outbox, BigtableOutbox)
     return store.outbox._table.of(REALM)
+
+
+def outbox_endpoint(store: Store) -> Endpoint:
+    """Return the endpoint that a store uses."""
+    assert isinstance(store.outbox, BigtableOutbox)
+    return store.outbox._table._endpoint
 
 
 def tree(store: Store) -> TreeNodes:
@@ -602,6 +609,31 @@ async def test_tenant_names_that_no_row_can_carry(store: Store) -> None:
     for name in ("", "a\x00b", "a\x01", "x" * 257):
         with pytest.raises(LocalError, match="tenant name"):
             await store.outbox.record(REALM, [event(1, name)], {})
+
+
+async def test_acknowledgements_are_found_and_cleaned_up(
+    backend: BigtableBackend, store: Store, faults: Faults
+) -> None:
+    """Thousands of acknowledged events cost no reads later, here and in the next process; gaps stay deliverable."""
+    published = BigtablePublished(outbox_endpoint(store))
+    body: dict[str, str | int] = {"event": "registered"}
+    for at in range(0, 3000, 100):
+        await store.outbox.record(REALM, [event(at + n, body=body) for n in range(1, 101)], {})
+    assert await store.outbox.advance(REALM, "acme", 0, 2900, "20231114", {})
+    await published.mark_acknowledged(REALM, "acme", [*range(1, 2700), *range(2710, 2800), 2950, 5000])
+    left = await published.unacknowledged(REALM, "acme", 0, 5000)
+    assert [row.seq for row in left] == [*range(2700, 2710), *range(2800, 2901)]
+    assert [row.seq for row in await published.unacknowledged(REALM, "acme", 2703, 5)] == list(range(2704, 2709))
+    before = faults.count("ReadRows")
+    again = BigtablePublished(outbox_endpoint(store))
+    assert [row.seq for row in await again.unacknowledged(REALM, "acme", 0, 1)] == [2700]
+    assert faults.count("ReadRows") - before == 3
+    assert await store.outbox.advance(REALM, "acme", 2900, 3000, "20231114", {})
+    late = await again.unacknowledged(REALM, "acme", 2899, 5000)
+    assert [row.seq for row in late] == list(range(2900, 3001)), "what was not published could not be acknowledged"
+    blocks = await outbox_table(store).read_rows(RowSet(ranges=(keys.acknowledged_range(b"acme", 100),)))
+    assert len(blocks) == 1
+    assert [cursor.tail for cursor in await store.outbox.cursors(REALM)] == [3000]
 
 
 # --- cluster facts -------------------------------------------------------------------------------------

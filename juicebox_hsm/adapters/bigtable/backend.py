@@ -32,10 +32,12 @@ from juicebox_hsm.adapters.bigtable.log import BigtableLog
 from juicebox_hsm.adapters.bigtable.log_reads import LogReads
 from juicebox_hsm.adapters.bigtable.nodes import CACHE_NODES, TreeNodes
 from juicebox_hsm.adapters.bigtable.outbox import BigtableOutbox
+from juicebox_hsm.adapters.bigtable.published import BigtablePublished
 from juicebox_hsm.adapters.bigtable.realms import BigtableRealms
 from juicebox_hsm.adapters.bigtable.retry import STORE_RETRY, RetryProfile
 from juicebox_hsm.adapters.bigtable.settled import Settled
 from juicebox_hsm.adapters.bigtable.table import CALL_S, Endpoint
+from juicebox_hsm.adapters.embedded_bus import EmbeddedBus
 from juicebox_hsm.errors import LocalError
 from juicebox_hsm.ports import Store
 
@@ -174,6 +176,7 @@ async def _opened(
                 tenants=BigtableTenants(endpoint),
                 realms=realms,
                 description=address.description,
+                bus=EmbeddedBus(BigtablePublished(endpoint)),
             )
         except (trio.Cancelled, GeneratorExit):
             raise

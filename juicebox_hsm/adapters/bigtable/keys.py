@@ -20,6 +20,8 @@ _CERTIFICATE_MARK: Final = b"\xff" * 8
 _EVENTS: Final = b"\x00"
 _CURSOR: Final = b"\x01"
 _SETTLED: Final = b"\x02"
+_ACKNOWLEDGED: Final = b"\x03"
+_BEHIND: Final = b"\x04"
 _USERS_PREFIX_BYTES: Final = 65  # ":" and 64 hex digits, counted from the right
 
 
@@ -126,7 +128,17 @@ def cursor_key(tenant: bytes) -> bytes:
 
 def after_tenant(tenant: bytes) -> bytes:
     """Return the first key behind all rows of a tenant."""
-    return tenant + _SETTLED
+    return tenant + _BEHIND
+
+
+def acknowledged_key(tenant: bytes, block: int) -> bytes:
+    """Return the key of the acknowledgements of a block of sequence numbers."""
+    return tenant + _ACKNOWLEDGED + block.to_bytes(8, "big")
+
+
+def acknowledged_range(tenant: bytes, below: int) -> KeyRange:
+    """Return the acknowledgements of the blocks below one."""
+    return KeyRange(acknowledged_key(tenant, 0), acknowledged_key(tenant, below), end_open=True)
 
 
 def tenant_of(key: bytes) -> bytes:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Final
 
 import trio
@@ -360,7 +361,7 @@ def _moved(cursor: Cursor, to_seq: int, day: str, counts: Mapping[EventKind, int
     if added:
         before = cursor.counters.get(day, {})
         counters[day] = {kind: before.get(kind, 0) + added.get(kind, 0) for kind in before.keys() | added.keys()}
-    return Cursor(to_seq, cursor.removed_below, os.urandom(16), counters)
+    return replace(cursor, published=to_seq, write_id=os.urandom(16), counters=counters)
 
 
 def _gaps(start: bytes, known: Sequence[bytes], end: bytes) -> list[KeyRange]:

@@ -23,6 +23,8 @@ REMOVED: Final = "t"
 with an outdated tail collides with it instead of using sequence numbers again."""
 PUBLISHED: Final = b"p"
 REMOVED_BELOW: Final = b"r"
+ACKNOWLEDGED: Final = b"v"
+"""Columns of a cursor row; `p` sorts first, which whoever reads one cell of it relies on."""
 WRITE_ID: Final = b"w"
 SETTLED: Final = b"s"
 
@@ -93,6 +95,7 @@ class Cursor:
 
     published: int = 0
     removed_below: int = 0
+    acknowledged_below: int = 0
     write_id: bytes = b""
     counters: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
@@ -106,6 +109,7 @@ def decode_cursor(row: Row | None) -> Cursor:
     return Cursor(
         number(values.get(PUBLISHED, bytes(8))),
         number(values.get(REMOVED_BELOW, bytes(8))),
+        number(values.get(ACKNOWLEDGED, bytes(8))),
         values.get(WRITE_ID, b""),
         counters,
     )
