@@ -17,6 +17,7 @@ import fcntl
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, TypeVar, cast
@@ -39,6 +40,8 @@ costs a third less CPU and flush time per commit than growing a truncated file a
 CHECKPOINT_BUSY_MS: Final = 20
 """How long a checkpoint waits for readers before it leaves the rest to the next one."""
 CLOSE_S: Final = 60.0
+FAILED_PAUSE_S: Final = 0.01
+"""After a transaction that failed as a whole, so that overdue maintenance on a broken file does not spin (own)."""
 
 T = TypeVar("T")
 Operation = Callable[[apsw.Connection], T]
@@ -155,39 +158,61 @@ class Writer:
             chore = self._chore() if open_ else None
             if chore is not None:
                 group.append(_Job(chore, None))
-            if group:
-                self._commit(group)
-        with self._lock:
-            try:
+            if group and not self._commit(group):
+                time.sleep(FAILED_PAUSE_S)
+        try:
+            with self._lock:
                 self._checkpoint(apsw.SQLITE_CHECKPOINT_TRUNCATE)
                 self._connection.close()
-            except apsw.Error:
-                pass  # everything acknowledged is in the write-ahead log, which the next opener reads
+        except (apsw.Error, OSError):
+            pass  # everything acknowledged is in the write-ahead log, which the next opener reads
         self._lock.close()
 
-    def _commit(self, group: list[_Job]) -> None:
-        """Run one group under the lock, wake its tasks, and checkpoint when the log has grown."""
-        with self._lock:
-            try:
-                self._transact(group)
-            except apsw.Error as error:
-                self._roll_back()
-                lost = translate(error, self._path)
-                for job in group:
-                    job.error = job.error or lost
-            except BaseException as error:  # noqa: BLE001 - a dead writer would leave its tasks waiting for ever
-                self._roll_back()
-                for job in group:
-                    job.error = error
-            try:
-                self._token.run_sync_soon(_wake, group)
-            except trio.RunFinishedError:
-                pass  # nobody is left to be told
-            if self._wal_pages * self._page_bytes >= self._checkpoint_at:
-                try:
+    def _commit(self, group: list[_Job]) -> bool:
+        """Run one group under the lock, wake its tasks, and checkpoint when the log has grown.
+
+        Returns whether there was a transaction. Raises nothing: a dead writer would leave its tasks waiting for ever.
+        """
+        committed = told = False
+        try:
+            with self._lock:
+                committed = self._run_group(group)
+                self._tell(group)
+                told = True
+                if self._wal_pages * self._page_bytes >= self._checkpoint_at:
                     self._checkpoint()
-                except apsw.Error:
-                    pass  # tried again after the next commit; a lasting fault shows there
+        except apsw.Error:
+            pass  # of a checkpoint: tried again after the next commit; a lasting fault shows there
+        except OSError as error:  # of the lock
+            if not told:
+                for job in group:
+                    job.error = StoreUnavailable(f"sqlite:{self._path}: cannot lock: {error.strerror}")
+                self._tell(group)
+        return committed
+
+    def _run_group(self, group: list[_Job]) -> bool:
+        """Run one group's transaction; False, with an error for every job, if nothing of it was kept."""
+        try:
+            self._transact(group)
+        except apsw.Error as error:
+            self._roll_back()
+            lost = translate(error, self._path)
+            for job in group:
+                job.error = job.error or lost
+            return False
+        except BaseException as error:  # noqa: BLE001 - see `_commit`
+            self._roll_back()
+            for job in group:
+                job.error = error
+            return False
+        return True
+
+    def _tell(self, group: list[_Job]) -> None:
+        """Wake the tasks of a group."""
+        try:
+            self._token.run_sync_soon(_wake, group)
+        except trio.RunFinishedError:
+            pass  # nobody is left to be told
 
     def _transact(self, group: list[_Job]) -> None:
         connection = self._connection
@@ -216,8 +241,11 @@ class Writer:
             job.error = error
 
     def _roll_back(self) -> None:
-        if self._connection.in_transaction:
-            self._connection.execute("ROLLBACK")
+        try:
+            if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")
+        except apsw.Error:
+            pass  # the next transaction cannot begin then, and tries this again
 
     def _on_commit(self, _connection: apsw.Connection, _name: str, pages: int) -> int:
         self._wal_pages = pages

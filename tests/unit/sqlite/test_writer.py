@@ -227,3 +227,15 @@ async def test_trouble_of_the_file_is_unavailable(tmp_path: Path) -> None:
         assert len(raised) == 2
         await writer.run(put("c"))
     assert names(tmp_path / "f.db") == ["c"]
+
+
+async def test_a_lock_that_fails_is_unavailable(tmp_path: Path) -> None:
+    """When the lock file cannot be locked the operation raises StoreUnavailable; the writer lives on."""
+    async with opened(tmp_path / "f.db") as writer:
+        lock = writer._lock
+        good, lock._descriptor = lock._descriptor, 1 << 20  # nobody has that many files open
+        with pytest.raises(StoreUnavailable, match="cannot lock"), trio.fail_after(TIMEOUT_S):
+            await writer.run(put("a"))
+        lock._descriptor = good
+        await writer.run(put("b"))
+    assert names(tmp_path / "f.db") == ["b"]
