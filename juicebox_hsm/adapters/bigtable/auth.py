@@ -6,6 +6,7 @@ Credentials are not attached to the channel: that costs a thread per call. The e
 from __future__ import annotations
 
 import datetime as dt
+from collections.abc import Awaitable, Callable
 from typing import Any, Final, Protocol
 
 import trio
@@ -59,12 +60,20 @@ class NoAuthorization:
         """Do nothing."""
 
 
-class ApplicationDefault:
-    """Google's application-default credentials. Blocking refreshes run in a worker thread."""
+Run = Callable[[Callable[[], None]], Awaitable[None]]
 
-    def __init__(self, credentials: Any, transport: Any) -> None:
+
+async def _in_thread(work: Callable[[], None]) -> None:
+    await trio.to_thread.run_sync(work, abandon_on_cancel=True)
+
+
+class ApplicationDefault:
+    """Google's application-default credentials. `run` carries out a blocking refresh elsewhere."""
+
+    def __init__(self, credentials: Any, transport: Any, run: Run = _in_thread) -> None:
         self._credentials = credentials
         self._transport = transport
+        self._run = run
         self._metadata: Metadata = ()
         self._obtained = -MIN_AGE_S
         self._lock = trio.Lock()
@@ -94,7 +103,7 @@ class ApplicationDefault:
     async def refresh(self) -> None:
         """Get a new token. Raises the library's errors."""
         with trio.fail_after(REFRESH_TIMEOUT_S):
-            await trio.to_thread.run_sync(self._credentials.refresh, self._transport, abandon_on_cancel=True)
+            await self._run(lambda: self._credentials.refresh(self._transport))
         self._metadata = (("authorization", f"Bearer {self._credentials.token}"),)
         self._obtained = trio.current_time()
 
