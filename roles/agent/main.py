@@ -155,7 +155,10 @@ async def _serve(
         http_port: int = await nursery.start(_serve_probes, common, agent, metrics)
         service.start()
         nursery.start_soon(_report, agent)
-        await nursery.start(register, agent)
+        with trio.CancelScope() as registering:
+            # A store that is down must not keep us from stopping.
+            nursery.start_soon(_cancel_on, stop, registering)
+            await nursery.start(register, agent)
         phase.started = True
         log.info("agent started", url=agent.config.url, http_port=http_port, hsm=_hex(agent), store=store.description)
         notify("READY=1")
@@ -167,6 +170,11 @@ async def _serve(
             await _leave(agent, service, server)
         nursery.cancel_scope.cancel()
     log.info("agent stopped")
+
+
+async def _cancel_on(event: trio.Event, scope: trio.CancelScope) -> None:
+    await event.wait()
+    scope.cancel()
 
 
 def _hex(agent: Agent) -> str:

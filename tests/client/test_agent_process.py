@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from juicebox_hsm.adapters.faults import ENVIRONMENT, Faults
 from juicebox_hsm.adapters.hsm_host import generate_keys, init_hsm_dir
 from juicebox_hsm.adapters.rpc import RpcPool, RpcUnreachable
 from juicebox_hsm.wire.rpc import (
@@ -149,3 +150,16 @@ async def test_one_hsm_directory_serves_one_process(tmp_path: Path, unused_port:
         await call(unused_port, "status", Empty())
         with agent(tmp_path, 0) as second:
             assert await wait(second) == 78
+
+
+async def test_agent_stops_while_the_store_is_down(
+    tmp_path: Path, unused_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGTERM ends an agent that cannot register yet, with 0 and within its budget."""
+    prepare(tmp_path)
+    monkeypatch.setenv(ENVIRONMENT, str(tmp_path))
+    (tmp_path / "lone.json").write_text(Faults(store_refuses=True).to_json())
+    with agent(tmp_path, unused_port, "--name", "lone") as process:
+        assert isinstance(await call(unused_port, "status", Empty()), AgentStatus)
+        process.send_signal(signal.SIGTERM)
+        assert await wait(process, 10) == 0
