@@ -22,6 +22,7 @@ DEFAULT_URL: Final = "http://localhost:8080"
 CALL_S: Final = 40.0  # the service waits up to 20 s for an event
 EMPTY_PAUSE_S: Final = 1.0
 ACK_CHARS_SHOWN: Final = 10
+PAGE_MAX: Final = 200  # the service gives no more
 ANSWER_BYTES_MAX: Final = 4 << 20
 COLUMNS: Final = ("id", "when", "event", "num_guesses", "guess_count", "user_id")
 
@@ -130,7 +131,9 @@ def _tenant_of(token: str) -> str:
 
 @click.command()
 @_client_options
-@click.option("--page", default=1, show_default=True, type=click.IntRange(1, 200), help="Events per request.")
+@click.option(
+    "--page", type=click.IntRange(1, PAGE_MAX), help=f"Events per request.  [default: 1; {PAGE_MAX} with --since-user]"
+)
 @click.option("--ack", "with_ack", is_flag=True, help="Acknowledge what was printed; it does not come again.")
 @click.option("--watch", is_flag=True, help="Go on until Ctrl-C. Without --ack the same events come again every 10 s.")
 @click.option(
@@ -142,7 +145,7 @@ def tail(
     token: str | None,
     token_file: Path | None,
     ca: Path | None,
-    page: int,
+    page: int | None,
     since_user: str | None,
     *,
     with_ack: bool,
@@ -151,14 +154,15 @@ def tail(
 ) -> None:
     """Print a tenant's events: id, time, event, guesses allowed, guess number, hashed user, start of the ack id.
 
-    One page, or with --since-user pages until none is new; with --watch for ever.
+    One page, or with --since-user all pages there are at the moment; with --watch for ever.
     """
     token = _read_token(token, token_file)
+    page = page or (1 if since_user is None else PAGE_MAX)
     wanted = None if since_user is None else event_user_id(_tenant_of(token), since_user)
     acks: list[str] = []
     with closing(LogClient(url, token, ca)) as client:
         try:
-            for events in _pages(client, acks, page, watch=watch, until_known=wanted is not None):
+            for events in _pages(client, acks, page, watch=watch, all_pages=wanted is not None):
                 shown = [event for event in events if wanted in (None, event.get("user_id"))]
                 for event in shown:
                     _print_event(event, as_json=as_json)
@@ -173,22 +177,25 @@ def tail(
                 client.acknowledge(acks)
 
 
-def _pages(client: LogClient, acks: list[str], size: int, *, watch: bool, until_known: bool) -> Iterator[list[Event]]:
-    """Yield pages. `acks` is what the consumer wants acknowledged: taken with the next request."""
+def _pages(client: LogClient, acks: list[str], size: int, *, watch: bool, all_pages: bool) -> Iterator[list[Event]]:
+    """Yield pages. `acks` is what the consumer wants acknowledged: taken with the next request.
+
+    All pages end with a short one, or with one that only repeats: what is not acknowledged comes again every 10 s.
+    """
     known: set[object] = set()
     while True:
         events = client.pull(acks, size)
         acks.clear()
-        fresh = {event.get("id") for event in events} - known
-        if until_known and not watch:
-            if not fresh:
-                return
-            known |= fresh
-        yield events
-        if not watch and not until_known:
+        if watch:
+            yield events
+            if not events:
+                time.sleep(EMPTY_PAUSE_S)
+            continue
+        fresh = [event for event in events if event.get("id") not in known]
+        known.update(event.get("id") for event in fresh)
+        yield fresh
+        if not all_pages or not fresh or len(events) < size:
             return
-        if not events:
-            time.sleep(EMPTY_PAUSE_S)
 
 
 def _print_event(event: Event, *, as_json: bool) -> None:

@@ -113,7 +113,7 @@ async def test_one_tenant_in_trouble_holds_up_no_other(store: Store) -> None:
             await trio.lowlevel.checkpoint()
             if tenant == "a":
                 raise StoreUnavailable("no such topic")
-            self.published += [f"{tenant}{row.seq}" for row in rows]
+            self.published.extend(f"{tenant}{row.seq}" for row in rows)
 
     await store.outbox.record(REALM, [made(1, EventKind.DELETE, "a"), made(2, EventKind.DELETE, "b")], {})
     worker = dispatcher(replace(store, bus=cast("Any", Bus())), Clock())
