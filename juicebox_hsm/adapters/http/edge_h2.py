@@ -329,9 +329,10 @@ class H2Session:
                 self._h2.send_data(stream_id, body[:room], end_stream=room == len(body))
                 body = body[room:]
                 continue
+            changed = request.wake = trio.Event()  # before we send: the client may open its window meanwhile
             await self._flush()
             request.deadline = trio.current_time() + self.limits.write_timeout_s
-            await request.wait()
+            await changed.wait()
             if request.dead:
                 return
         if not request.complete:  # RFC 9113 8.1: the rest of the body is not wanted

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import h2.config
+import h2.connection
 import h2.events
+import h2.settings
 import pytest
 import trio
 from h2.errors import ErrorCodes
 from hyperframe.frame import ContinuationFrame, DataFrame, HeadersFrame, PingFrame, RstStreamFrame, SettingsFrame
 
+from juicebox_hsm.adapters.http.edge_connection import ConnectionTable
+from juicebox_hsm.adapters.http.edge_h2 import H2Session
 from juicebox_hsm.adapters.http.exchange import Request, Response
 from juicebox_hsm.adapters.http.limits import EdgeLimits
 from tests.unit.edge.harness import EdgeFixture, H2Client, Identity
@@ -337,3 +342,46 @@ async def test_invalid_frames_end_the_connection(identity: Identity, nursery: tr
     while await client.read():
         pass
     assert _goaway(client) == ErrorCodes.PROTOCOL_ERROR
+
+
+async def test_window_opened_while_we_send(autojump_clock: object) -> None:
+    """A client that opens its window while the edge is still sending the head gets the body at once."""
+    ended = trio.Event()
+    to_edge, from_client = trio.open_memory_channel[bytes](10)
+
+    class SlowStream:
+        """A byte stream that takes 2 s to send the head of an answer."""
+
+        async def receive_some(self) -> bytes:
+            return await from_client.receive()
+
+        async def send_all(self, data: bytes) -> None:
+            kinds = {type(event) for event in client.receive_data(data)}
+            if h2.events.StreamEnded in kinds:
+                ended.set()
+            if h2.events.ResponseReceived in kinds:
+                await trio.sleep(1)
+                client.increment_flow_control_window(100, 1)
+                await to_edge.send(client.data_to_send())
+                await trio.sleep(1)
+
+        async def aclose(self) -> None:
+            await trio.lowlevel.checkpoint()
+
+    async def handler(_: Request) -> Response:
+        await trio.lowlevel.checkpoint()
+        return Response(200, b"body")
+
+    client = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True))
+    client.initiate_connection()
+    client.update_settings({h2.settings.SettingCodes.INITIAL_WINDOW_SIZE: 0})
+    pseudo = [(":method", "GET"), (":path", "/"), (":scheme", "https"), (":authority", "localhost")]
+    client.send_headers(1, pseudo, end_stream=True)
+    await to_edge.send(client.data_to_send())
+    table = ConnectionTable()
+    session = H2Session(table.add(0.0, 10.0), SlowStream(), handler, EdgeLimits(), lambda _: None)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(session.run)
+        with trio.fail_after(3):
+            await ended.wait()
+        nursery.cancel_scope.cancel()
