@@ -107,7 +107,7 @@ class RefreshMachine(RuleBasedStateMachine):
 RefreshMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
 
 
-class TestP7Refresh(RefreshMachine.TestCase):  # type: ignore[name-defined,misc,valid-type]
+class TestP7Refresh(RefreshMachine.TestCase):  # type: ignore[valid-type]
     """P7: refreshing from every root in the window equals a fresh proof; beyond it is Stale."""
 
 
