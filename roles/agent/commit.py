@@ -71,6 +71,7 @@ async def _released(agent: Agent, group: GroupState, leader: LeaderState, reply:
         if request is not None:
             request.refuse(Refusal.NOT_LEADER, consumed=True)
     agent.releasing += 1
+    group.releasing += len(released)
     try:
         agent.adopt(group, reply.role)
         leader.certificate = leader.certify(reply.committed)
@@ -79,6 +80,7 @@ async def _released(agent: Agent, group: GroupState, leader: LeaderState, reply:
         await _record_and_answer(agent, group, leader, released)
     finally:
         agent.releasing -= 1
+        group.releasing -= len(released)
 
 
 async def _record_and_answer(agent: Agent, group: GroupState, leader: LeaderState, released: list[Released]) -> None:

@@ -72,7 +72,7 @@ async def keep_house(agent: Agent, group: GroupState, leader: LeaderState) -> No
 
 
 async def wait_for_witnesses(agent: Agent, group: GroupState) -> None:
-    """Return when every other member's agent reports Witness for this group, or after 60 s."""
+    """Return when every other member's agent reports Witness and no answers due for this group, or after 60 s."""
     members = other_members(agent, group)
     with trio.move_on_after(agent.timings.witness_grace_s):
         while members:
@@ -89,7 +89,10 @@ async def _is_witness(agent: Agent, group: GroupState, member: HsmId) -> bool:
     if status is None:
         return False
     return any(
-        info.realm == group.realm and info.group == group.group and info.role.name == "Witness"
+        info.realm == group.realm
+        and info.group == group.group
+        and info.role.name == "Witness"
+        and not info.waiting_clients  # its last rows may be on their way
         for info in status.groups
     )
 

@@ -193,7 +193,8 @@ def _group_infos(agent: Agent) -> list[AgentGroupInfo]:
     for group in agent.groups:
         leader = group.leader
         if leader is None:
-            infos.append(AgentGroupInfo(group.realm, group.group, role_info(group.role), leading=False))
+            role = role_info(group.role)
+            infos.append(AgentGroupInfo(group.realm, group.group, role, False, waiting_clients=group.releasing))
             continue
         last = leader.last_appended
         infos.append(

@@ -268,6 +268,8 @@ class GroupState:
     leader: LeaderState | None = None
     captured: Captured | None = None
     """The HSM's own persisted capture, from the last PersistState."""
+    releasing: int = 0
+    """Committed requests whose rows and answers are not out yet, also of a leadership that has ended."""
 
     @property
     def is_leader(self) -> bool:

@@ -294,3 +294,41 @@ async def test_member_far_behind_is_not_flooded(tmp_path: Path) -> None:
         assert 2 <= asked <= 25
         del behind.log.read_from
         await all_at_end(sim, group)
+
+
+async def test_rows_on_their_way_are_not_unknown(tmp_path: Path) -> None:
+    """A new leader waits for a predecessor whose HSM is a witness again and whose last rows are still being written."""
+    async with simulation(tmp_path, KEEP_EVENTS) as sim:
+        group = await sim.new_realm(3)
+        await sim.settle_peers()
+        old = sim.leader_of(group)
+        assert old is not None
+        held, proceed = trio.Event(), trio.Event()
+
+        async def hold(events: object) -> None:
+            if events:
+                held.set()
+                await proceed.wait()
+
+        old.outbox.before_record = hold
+        replies: list[object] = []
+
+        async def ask() -> None:
+            replies.append(await old.call("app", sim.register1(group, "alice")))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask)
+            await held.wait()
+            new = await sim.hand_over_group(old, group)
+            assert new is not None
+            assert old.group(group).leader is None
+            leader = new.group(group).leader
+            await until(lambda: leader.committed == leader.starting - 1)
+            await trio.sleep(0.3)
+            early = leader.resolved
+            proceed.set()
+        assert not early
+        assert isinstance(replies[0], AppOk)
+        await until(lambda: leader.resolved)
+        events = await sim.store.outbox.read(sim.realm, TENANT, 0, 10)
+        assert [event.new.kind for event in events] == [EventKind.REGISTER1]
