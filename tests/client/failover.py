@@ -64,7 +64,9 @@ async def kill_leader(cluster: Cluster) -> str:
 
 async def measure(options: argparse.Namespace, directory: Path) -> int:
     """Run the kills and print what was seen; returns the exit status."""
-    demo = DemoOptions(state_dir=directory, agents=options.agents, pin_hashing="FastInsecure", managers=2)
+    demo = DemoOptions(
+        state_dir=directory, agents=options.agents, pin_hashing="FastInsecure", managers=2, store=options.store
+    )
     tally = Tally()
     gaps: list[float] = []
     async with launch(demo, on_exit=lambda _: None) as cluster:
@@ -119,6 +121,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--pause-s", type=float, default=4.0, help="between a restart and the next kill")
     parser.add_argument("--client", choices=["official", "own"], default="official")
+    parser.add_argument("--store", choices=["sqlite", "bigtable"], default="sqlite")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="failover-") as directory:
         sys.exit(trio.run(measure, options, Path(directory)))

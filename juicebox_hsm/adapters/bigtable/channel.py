@@ -25,15 +25,18 @@ CLOSE_GRACE_S: Final = 30.0
 OPTIONS: Final = (
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
-    ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 8_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_pings_without_data", 0),
     ("grpc.enable_retries", 0),
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2_000),
 )
+KEEP_ALIVE: Final = (
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+)
+"""Only for the service: the emulator takes pings without calls for an attack and closes the connection."""
 
 _log = get_logger("bigtable.channel")
 
@@ -45,7 +48,7 @@ class _Open:
         self.channel = (
             grpc.aio.insecure_channel(target, options=OPTIONS)
             if insecure
-            else grpc.aio.secure_channel(target, grpc.ssl_channel_credentials(), options=OPTIONS)
+            else grpc.aio.secure_channel(target, grpc.ssl_channel_credentials(), options=(*OPTIONS, *KEEP_ALIVE))
         )
         self._unary: dict[str, Any] = {}
         self._stream: dict[str, Any] = {}
