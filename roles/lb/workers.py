@@ -71,6 +71,8 @@ async def _keep(number: int, processes: dict[int, trio.Process], stopping: trio.
     while not stopping.is_set():
         process = await trio.lowlevel.open_process(worker_command(), env=environment, stdin=subprocess.DEVNULL)
         processes[number] = process
+        if stopping.is_set():
+            process.terminate()  # the signal was passed on while this one was being started
         status = await process.wait()
         del processes[number]
         if stopping.is_set() or status in _NOT_RESTARTED:
