@@ -49,7 +49,8 @@ _bounded = msgspec.msgpack.Decoder(dict[int, bytes])
 _unbounded = msgspec.msgpack.Decoder(dict[bytes, bytes])
 
 
-def _decode_page(row: int, data: bytes) -> Page:
+def decode_page(row: int, data: bytes) -> Page:
+    """Decode a row of the tree; raises `StoreInvalid`."""
     if is_bounded(row):
         return cast("Page", unpack(_bounded, data, "tree page"))
     return cast("Page", unpack(_unbounded, data, "tree page"))
@@ -158,7 +159,7 @@ class TreeNodes:
         if rows:
             asked = array("q", rows)
             for row, data in connection.execute(_READ, (apsw.carray(asked),)):
-                pages[row] = _decode_page(row, data)
+                pages[row] = decode_page(row, data)
         updates: list[tuple[bytes, int]] = []
         inserts: list[tuple[int, bytes]] = []
         deletes: list[tuple[int]] = []
@@ -220,7 +221,7 @@ class TreeNodes:
             known |= asked
             rows = array("q", sorted(asked))
             for row, data in connection.execute(_READ, (apsw.carray(rows),)):
-                pages[row] = _decode_page(row, data)
+                pages[row] = decode_page(row, data)
             walks = [walk for walk in walks if self._continue(realm, walk, pages, known)]
 
     def _continue(self, realm: int, walk: _Walk, pages: dict[int, Page], known: set[int]) -> bool:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from juicebox_hsm.adapters.sqlite.cache import NodeCache
 from juicebox_hsm.adapters.sqlite.layout import LAST_BITS, PAGE_BITS, is_bounded, plan_changes
-from juicebox_hsm.adapters.sqlite.nodes import TreeNodes, _decode_page
+from juicebox_hsm.adapters.sqlite.nodes import TreeNodes, decode_page
 from juicebox_hsm.adapters.sqlite.reads import fetch
 from juicebox_hsm.adapters.sqlite.schema import _TABLES
 from juicebox_hsm.ids import FULL_RANGE, RecordId
@@ -32,7 +32,7 @@ def stored(connection: apsw.Connection, realm: int) -> dict[bytes, bytes]:
     """Return all stored nodes of a realm by hash; hashes are unique in trees of distinct values."""
     nodes: dict[bytes, bytes] = dict(fetch(connection, "SELECT hash, node FROM roots WHERE realm = ?", (realm,)))
     for row, data in fetch(connection, "SELECT id, data FROM tree WHERE id >> 53 = ?", (realm,)):
-        page = _decode_page(row, data)
+        page = decode_page(row, data)
         assert page, "an empty page is deleted"
         assert all(isinstance(place, int if is_bounded(row) else bytes) for place in page)
         nodes |= {piece[:32]: piece[32:] for piece in page.values()}

@@ -1,0 +1,152 @@
+"""Check stored trees: from a root that the log names, every node down to every leaf (merkle.md 2, 9)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final, Protocol
+
+import apsw
+
+from juicebox_hsm.adapters.sqlite.layout import (
+    HASH_BYTES,
+    LEAF_BITS,
+    Page,
+    Position,
+    leaf_id,
+    level_of,
+    page_id,
+    position,
+)
+from juicebox_hsm.adapters.sqlite.nodes import decode_page
+from juicebox_hsm.adapters.sqlite.reads import fetch_one
+from juicebox_hsm.consensus.types import Partition
+from juicebox_hsm.ids import RECORD_ID_BYTES, OwnedRange, RecordId
+from juicebox_hsm.merkle.kernel import node_hash
+from juicebox_hsm.merkle.nodes import BadEncoding
+from juicebox_hsm.ports import StoreInvalid
+
+PROGRESS_RECORDS: Final = 2_000
+_LENGTH_BYTES: Final = 4
+_LEFT: Final = 1
+_RIGHT: Final = 2
+_PAGES_KEPT: Final = 16  # one of each level: the walk goes through the tree in order
+
+
+class TreeReport(Protocol):
+    """A part of `check.Report`."""
+
+    records: int
+    nodes: int
+
+    def add(self, where: str, what: str) -> None:
+        """Keep a finding."""
+        ...
+
+
+class TreeWalk:
+    """Walks through the trees of one realm. Memory: a page per level and the path."""
+
+    def __init__(
+        self, db: apsw.Connection, realm: int, report: TreeReport, progress: Callable[[str, int, int], None]
+    ) -> None:
+        self._db = db
+        self._realm = realm
+        self._report = report
+        self._progress = progress
+        self._pages: dict[int, Page] = {}
+        self._where = ""
+        self._bounds: OwnedRange | None = None
+
+    def check(self, where: str, partition: Partition) -> None:
+        """Check the tree of a partition."""
+        self._where, self._bounds = where, partition.range
+        root = partition.root_hash
+        node = fetch_one(self._db, "SELECT node FROM roots WHERE realm = ? AND hash = ?", (self._realm, root))
+        if node is None:
+            self._report.add(where, f"the root node {root.hex()} is missing")
+            return
+        encoding = self._verified("root node", node, root, b"", partition.range)
+        if encoding is None:
+            return
+        self._report.nodes += 1
+        waiting = _branches(encoding, 0, 0)  # last in, first out: the left branch is put last
+        while waiting:
+            record, nbits, expected = waiting.pop()
+            waiting += self._visit(record, nbits, expected)
+
+    def _visit(self, record: int, nbits: int, expected: bytes) -> list[tuple[int, int, bytes]]:
+        """Check the node with the first `nbits` bits of `record`; return what it leads to."""
+        is_leaf = nbits == LEAF_BITS
+        key = record.to_bytes(RECORD_ID_BYTES, "big")
+        name = f"record {key.hex()}" if is_leaf else f"node 0x{key.hex()[: (nbits + 3) // 4]}/{nbits}"
+        place: Position = key if is_leaf else position(record, nbits)
+        row = leaf_id(self._realm, record) if is_leaf else page_id(self._realm, record, level_of(nbits))
+        piece = self._page(row, level_of(nbits)).get(place)
+        if piece is None:
+            self._report.add(self._where, f"{name} is missing")
+            return []
+        if piece[:HASH_BYTES] != expected:
+            self._report.add(self._where, f"{name} is another version than the node above it says")
+            return []
+        encoding = self._verified(name, piece[HASH_BYTES:], expected, key if is_leaf else b"", None)
+        if encoding is None:
+            return []
+        self._report.nodes += 1
+        if not is_leaf:
+            return _branches(encoding, record, nbits)
+        if self._bounds is not None and not self._bounds.contains(RecordId(key)):
+            self._report.add(self._where, f"{name} is outside the owned range")
+        self._report.records += 1
+        if self._report.records % PROGRESS_RECORDS == 0:
+            self._progress("records", self._report.records, 0)
+        return []
+
+    def _page(self, row: int, level: int) -> Page:
+        """Return a row's nodes, none for one that is not there or damaged."""
+        page = self._pages.get(row)
+        if page is None:
+            data = fetch_one(self._db, "SELECT data FROM tree WHERE id = ?", (row,))
+            try:
+                page = {} if data is None else decode_page(row, data)
+            except StoreInvalid as error:
+                self._report.add(self._where, f"a page of level {level} is damaged: {error}")
+                page = {}
+            if len(self._pages) >= _PAGES_KEPT:
+                del self._pages[next(iter(self._pages))]
+        else:
+            del self._pages[row]  # put at the end again: the oldest goes first
+        self._pages[row] = page
+        return page
+
+    def _verified(
+        self, name: str, stored: bytes, expected: bytes, key: bytes, bounds: OwnedRange | None
+    ) -> bytes | None:
+        """Return the encoding of a node (stored behind its be32 length) if it has the expected hash."""
+        encoding = stored[_LENGTH_BYTES:]
+        try:
+            intact = (
+                int.from_bytes(stored[:_LENGTH_BYTES], "big") == len(encoding)
+                and node_hash(encoding, key, bounds) == expected
+            )
+        except BadEncoding:
+            intact = False
+        if not intact:
+            self._report.add(self._where, f"{name} was altered: its content does not have its hash")
+            return None
+        return encoding
+
+
+def _branches(encoding: bytes, record: int, nbits: int) -> list[tuple[int, int, bytes]]:
+    """Return (bits so far as an integer of 256, their number, hash) of the children of an intact node, right first."""
+    found = []
+    at = 2
+    for flag in (_LEFT, _RIGHT):
+        if not encoding[1] & flag:
+            continue
+        length = encoding[at] << 8 | encoding[at + 1]
+        end = at + 2 + ((length + 7) >> 3)
+        prefix = int.from_bytes(encoding[at + 2 : end], "big") >> (-length & 7)
+        below = nbits + length
+        found.append((record | prefix << (LEAF_BITS - below), below, encoding[end : end + HASH_BYTES]))
+        at = end + HASH_BYTES
+    return found[::-1]
