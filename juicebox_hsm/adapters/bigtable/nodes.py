@@ -190,11 +190,15 @@ class TreeNodes:
             raise errors[0]
 
     async def _read_paths(self, realm: RealmId, chunk: list[tuple[PathWalk, RecordId]]) -> None:
-        """Read all that the walks may still need in one request and continue them in what came."""
-        starts = {start for walk, record in chunk for start in path_scan_starts(record, walk.depth)}
+        """Read all that the walks may still need in one request and continue them in what came.
+
+        Each walk's next node is known exactly, the ones behind it by their prefixes only.
+        """
+        wanted = sorted({walk.wanted_row for walk, _ in chunk})
+        starts = {start for walk, record in chunk for start in path_scan_starts(record, walk.depth)[1:]}
         ranges = [KeyRange(start, scan_end(start), end_open=True) for start in sorted(starts)]
         async with self._permit(len(ranges)):
-            rows = await self.table(realm).read_rows(RowSet(ranges=ranges), selection=_FIRST_CELL)
+            rows = await self.table(realm).read_rows(RowSet(wanted, ranges), selection=_FIRST_CELL)
         found = _stored(rows)
         for walk, _ in chunk:
             self._follow(walk, found)

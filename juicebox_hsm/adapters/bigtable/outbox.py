@@ -214,29 +214,28 @@ class BigtableOutbox:
         return [found[name] for name in sorted(found)]
 
     async def _read_cursors(self, realm: RealmId, known: Mapping[bytes, int]) -> dict[bytes, TenantCursor]:
-        """Read the rows at and above known tails and the cursor rows; a tail of 0 is unknown."""
+        """Read the rows above known tails and the cursor rows; a tail of 0 is unknown."""
         if not known:
             return {}
         ranges: list[KeyRange] = []
+        tails: dict[bytes, int] = {}
         for name, tail in known.items():
-            if tail == 0:
-                tail = await self._table.read_tail(realm, name)  # noqa: PLW2901 - the better-known one
-            ranges.append(keys.event_range(name, keys.TOP, max(0, tail - ROW_EVENTS_MAX + 1)))
+            tails[name] = tail or await self._table.read_tail(realm, name)
+            ranges.append(keys.event_range(name, keys.TOP, tails[name] + 1))
         rows = await self._table.of(realm).read_rows(
             RowSet([keys.cursor_key(name) for name in known], ranges), selection=_NEWEST
         )
-        tails: dict[bytes, int] = {}
         published: dict[bytes, int] = {}
         for row in rows:
             name = keys.tenant_of(row.key)
             if row.key == keys.cursor_key(name):
                 published[name] = number(row.cells[0].value) if row.cells[0].qualifier == PUBLISHED else 0
             else:
-                tails.setdefault(name, keys.upward(row.cells[0].qualifier))  # newest first
+                tails[name] = max(tails[name], keys.upward(row.cells[0].qualifier))
         for name, tail in tails.items():
             state = self._tenant(realm, name.decode())
             state.tail = max(state.tail, tail)  # a writer's own tail: learnt anew only where it is older
-        return {name: TenantCursor(name.decode(), published.get(name, 0), tail) for name, tail in tails.items()}
+        return {name: TenantCursor(name.decode(), published.get(name, 0), tail) for name, tail in tails.items() if tail}
 
     async def _find_tenants(self, realm: RealmId, known: Sequence[bytes]) -> list[bytes]:
         """Return tenants with rows that are not in `known` (sorted), by reading the gaps between known ones."""

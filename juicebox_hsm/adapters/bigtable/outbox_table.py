@@ -24,6 +24,7 @@ class OutboxTable:
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
         self._tables: dict[RealmId, Table] = {}
+        self._boundaries: dict[tuple[RealmId, str], int] = {}
 
     def of(self, realm: RealmId) -> Table:
         """Return the realm's outbox table."""
@@ -57,10 +58,16 @@ class OutboxTable:
     async def read_stored(
         self, realm: RealmId, tenant: str, oldest: int, newest: int
     ) -> list[tuple[OutboxEvent, bytes]]:
-        """Return the events oldest..newest that are there, in order, each with the key of its row."""
-        name = keys.check_tenant(tenant)
-        wanted = keys.event_range(name, newest, max(1, oldest - ROW_EVENTS_BEFORE))
+        """Return the events oldest..newest that are there, in order, each with the key of its row.
+
+        The row with the oldest may begin before it, unless the last read ended right there.
+        """
+        name, place = keys.check_tenant(tenant), (realm, tenant)
+        is_boundary = self._boundaries.get(place) == oldest
+        wanted = keys.event_range(name, newest, oldest if is_boundary else max(1, oldest - ROW_EVENTS_BEFORE))
         rows = await self.of(realm).read_rows(RowSet(ranges=(wanted,)), selection=_EVENTS)
+        if rows and (last := keys.upward(rows[0].cells[0].qualifier)) <= newest:
+            self._boundaries[place] = last + 1
         low, high = keys.downward(newest), keys.downward(oldest)
         return [
             (decode_event(tenant, cell), row.key)
