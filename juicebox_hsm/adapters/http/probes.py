@@ -19,6 +19,7 @@ from quart import Request, Response
 from quart_trio import QuartTrio
 from quart_trio.asgi import TrioASGIHTTPConnection
 
+from juicebox_hsm.adapters.http.containment import contain_connections
 from juicebox_hsm.adapters.metrics import Metrics
 from juicebox_hsm.errors import LocalError, RealmError
 
@@ -30,6 +31,8 @@ BACKLOG: Final = 64
 SEND_MS: Final = 2000  # own: a reader that takes nothing for this long is cut off, even while we shut down
 RESPONSE_S: Final = 5.0  # own: for pages of a role; probes and metrics need milliseconds
 METRICS_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+
+contain_connections()
 
 
 class Exchange(TrioASGIHTTPConnection):

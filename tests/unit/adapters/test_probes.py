@@ -180,3 +180,22 @@ async def test_port_in_use() -> None:
     async with serving(Health(), Health()) as port:
         with pytest.raises(LocalError, match=f"cannot listen on 127.0.0.1:{port}"):
             await serve_probes(("127.0.0.1", port), name="x", livez=Health(), readyz=Health(), metrics=Metrics())
+
+
+async def test_bytes_after_a_refused_upgrade_end_their_connection_only() -> None:
+    """An error inside hypercorn (here: bytes after a WebSocket upgrade) ends neither the port nor the process."""
+    upgrade = (
+        b"GET / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+        b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+    )
+    async with serving(Health(), Health()) as port:
+        for filler in range(0, 256, 16):
+            async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
+                with trio.move_on_after(0.05):
+                    try:
+                        await stream.send_all(upgrade)
+                        await stream.send_all(bytes([filler]) * 50)
+                        await stream.receive_some()
+                    except trio.BrokenResourceError:
+                        pass
+        assert (await get(port, "/livez"))[0] == 200
