@@ -30,6 +30,7 @@ TOOLS: Final = {
     "demo": LazyCommand("roles.tools.demo", "Run a real realm here and register and recover a secret against it."),
     "hsm": LazyCommand("roles.tools.hsm", "Prepare an HSM: realm keys and state directory."),
     "secrets": LazyCommand("roles.tools.secrets", "Write and check the secrets file: record id key, tenants."),
+    "store": LazyCommand("roles.tools.store", "Make, check, tidy, back up and restore the store."),
     "tenant-log": LazyCommand("roles.tools.tenant_log", "Serve and read tenants' events: every guess, for auditors."),
     "tokens": LazyCommand("roles.tools.tokens", "Create, validate and draw keys for auth tokens."),
 }

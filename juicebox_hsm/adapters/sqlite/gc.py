@@ -27,7 +27,7 @@ ACCOUNTING_DAYS: Final = 116
 """Age below which every accounting row stays: a count may start that far back (storage.md 4.6)."""
 
 _SLICE: Final = "SELECT realm, tenant, record, day FROM users WHERE (realm, tenant, record, day) > (?, ?, ?, ?) LIMIT ?"
-_START: Final = (0, "", b"", -1)
+START: Final = (0, "", b"", -1)
 
 
 class Maintenance:
@@ -55,11 +55,11 @@ class Maintenance:
         if obtain_lease(db, LEASE, "maintenance", now_ms, LEASE_MS) is None:
             return
         db.execute("DELETE FROM discovery WHERE registered_ms < ?", (now_ms - int(DISCOVERY_EXPIRY_S * 1000),))
-        self._at = _START
+        self._at = START
 
     def _slice(self, db: apsw.Connection) -> None:
         """Look at one slice of the accounting rows."""
-        at, self._at = self._at or _START, None
+        at, self._at = self._at or START, None
         self._at = clean_users(db, at, time.time_ns() // 1_000_000, SLICE_ROWS)
 
 
