@@ -1,0 +1,16 @@
+"""Google's libraries are loaded only by who opens a Bigtable store."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+
+def test_the_embedded_store_does_not_load_google_libraries() -> None:
+    """Opening stores by URL, and the demo that starts an emulator, import neither gRPC nor protobuf."""
+    script = (
+        "import sys, juicebox_hsm.adapters.store, roles.tools.demo_emulator, roles.tools.demo;"
+        "print([name for name in sys.modules if name.split('.')[0] in ('grpc', 'google')])"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    assert result.stdout.strip() == "[]"
