@@ -187,7 +187,7 @@ def services(options: DemoOptions, state: StateDir) -> list[Service]:
         names += [("agent", f"agent{realm * options.agents + index + 1}", realm) for index in range(options.agents)]
     names += [("manager", f"manager{index + 1}", None) for index in range(options.managers)]
     names += [("lb", f"lb{index + 1}", None) for index in range(options.load_balancers)]
-    if options.tenant_log:
+    if options.tenant_log and not state.bigtable:  # that back end has no bus yet
         names.append((TENANT_LOG, f"{TENANT_LOG}1", None))
     ports = _choose_ports(options, state, [name for _, name, _ in names])
     found = []
