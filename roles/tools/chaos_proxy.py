@@ -29,9 +29,9 @@ def pid_of_port(port: int, pids: Mapping[int, str]) -> str | None:
             inodes.add(f"socket:[{columns[9]}]")
     for pid, name in pids.items():
         try:
-            for entry in os.scandir(f"/proc/{pid}/fd"):
+            for entry in os.listdir(f"/proc/{pid}/fd"):  # noqa: PTH208 -- names only, and quickly
                 try:
-                    if str(Path(entry.path).readlink()) in inodes:
+                    if os.readlink(f"/proc/{pid}/fd/{entry}") in inodes:  # noqa: PTH115 -- same
                         return name
                 except OSError:
                     pass  # closed while we looked
@@ -103,7 +103,7 @@ class Network:
             async with stream:
                 await self._connection(name, stream, port)
 
-        async with trio.open_nursery() as nursery:
+        async with listener, trio.open_nursery() as nursery:
             task_status.started()
             while True:
                 try:
