@@ -26,6 +26,7 @@ ROLES: Final = ("agent", "lb", "manager")
 TOOLS: Final = {
     "bench": LazyCommand("roles.tools.bench", "Measure: client, tree, store, rpc."),
     "chaos": LazyCommand("roles.tools.chaos", "Break a real realm under load and check that each guess counted once."),
+    "check": LazyCommand("roles.tools.check", "Register, recover and delete against a realm, once or for ever."),
     "cluster": LazyCommand("roles.tools.cluster", "See and change a cluster: realms, groups, leaders, certificates."),
     "config": LazyCommand("roles.tools.config", "Check and show the configuration of a role."),
     "demo": LazyCommand("roles.tools.demo", "Run a real realm here and register and recover a secret against it."),

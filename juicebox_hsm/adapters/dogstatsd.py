@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Final
 
 import trio
@@ -21,6 +21,7 @@ from juicebox_hsm.adapters.metrics import Distribution, Metrics, Tags
 PERIOD_S: Final = 1.0
 PACKET_BYTES_MAX: Final = 1400  # own: fits any Ethernet
 VALUES_PER_LINE_MAX: Final = 50
+MESSAGE_CHARS_MAX: Final = 500  # own
 RESOLVE_AGAIN_S: Final = 60.0  # own
 PORT: Final = 8125
 
@@ -78,6 +79,30 @@ def drain(metrics: Metrics, tags: Mapping[str, str]) -> Iterator[bytes]:
         packet = packet + b"\n" + encoded if packet else encoded
     if packet:
         yield packet
+
+
+def service_check(name: str, tags: Mapping[str, str], *, ok: bool, message: str = "") -> bytes:
+    """Return a service check as a packet: status 0 or 2, its message reduced to what no syntax gets confused by."""
+    said = re.sub(r"[^A-Za-z0-9._ -]", "_", message)[:MESSAGE_CHARS_MAX]
+    return f"_sc|{_name(name)}|{0 if ok else 2}{_tags(tuple(sorted(tags.items())))}|m:{said}".encode()
+
+
+def send_once(packets: Iterable[bytes], environment: Mapping[str, str] = os.environ) -> bool:
+    """Send packets to DD_AGENT_HOST, if it is set; False when there is nobody to send to. Failures change nothing."""
+    host = environment.get("DD_AGENT_HOST", "")
+    if not host:
+        return False
+    port_text = environment.get("DD_DOGSTATSD_PORT", "")
+    try:
+        found = socket.getaddrinfo(host, int(port_text) if port_text.isdigit() else PORT, type=socket.SOCK_DGRAM)
+        with socket.socket(found[0][0], socket.SOCK_DGRAM) as endpoint:
+            endpoint.connect(found[0][4])
+            for packet in packets:
+                endpoint.send(packet)
+    except OSError as error:
+        _log.warning("cannot send metrics", host=host, error=str(error))
+        return False
+    return True
 
 
 def _lines(metrics: Metrics, common: Tags) -> Iterator[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import ssl
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol, Self
@@ -39,6 +40,19 @@ class TransportError(RealmError):
     retryable = True
 
 
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """What a monitor wants to know of one answer; `elapsed_ns` is from the first byte sent, names are lower-case."""
+
+    url: str
+    status: int
+    elapsed_ns: int
+    headers: tuple[tuple[str, str], ...]
+
+
+Observe = Callable[[Observation], None]
+
+
 class Transport(Protocol):
     """Sends one POST and returns the answer."""
 
@@ -51,6 +65,7 @@ class Transport(Protocol):
 class _Connection:
     stream: trio.SSLStream[trio.SocketStream] | trio.SocketStream
     http: h11.Connection
+    response: h11.Response | None = None
 
     def went_stale(self) -> bool:
         """Tell whether the peer has sent something (most likely its goodbye) while the connection was idle."""
@@ -73,7 +88,7 @@ class HttpTransport:
     """A pool of HTTP/1.1 connections. One may serve many clients; close it with `aclose` or `async with`.
 
     `ca_file` names a PEM file to trust instead of the system's certificates. `reuse=False` opens a connection for
-    every request. `connect` opens the byte stream to (host, port).
+    every request. `connect` opens the byte stream to (host, port). `observe` is told of every complete answer.
     """
 
     def __init__(
@@ -84,6 +99,7 @@ class HttpTransport:
         reuse: bool = True,
         response_bytes_max: int = RESPONSE_BYTES_MAX,
         connect: Connect = trio.open_tcp_stream,
+        observe: Observe | None = None,
     ) -> None:
         check(connections_per_host_max >= 1, "a transport may open at least one connection")
         self._tls = ssl.create_default_context(cafile=None if ca_file is None else os.fspath(ca_file))
@@ -92,6 +108,7 @@ class HttpTransport:
         self._reuse = reuse
         self._response_bytes_max = response_bytes_max
         self._connect = connect
+        self._observe = observe
         self._hosts: dict[tuple[str, str, int], _Host] = {}
         self._targets: dict[str, tuple[_Host, str, str]] = {}
         self._closed = False
@@ -125,7 +142,7 @@ class HttpTransport:
             raise TransportError("the request's headers are not valid HTTP") from refused
         with trio.move_on_after(timeout_s):
             async with host.slots:
-                return await self._exchange(host, request, body)
+                return await self._exchange(host, url, request, body)
         raise TransportError(f"no answer from {authority} within {timeout_s} s")
 
     def _target(self, url: str) -> tuple[_Host, str, str]:
@@ -146,9 +163,10 @@ class HttpTransport:
         self._targets[url] = known
         return known
 
-    async def _exchange(self, host: _Host, request: h11.Request, body: bytes) -> tuple[int, bytes]:
+    async def _exchange(self, host: _Host, url: str, request: h11.Request, body: bytes) -> tuple[int, bytes]:
         connection = await self._connection(host)
         reusable = False
+        begun_ns = time.perf_counter_ns()
         try:
             status, answer = await self._send_and_receive(connection, request, body)
             reusable = self._keep(connection)
@@ -159,6 +177,11 @@ class HttpTransport:
                 host.idle.append(connection)
             else:
                 await trio.aclose_forcefully(connection.stream)
+        if self._observe is not None and connection.response is not None:
+            headers = tuple(
+                (name.decode("latin-1"), value.decode("latin-1")) for name, value in connection.response.headers
+            )
+            self._observe(Observation(url, status, time.perf_counter_ns() - begun_ns, headers))
         return status, answer
 
     async def _connection(self, host: _Host) -> _Connection:
@@ -192,6 +215,7 @@ class HttpTransport:
                 http.receive_data(bytes(await stream.receive_some(_RECEIVE_BYTES)))
             elif isinstance(event, h11.Response):
                 status = event.status_code
+                connection.response = event
             elif isinstance(event, h11.Data):
                 chunks.append(bytes(event.data))
                 received += len(event.data)

@@ -61,6 +61,24 @@ async def probe_balancer(url: str, timeout_s: float = PROBE_S) -> BalancerReport
     return BalancerReport(url, error=f"no answer within {timeout_s:.0f} s", not_after=not_after)
 
 
+async def certificate_end(url: str, timeout_s: float = PROBE_S) -> dt.datetime:
+    """Return when the certificate behind an https URL ends. Raises OSError with the reason when it cannot be had."""
+    with trio.move_on_after(timeout_s):
+        try:
+            parts = urlsplit(url)
+            host = parts.hostname or ""
+            stream = await trio.open_tcp_stream(host, parts.port or 443)
+            async with trio.SSLStream(stream, _context(), server_hostname=host, https_compatible=True) as tls:
+                await tls.do_handshake()
+                end = _end_of(tls.getpeercert(binary_form=True))
+        except (trio.BrokenResourceError, ValueError) as error:
+            raise OSError(f"no TLS handshake: {error.__cause__ or error}") from None
+        if end is not None:
+            return end
+        raise OSError("no certificate was shown")
+    raise OSError(f"no answer within {timeout_s:.0f} s")
+
+
 def _end_of(der: bytes | None) -> dt.datetime | None:
     return None if not der else x509.load_der_x509_certificate(der).not_valid_after_utc
 

@@ -216,9 +216,8 @@ def print_results(results: list[Result]) -> None:
 
 
 def _signer(key: TenantSecret, tenant: str, version: int) -> Callable[[str, RealmId], str]:
-    now_s = int(time.time())
-
     def token(user: str, realm: RealmId) -> str:
+        now_s = int(time.time())
         return create(
             key, tenant=tenant, version=version, user=user, realm=realm, now_s=now_s, lifetime_s=TOKEN_LIFETIME_S
         )

@@ -82,6 +82,7 @@ def test_command_gets_the_configuration_and_decides_the_status(tmp_path: Path) -
         "set -e; "
         f"{sys.executable} -m roles bench client --count 20 --concurrency 4 --json {tmp_path}/bench.json; "
         f"{sys.executable} -m roles cluster status --json --config {state}/cluster.toml > {tmp_path}/status.json; "
+        f"{sys.executable} -m roles check --count 2 --json > {tmp_path}/check.json; "
         f"{sys.executable} -m roles cluster groups --config {state}/cluster.toml > {tmp_path}/groups.txt; "
         f"{sys.executable} -m roles cluster partitions --json --config {state}/cluster.toml > {tmp_path}/parts.json; "
         f"{sys.executable} -m roles cluster new-realm tls://127.0.0.1:1 --config {state}/cluster.toml || "
@@ -93,6 +94,11 @@ def test_command_gets_the_configuration_and_decides_the_status(tmp_path: Path) -
     assert [entry["op"] for entry in measured] == ["register", "recover", "delete"]
     assert all(entry["errors"] == 0 and entry["per_second"] > 0 for entry in measured)
     assert json.loads((tmp_path / "status.json").read_text())["ok"] is True
+    checked = json.loads((tmp_path / "check.json").read_text())
+    assert checked["ok"] is True
+    assert {name: step["count"] for name, step in checked["steps"].items()} == dict.fromkeys(
+        ("register", "recover", "delete"), 2
+    )
     assert "Leader" in (tmp_path / "groups.txt").read_text()
     parts = json.loads((tmp_path / "parts.json").read_text())["realms"][0]["partitions"]
     assert [(part["start"], part["end"]) for part in parts] == [("00" * 32, "ff" * 32)]
