@@ -161,10 +161,11 @@ async def _serve(
             await nursery.start(register, agent)
         phase.started = True
         log.info("agent started", url=agent.config.url, http_port=http_port, hsm=_hex(agent), store=store.description)
-        notify("READY=1")
+        notify("READY=1", f"STATUS=agent at {agent.config.url}, HSM {_hex(agent)}")
         nursery.start_soon(_feed_watchdog, agent)
         await stop.wait()
-        notify("STOPPING=1")
+        patience_us = round((agent.timings.shutdown_s + LEAVE_S) * 1e6)
+        notify("STOPPING=1", "STATUS=handing leadership over", f"EXTEND_TIMEOUT_USEC={patience_us}")
         agent.stopping = True
         with trio.move_on_after(agent.timings.shutdown_s):
             await _leave(agent, service, server)

@@ -13,12 +13,18 @@ from juicebox_hsm import __version__
 from juicebox_hsm.adapters.cluster_tls import ClusterTls
 from juicebox_hsm.adapters.faults import FaultSwitch
 from juicebox_hsm.adapters.http.probes import serve_probes
-from juicebox_hsm.adapters.logging import configure, get_logger
+from juicebox_hsm.adapters.logging import configure, get_logger, report_suppressed
 from juicebox_hsm.adapters.metrics import Metrics
 from juicebox_hsm.adapters.rpc import RpcPool, RpcServer, serve_rpc
 from juicebox_hsm.adapters.store import open_store
 from juicebox_hsm.adapters.store_faults import with_faults
-from juicebox_hsm.adapters.supervision import ExitCode, handle_signals, notify, report_crash
+from juicebox_hsm.adapters.supervision import (
+    ExitCode,
+    handle_signals,
+    notify,
+    report_crash,
+    watchdog_interval_s,
+)
 from juicebox_hsm.errors import InvariantViolation, RealmError
 from juicebox_hsm.ports import ServiceKind, Store, StoreUnavailable
 from juicebox_hsm.wire.rpc import MANAGER_METHODS
@@ -31,6 +37,7 @@ from roles.options import CommonOptions, role_options
 
 SHUTDOWN_S: Final = 10.0
 DRAIN_S: Final = 8.0
+REPORT_S: Final = 1.0
 
 _log = get_logger("manager")
 
@@ -128,6 +135,8 @@ class _Manager:
         )
         _log.info("manager started", url=self.url, version=__version__, store=self.store.description)
         nursery.start_soon(self._say_ready)
+        nursery.start_soon(self._report)
+        nursery.start_soon(_feed_watchdog)
         await self.stop.wait()
         notify("STOPPING=1", f"EXTEND_TIMEOUT_USEC={round(SHUTDOWN_S * 1e6)}")
         with trio.move_on_after(SHUTDOWN_S):
@@ -152,11 +161,27 @@ class _Manager:
         await self.registered.wait()
         notify("READY=1", f"STATUS=manager at {self.url}")
 
+    async def _report(self) -> None:
+        """Report the uptime and held-back log lines every second."""
+        began = trio.current_time()
+        while True:
+            self.metrics.gauge("service.uptime", trio.current_time() - began)
+            report_suppressed()
+            await trio.sleep(REPORT_S)
+
     async def _deregister(self) -> None:
         try:
             await self.store.discovery.deregister(ServiceKind.MANAGER, self.url)
         except RealmError as error:
             _log.warning("not deregistered, the entry will expire", error=str(error))
+
+
+async def _feed_watchdog() -> None:
+    """Tell systemd that the event loop turns."""
+    interval_s = watchdog_interval_s()
+    while interval_s is not None:
+        notify("WATCHDOG=1")
+        await trio.sleep(interval_s)
 
 
 async def _work(

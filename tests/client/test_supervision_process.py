@@ -1,0 +1,189 @@
+"""Real services under a supervisor: what they say on the notify socket, and the unit templates that rely on it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+import pytest
+
+import roles.agent.main
+import roles.lb.main
+import roles.manager.main
+from juicebox_hsm.adapters.certificates import CaKind, init_ca, issue, issue_edge
+from juicebox_hsm.adapters.hsm_host import generate_keys, init_hsm_dir
+from juicebox_hsm.adapters.supervision import ExitCode
+from roles.options import flag_of
+from roles.tools.demo_layout import PORTS
+
+pytestmark = pytest.mark.processes
+ROOT = Path(__file__).parents[2]
+UNITS = sorted((ROOT / "docs" / "systemd").glob("*.service"))
+COMMANDS = {
+    "agent": roles.agent.main.command,
+    "lb": roles.lb.main.command,
+    "manager": roles.manager.main.command,
+}
+WATCHDOG_S = 0.4
+WAIT_S = 20.0
+
+
+class Supervisor:
+    """A notify socket, and everything that was said on it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / "notify"
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(str(self.path))
+        self.said: list[tuple[float, str]] = []
+
+    def wait_for(self, wanted: str, *, after: int = 0) -> int:
+        """Wait for a line that begins with `wanted` after the first `after` ones; return how many lines that makes."""
+        deadline = time.monotonic() + WAIT_S
+        while True:
+            for number, (_, line) in enumerate(self.said[after:], start=after):
+                if line.startswith(wanted):
+                    return number + 1
+            self._socket.settimeout(max(0.01, deadline - time.monotonic()))
+            try:
+                message = self._socket.recv(4096).decode()
+            except TimeoutError:
+                raise AssertionError(f"{wanted} not said within {WAIT_S} s: {self.said}") from None
+            self.said += [(time.monotonic(), line) for line in message.split("\n")]
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._socket.close()
+
+
+def _flags(role: str, directory: Path, store: Path) -> list[str]:
+    """Prepare what a role needs; return its flags."""
+    tls = directory / f"tls-{role}"
+    issue(directory / "ca", role, role, tls)
+    flags = ["--store", f"sqlite:{store}", "--cluster-tls", str(tls), "--allow-loopback"]
+    if role == "agent":
+        generate_keys(directory / "keys.json", "test")
+        init_hsm_dir(directory / "keys.json", directory / "hsm")
+        flags += ["--hsm-dir", str(directory / "hsm")]
+    if role == "lb":
+        init_ca(directory / "edge-ca", kind=CaKind.EDGE)
+        issue_edge(directory / "edge-ca", ["localhost"], directory / "edge.pem", directory / "edge-key.pem")
+        subprocess.run(
+            [sys.executable, "-m", "roles", "secrets", "init-record-id", "--file", directory / "secrets.json"],
+            check=True, stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+        flags += ["--tls-cert", str(directory / "edge.pem"), "--tls-key", str(directory / "edge-key.pem")]
+        flags += ["--secrets-file", str(directory / "secrets.json"), "--shutdown-notice-period", "0s"]
+    return flags
+
+
+@contextmanager
+def _service(role: str, directory: Path, supervisor: Supervisor, *more: str) -> Iterator[subprocess.Popen[bytes]]:
+    environment = {
+        **os.environ,
+        "NOTIFY_SOCKET": str(supervisor.path),
+        "WATCHDOG_USEC": str(round(WATCHDOG_S * 1e6)),
+    }
+    init_ca(directory / "ca")
+    command = [sys.executable, "-m", "roles", "--role", role, *_flags(role, directory, directory / "realm.db"), *more]
+    with (directory / "log").open("wb") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        supervisor.close()
+
+
+@pytest.mark.parametrize(
+    ("role", "more"),
+    [
+        ("agent", ("--listen", "127.0.0.1:0")),
+        ("manager", ("--listen", "127.0.0.1:0")),
+        ("lb", ("--listen", "127.0.0.1:0")),
+        ("lb", ("--workers", "2")),
+    ],
+)
+def test_a_services_life_as_its_supervisor_hears_it(role: str, more: tuple[str, ...], tmp_path: Path) -> None:
+    """Ready with a status, watchdog twice per period, reloading to ready on HUP, stopping with patience, exit 0."""
+    if "--workers" in more:
+        more = (*more, "--listen", f"127.0.0.1:{PORTS[-1000]}", "--http-listen", f"127.0.0.1:{PORTS[-990]}")
+    supervisor = Supervisor(tmp_path)
+    with _service(role, tmp_path, supervisor, *more) as process:
+        ready = supervisor.wait_for("READY=1")
+        assert supervisor.wait_for("STATUS=")
+        first = supervisor.wait_for("WATCHDOG=1", after=ready)
+        supervisor.wait_for("WATCHDOG=1", after=first)
+        beats = [at for at, line in supervisor.said if line == "WATCHDOG=1"][-2:]
+        assert beats[1] - beats[0] < WATCHDOG_S, "later than systemd allows"
+        process.send_signal(signal.SIGHUP)
+        reloading = supervisor.wait_for("RELOADING=1", after=ready)
+        assert supervisor.said[reloading][1].startswith("MONOTONIC_USEC=")
+        supervisor.wait_for("READY=1", after=reloading)
+        process.send_signal(signal.SIGTERM)
+        stopping = supervisor.wait_for("STOPPING=1", after=reloading)
+        if "--workers" not in more:
+            supervisor.wait_for("EXTEND_TIMEOUT_USEC=", after=stopping)
+        assert process.wait(WAIT_S) == ExitCode.OK, (tmp_path / "log").read_text()
+
+
+def _unit(path: Path) -> dict[str, list[str]]:
+    """Return the directives of a unit's [Service] section."""
+    found: dict[str, list[str]] = {}
+    section = ""
+    for line in path.read_text().splitlines():
+        if line.startswith("["):
+            section = line
+        elif section == "[Service]" and "=" in line and not line.startswith("#"):
+            name, _, value = line.partition("=")
+            found.setdefault(name, []).append(value)
+    return found
+
+
+def test_there_is_a_unit_for_each_role() -> None:
+    """Every role has its template."""
+    assert {path.stem.removeprefix("juicebox-").rstrip("@") for path in UNITS} == set(COMMANDS)
+
+
+@pytest.mark.parametrize("path", UNITS, ids=lambda path: path.stem)
+def test_units_fit_the_program(path: Path) -> None:
+    """Start command, exit codes, notification and time-outs agree with what the role does."""
+    role = path.stem.removeprefix("juicebox-").rstrip("@")
+    unit = _unit(path)
+    words = unit["ExecStart"][0].split()
+    assert words[1:3] == ["--role", role]
+    flags = {f"--{flag_of(parameter)}" for parameter in COMMANDS[role].params if isinstance(parameter, click.Option)}
+    assert {word for word in words[3:] if word.startswith("--")} <= flags
+    assert unit["Type"] == ["notify"]
+    assert unit["Restart"] == ["always"]
+    assert unit["RestartSec"] == ["1"]
+    assert [int(code) for code in unit["RestartPreventExitStatus"][0].split()] == [ExitCode.USAGE, ExitCode.CONFIG]
+    assert unit["ExecReload"] == ["/bin/kill -HUP $MAINPID"]
+    assert int(unit["TimeoutStopSec"][0]) == 90
+    assert 10 <= int(unit["WatchdogSec"][0]) <= 60
+    assert unit["NoNewPrivileges"] == ["yes"]
+    assert unit["LimitCORE"] == ["0"]
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
+@pytest.mark.parametrize("path", UNITS, ids=lambda path: path.stem)
+def test_systemd_reads_the_units(path: Path, tmp_path: Path) -> None:
+    """systemd finds no directive it does not know and no value it cannot read."""
+    name = path.name.replace("@", "@1")
+    text = path.read_text().replace("/opt/juicebox/bin/juicebox-hsm", "/bin/true")
+    (tmp_path / name).write_text(text)
+    done = subprocess.run(
+        ["systemd-analyze", "verify", tmp_path / name], capture_output=True, text=True, check=False
+    )  # fmt: skip
+    complaints = [line for line in done.stderr.splitlines() if name in line]
+    assert complaints == []
