@@ -33,6 +33,7 @@ from roles.manager.appointment import Appointer
 from roles.manager.context import ManagerContext
 from roles.manager.loops import register, run_loops
 from roles.manager.service import ManagerService
+from roles.manager.status_page import StatusPage
 from roles.options import CommonOptions, role_options
 
 SHUTDOWN_S: Final = 10.0
@@ -131,6 +132,7 @@ class _Manager:
                 livez=self._livez,
                 readyz=self._livez,
                 metrics=self.metrics,
+                app_hook=StatusPage(context, self.url).hook,
             )
         )
         _log.info("manager started", url=self.url, version=__version__, store=self.store.description)

@@ -91,6 +91,22 @@ def judge(evidence: Evidence) -> Verdict:
     return Verdict(tuple(problems), tuple(_advice(evidence)))
 
 
+def verdict_json(evidence: Evidence, verdict: Verdict) -> dict[str, object]:
+    """Return the document of `cluster status --json` and `/status.json`."""
+    view = evidence.view
+    return {
+        "ok": verdict.is_healthy,
+        "problems": list(verdict.problems),
+        "advice": list(verdict.advice),
+        "agents": len(view.agents),
+        "hsms": len(view.hsms),
+        "managers": len(evidence.managers),
+        "load_balancers": len(evidence.balancers),
+        "realms": len(view.realms),
+        "groups": len(view.groups),
+    }
+
+
 def _agent_problems(view: ClusterView) -> Iterator[str]:
     if not view.agents:
         yield "no agent in discovery"
@@ -144,18 +160,22 @@ def _version_problems(evidence: Evidence) -> Iterator[str]:
     found: dict[str, list[str]] = {}
     for agent in evidence.view.agents:
         if agent.status is not None:
-            found.setdefault(agent.status.build, []).append("agents")
+            found.setdefault(agent.status.build, []).append("agent")
     for manager in evidence.managers:
-        found.setdefault(manager.version, []).append("managers")
+        found.setdefault(manager.version, []).append("manager")
     for balancer in evidence.balancers:
-        found.setdefault(balancer.version, []).append("load balancers")
+        found.setdefault(balancer.version, []).append("load balancer")
     found.pop("", None)  # did not answer
     if len(found) > 1:
         parts = [
-            f"{version} ({', '.join(f'{roles.count(role)} {role}' for role in dict.fromkeys(roles))})"
+            f"{version} ({', '.join(_counted(roles.count(role), role) for role in dict.fromkeys(roles))})"
             for version, roles in sorted(found.items())
         ]
         yield f"services run different versions: {', '.join(parts)}"
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def _group_problems(evidence: Evidence, group: GroupView) -> Iterator[str]:

@@ -2,31 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import click
 
 from roles.manager.evidence import gather
-from roles.manager.verdict import Evidence, Verdict, judge
+from roles.manager.verdict import Evidence, judge, verdict_json
 from roles.tools.cluster_output import print_json
 from roles.tools.cluster_session import Connection, ExitCode, Session, end, with_connection
 from roles.tools.cluster_show import with_session
-
-
-def status_json(evidence: Evidence, verdict: Verdict) -> dict[str, Any]:
-    """Return the `status --json` document."""
-    view = evidence.view
-    return {
-        "ok": verdict.is_healthy,
-        "problems": list(verdict.problems),
-        "advice": list(verdict.advice),
-        "agents": len(view.agents),
-        "hsms": len(view.hsms),
-        "managers": len(evidence.managers),
-        "load_balancers": len(evidence.balancers),
-        "realms": len(view.realms),
-        "groups": len(view.groups),
-    }
 
 
 def summary(evidence: Evidence) -> str:
@@ -60,7 +42,7 @@ def status(connection: Connection, *, as_json: bool) -> None:
     evidence = with_session(connection, body)
     verdict = judge(evidence)
     if as_json:
-        print_json(status_json(evidence, verdict))
+        print_json(verdict_json(evidence, verdict))
     else:
         click.echo(summary(evidence))
         for problem in verdict.problems:

@@ -147,7 +147,7 @@ def test_version_skew() -> None:
     """Services of different versions are told with how many run which."""
     balancers = (BALANCERS[0], replace(BALANCERS[1], version="newer"))
     assert _only(_evidence(_led(), balancers=balancers)) == (
-        "services run different versions: build (3 agents, 2 managers, 1 load balancers), newer (1 load balancers)"
+        "services run different versions: build (3 agents, 2 managers, 1 load balancer), newer (1 load balancer)"
     )
 
 

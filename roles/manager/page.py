@@ -1,0 +1,263 @@
+"""The status page as HTML: pure, no script, everything escaped (manager.md 2).
+
+Names, addresses and errors come from services and from whoever can register in discovery, so nothing reaches the page
+but through `_text`.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import html
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from juicebox_hsm.cluster_view import AgentView, GroupView, Member, hsm_work
+from juicebox_hsm.ids import RECORD_ID_BYTES, HsmId, OwnedRange, RealmId
+from roles.manager.page_style import GROUP_COLOURS, STYLE
+from roles.manager.planning import gaps
+from roles.manager.ranges import show_range
+from roles.manager.verdict import (
+    BalancerReport,
+    Evidence,
+    ManagerReport,
+    Verdict,
+    describe_transfer,
+    lag,
+    transfer_age_s,
+)
+
+REFRESH_S: Final = 5
+LABEL_SHARE_MIN: Final = 0.04  # of the bar's width; a number in less is not readable
+TEXT_CHARS_MAX: Final = 300  # own: an error of a peer may be long
+_SPACE: Final = 1 << (8 * RECORD_ID_BYTES)
+_SHORT: Final = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Own:
+    """What the manager that renders the page knows of itself."""
+
+    name: str
+    url: str
+    version: str
+    leases: Sequence[str] = ()
+    actions: Sequence[str] = ()
+    loops: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+def _text(value: object) -> str:
+    """Return text that is safe between tags and in quoted attributes."""
+    said = str(value)
+    return html.escape(said if len(said) <= TEXT_CHARS_MAX else f"{said[:TEXT_CHARS_MAX]}...", quote=True)
+
+
+def _id(value: bytes) -> str:
+    """Return a short id whose whole is shown on pointing at it."""
+    return f'<code title="{value.hex()}">{value.hex()[:_SHORT]}</code>'
+
+
+def render(evidence: Evidence, verdict: Verdict, own: Own) -> str:
+    """Return the whole page."""
+    view = evidence.view
+    state = "healthy" if verdict.is_healthy else "trouble"
+    badge = '<span class="badge">healthy</span>' if verdict.is_healthy else '<span class="badge bad">trouble</span>'
+    parts = [
+        "<!DOCTYPE html>",
+        f'<html lang="en"><head><meta charset="utf-8"><title>{state} - juicebox-hsm</title>',
+        f'<meta name="viewport" content="width=device-width"><meta http-equiv="refresh" content="{REFRESH_S}">',
+        f"<style>{STYLE}</style></head><body>",
+        f"<header><h1>Cluster</h1>{badge}<p>{_summary(evidence)}</p></header><main>",
+        _lines("Problems", "problems", verdict.problems),
+        _lines("Advice", "advice", verdict.advice),
+        *(_realm(evidence, realm) for realm in view.realms),
+        _agents(evidence),
+        _balancers(evidence.balancers, evidence.now),
+        _managers(evidence.managers, own),
+        _work(own, evidence.now),
+        f"</main><footer>seen {evidence.now:%Y-%m-%d %H:%M:%S} UTC by {_text(own.name)}, version {_text(own.version)};",
+        f"again every {REFRESH_S} s</footer></body></html>",
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def render_trouble(message: str, own: Own) -> str:
+    """Return the page for when the store cannot be read: nothing else is known."""
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>trouble - juicebox-hsm</title>'
+        f'<meta name="viewport" content="width=device-width"><meta http-equiv="refresh" content="{REFRESH_S}">'
+        f'<style>{STYLE}</style></head><body><header><h1>Cluster</h1><span class="badge bad">trouble</span></header>'
+        f'<main><section class="problems"><ul class="lines"><li>the store cannot be read: {_text(message)}</li></ul>'
+        f"</section></main><footer>{_text(own.name)}, version {_text(own.version)}</footer></body></html>"
+    )
+
+
+def _summary(evidence: Evidence) -> str:
+    view = evidence.view
+    counts = (
+        (len(view.realms), "realm"),
+        (len(view.groups), "group"),
+        (len(view.hsms), "HSM"),
+        (len(evidence.managers), "manager"),
+        (len(evidence.balancers), "load balancer"),
+    )
+    rate = sum(group.requests_per_s for group in view.groups.values())
+    told = ", ".join(f"{count} {name}{'' if count == 1 else 's'}" for count, name in counts)
+    return f"{told}; {rate:.1f} requests/s"
+
+
+def _lines(title: str, kind: str, lines: Sequence[str]) -> str:
+    if not lines:
+        return ""
+    items = "".join(f"<li>{_text(line)}</li>" for line in lines)
+    return f'<section class="{kind}"><h2>{title}</h2><ul class="lines">{items}</ul></section>'
+
+
+def _table(columns: Sequence[tuple[str, bool]], rows: Iterable[tuple[str, Sequence[str]]]) -> str:
+    """Return a table; a column is (title, numeric), a row (class, cells of finished HTML)."""
+    head = "".join(f"<th{' class=n' if numeric else ''}>{title}</th>" for title, numeric in columns)
+    body = []
+    for kind, cells in rows:
+        tds = "".join(
+            f'<td data-label="{title}"{" class=n" if numeric else ""}><span>{cell}</span></td>'
+            for (title, numeric), cell in zip(columns, cells, strict=True)
+        )
+        body.append(f'<tr class="{kind}">{tds}</tr>' if kind else f"<tr>{tds}</tr>")
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+
+
+def _realm(evidence: Evidence, realm: RealmId) -> str:
+    groups = sorted(
+        evidence.view.groups_of(realm),
+        key=lambda group: (group.owned_range is None, group.owned_range.start if group.owned_range else b"", group.id),
+    )
+    drawn = [(number, group.owned_range) for number, group in enumerate(groups) if group.owned_range is not None]
+    details = "".join(_group(evidence, number, group) for number, group in enumerate(groups))
+    return f"<section><h2>Realm <code>{realm.hex()}</code></h2>{bar(drawn)}{details}</section>"
+
+
+def bar(parts: Sequence[tuple[int, OwnedRange]]) -> str:
+    """Return the key space as a bar: numbered parts in their groups' colours; what nobody owns shows as background."""
+    shapes = []
+    for number, owned in parts:
+        start = int.from_bytes(owned.start, "big") / _SPACE
+        width = (int.from_bytes(owned.end, "big") + 1) / _SPACE - start
+        label = f"group {number + 1}: {show_range(owned)}"
+        shapes.append(
+            f'<rect class="g{number % GROUP_COLOURS}" x="{100 * start:.3f}%" y="0" width="{100 * width:.3f}%" '
+            f'height="100%"><title>{_text(label)}</title></rect>'
+        )
+        if start > 0:
+            shapes.append(f'<line x1="{100 * start:.3f}%" x2="{100 * start:.3f}%" y1="0" y2="100%"/>')
+        if width >= LABEL_SHARE_MIN:
+            shapes.append(f'<text x="{100 * (start + width / 2):.3f}%" y="50%">{number + 1}</text>')
+    missing = gaps([owned for _, owned in parts])
+    told = f"key space: {len(parts)} ranges" + (f", {len(missing)} without an owner" if missing else "")
+    ticks = "".join(f"<span>{tick}</span>" for tick in ("00", "40", "80", "c0", "ff"))
+    return (
+        f'<svg class="bar" role="img" aria-label="{_text(told)}">{"".join(shapes)}</svg>'
+        f'<div class="axis" aria-hidden="true">{ticks}</div>'
+    )
+
+
+def _group(evidence: Evidence, number: int, group: GroupView) -> str:
+    owned = group.owned_range
+    colour = f" g{number % GROUP_COLOURS}" if owned is not None else ""
+    leader = group.leader
+    led = '<span class="bad">nobody leads</span>' if leader is None else f"<span>led by {_text(leader.name)}</span>"
+    pending = describe_transfer(group)
+    age_s = transfer_age_s(evidence, group)
+    moving = f'<span class="moving">{_text(pending)}, {age_s or 0:.0f} s</span>' if pending else ""
+    range_text = "owns nothing" if owned is None else _text(show_range(owned))
+    title = (
+        f'<h3><i class="dot{colour}">{number + 1}</i> group {_id(group.id)} <span>{range_text}</span>'
+        f"{led}<span>{group.requests_per_s:.1f} requests/s</span>{moving}</h3>"
+    )
+    columns = (("HSM", False), ("Agent", False), ("Role", False), ("Captured", True), ("Lag", True), ("Queue", True))
+    rows = [_member(evidence, group, hsm) for hsm in group.configuration]
+    return f'<div class="group">{title}{_table(columns, rows)}</div>'
+
+
+def _member(evidence: Evidence, group: GroupView, hsm: HsmId) -> tuple[str, list[str]]:
+    member = group.member(hsm)
+    if member is None:
+        return "", [_id(hsm), '<span class="bad">does not answer</span>', "", "", "", ""]
+    behind = lag(group, member)
+    role = _text(_role(member)) + (" (drained)" if hsm in evidence.drained else "")
+    return ("lead" if member.leads else ""), [
+        _id(hsm),
+        _text(member.name),
+        role,
+        "" if member.captured_index is None else f"{member.captured_index:,}",
+        "" if behind is None else f"{behind:,}",
+        "" if member.agent is None else f"{member.agent.append_queue_len:,}",
+    ]
+
+
+def _role(member: Member) -> str:
+    return {"Leader": "leader", "Witness": "witness", "SteppingDown": "stepping down"}.get(
+        member.info.role.name, member.info.role.name
+    )
+
+
+def _agents(evidence: Evidence) -> str:
+    columns = (("Agent", False), ("Address", False), ("HSM", False), ("Realm", False), ("Work", True), ("Build", False))
+    rows = [("", _agent(evidence, agent)) for agent in evidence.view.agents]
+    return f"<section><h2>Agents</h2>{_table(columns, rows)}</section>"
+
+
+def _agent(evidence: Evidence, agent: AgentView) -> list[str]:
+    address = f"<code>{_text(agent.url)}</code>"
+    if agent.status is None:
+        return [f'<span class="bad">{_text(agent.error)}</span>', address, "", "", "", ""]
+    hsm = None if agent.status.hsm is None else evidence.view.hsms.get(HsmId(agent.status.hsm.id))
+    build = _text(agent.status.build)
+    if hsm is None:
+        return [_text(agent.status.name), address, '<span class="bad">does not answer</span>', "", "", build]
+    realm = '<span class="soft">none</span>' if hsm.realm is None else _id(hsm.realm)
+    return [_text(agent.status.name), address, _id(hsm.id), realm, f"{hsm_work(evidence.view, hsm):,}", build]
+
+
+def _balancers(balancers: Sequence[BalancerReport], now: dt.datetime) -> str:
+    columns = (("Address", False), ("State", False), ("Certificate ends", False), ("Version", False))
+    rows = []
+    for balancer in balancers:
+        if balancer.error:
+            state = f'<span class="bad">{_text(balancer.error)}</span>'
+        elif balancer.reasons:
+            state = f'<span class="bad">{"<br>".join(_text(reason) for reason in balancer.reasons)}</span>'
+        else:
+            state = '<span class="good">ready</span>'
+        end = ""
+        if balancer.not_after is not None:
+            end = f"{balancer.not_after:%Y-%m-%d} ({(balancer.not_after - now) / dt.timedelta(days=1):.0f} days)"
+        rows.append(("", [f"<code>{_text(balancer.url)}</code>", state, end, _text(balancer.version)]))
+    table = _table(columns, rows) if rows else '<p class="bad">none</p>'
+    return f"<section><h2>Load balancers</h2>{table}</section>"
+
+
+def _managers(managers: Sequence[ManagerReport], own: Own) -> str:
+    columns = (("Address", False), ("State", False), ("Version", False))
+    rows = []
+    for manager in managers:
+        state = '<span class="good">answers</span>'
+        if manager.error:
+            state = f'<span class="bad">{_text(manager.error)}</span>'
+        elif manager.url == own.url:
+            state = '<span class="good">shows this page</span>'
+        rows.append(("", [f"<code>{_text(manager.url)}</code>", state, _text(manager.version)]))
+    return f"<section><h2>Managers</h2>{_table(columns, rows)}</section>"
+
+
+def _work(own: Own, now: dt.datetime) -> str:
+    """Return what this manager is doing: actions, leases, and when its loops ran."""
+    under_way = [*own.actions, *(f"holds lease {lease}" for lease in own.leases)]
+    items = "".join(f"<li><code>{_text(line)}</code></li>" for line in under_way)
+    doing = f'<ul class="lines">{items}</ul>' if items else '<p class="soft">nothing under way</p>'
+    columns = (("Loop", False), ("Last run", False), ("Took", True), ("Result", False))
+    rows = []
+    for name, ran in sorted(own.loops.items()):
+        ago_s = max(0.0, now.timestamp() - ran["at_ms"] / 1000)
+        result = f'<span class="bad">{_text(ran["error"])}</span>' if ran["error"] else '<span class="good">ok</span>'
+        rows.append(("", [_text(name), f"{ago_s:.0f} s ago", f"{ran['took_ms']} ms", result]))
+    return f"<section><h2>This manager</h2>{doing}{_table(columns, rows) if rows else ''}</section>"
