@@ -16,6 +16,7 @@ import trio
 
 from juicebox_hsm import __version__
 from juicebox_hsm.adapters.cluster_tls import ClusterTls
+from juicebox_hsm.adapters.dogstatsd import send_metrics
 from juicebox_hsm.adapters.faults import FaultSwitch
 from juicebox_hsm.adapters.hsm_host import FilePlatform, InProcessHsm, open_hsm_dir
 from juicebox_hsm.adapters.http.probes import serve_probes
@@ -155,6 +156,7 @@ async def _serve(
         http_port: int = await nursery.start(_serve_probes, common, agent, metrics)
         service.start()
         nursery.start_soon(_report, agent)
+        nursery.start_soon(send_metrics, metrics, {"service": "agent", "version": __version__})
         with trio.CancelScope() as registering:
             # A store that is down must not keep us from stopping.
             nursery.start_soon(_cancel_on, stop, registering)

@@ -17,6 +17,7 @@ import trio
 
 from juicebox_hsm import __version__
 from juicebox_hsm.adapters.cluster_tls import ClusterTls
+from juicebox_hsm.adapters.dogstatsd import send_metrics
 from juicebox_hsm.adapters.faults import FaultSwitch
 from juicebox_hsm.adapters.http.drain import DrainController
 from juicebox_hsm.adapters.http.edge import Edge, open_edge_listener
@@ -275,6 +276,7 @@ class LoadBalancer:
         async with self._registered(f"https://{address}", nursery):
             nursery.start_soon(self._report)
             nursery.start_soon(self._feed_watchdog)
+            nursery.start_soon(send_metrics, self._metrics, {"service": "load_balancer", "version": __version__})
             _log.info(
                 "Load balancer started",
                 url=f"https://{address}",

@@ -11,6 +11,7 @@ import trio
 
 from juicebox_hsm import __version__
 from juicebox_hsm.adapters.cluster_tls import ClusterTls
+from juicebox_hsm.adapters.dogstatsd import send_metrics
 from juicebox_hsm.adapters.faults import FaultSwitch
 from juicebox_hsm.adapters.http.probes import serve_probes
 from juicebox_hsm.adapters.logging import configure, get_logger, report_suppressed
@@ -139,6 +140,7 @@ class _Manager:
         nursery.start_soon(self._say_ready)
         nursery.start_soon(self._report)
         nursery.start_soon(_feed_watchdog)
+        nursery.start_soon(send_metrics, self.metrics, {"service": "cluster_manager", "version": __version__})
         await self.stop.wait()
         notify("STOPPING=1", f"EXTEND_TIMEOUT_USEC={round(SHUTDOWN_S * 1e6)}")
         with trio.move_on_after(SHUTDOWN_S):

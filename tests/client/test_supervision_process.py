@@ -45,6 +45,9 @@ class Supervisor:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.bind(str(self.path))
         self.said: list[tuple[float, str]] = []
+        self.metrics = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self.metrics.bind(("127.0.0.1", 0))
+        self.metrics.settimeout(WAIT_S)
 
     def wait_for(self, wanted: str, *, after: int = 0) -> int:
         """Wait for a line that begins with `wanted` after the first `after` ones; return how many lines that makes."""
@@ -61,8 +64,9 @@ class Supervisor:
             self.said += [(time.monotonic(), line) for line in message.split("\n")]
 
     def close(self) -> None:
-        """Close the socket."""
+        """Close the sockets."""
         self._socket.close()
+        self.metrics.close()
 
 
 def _flags(role: str, directory: Path, store: Path) -> list[str]:
@@ -90,6 +94,8 @@ def _flags(role: str, directory: Path, store: Path) -> list[str]:
 def _service(role: str, directory: Path, supervisor: Supervisor, *more: str) -> Iterator[subprocess.Popen[bytes]]:
     environment = {
         **os.environ,
+        "DD_AGENT_HOST": "127.0.0.1",
+        "DD_DOGSTATSD_PORT": str(supervisor.metrics.getsockname()[1]),
         "NOTIFY_SOCKET": str(supervisor.path),
         "WATCHDOG_USEC": str(round(WATCHDOG_S * 1e6)),
     }
@@ -126,6 +132,7 @@ def test_a_services_life_as_its_supervisor_hears_it(role: str, more: tuple[str, 
         supervisor.wait_for("WATCHDOG=1", after=first)
         beats = [at for at, line in supervisor.said if line == "WATCHDOG=1"][-2:]
         assert beats[1] - beats[0] < WATCHDOG_S, "later than systemd allows"
+        assert b"|#service:" in supervisor.metrics.recv(2000), "metrics go to the DogStatsD agent that is named"
         process.send_signal(signal.SIGHUP)
         reloading = supervisor.wait_for("RELOADING=1", after=ready)
         assert supervisor.said[reloading][1].startswith("MONOTONIC_USEC=")
