@@ -14,6 +14,8 @@ from pathlib import Path
 import click
 import pytest
 
+from roles.options import read_settings
+
 ROOT = Path(__file__).parent.parent.parent
 GUIDE = (ROOT / "docs" / "operator-guide.md").read_text()
 
@@ -45,6 +47,16 @@ def test_tables_name_no_flag_that_is_gone() -> None:
         if isinstance(option, click.Option)
     }
     assert set(re.findall(r"^\| `(--[a-z-]+)` \|", GUIDE, re.MULTILINE)) <= known
+
+
+def test_the_configuration_file_is_one(tmp_path: Path) -> None:
+    """The settings shown are settings of the role, of the right kind."""
+    (text,) = re.findall(r"```toml\n(.*?)```", GUIDE, re.DOTALL)
+    file = tmp_path / "agent.toml"
+    file.write_text(text)
+    values, problems = read_settings(file, importlib.import_module("roles.agent.main").command.params)
+    assert problems == []
+    assert {"store_url", "cluster_tls", "hsm_dir"} <= set(values)
 
 
 @pytest.mark.processes
