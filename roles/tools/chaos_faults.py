@@ -42,6 +42,8 @@ ORDER_S: Final = 5.0
 TRANSFER_S: Final = 30.0
 LISTEN_S: Final = 20.0
 REVIVE_PAUSE_S: Final = 0.3
+PAUSE_TRIES_MAX: Final = 20
+PAUSE_SETTLE_S: Final = 0.005
 DISK_SLACK_BYTES: Final = 256 * 1024
 """How far a process with a full disk may still write into a file beyond the size of its own log."""
 
@@ -135,12 +137,12 @@ class Chaos:
             if not free:
                 return f"{name} is busy with another fault; skipped"
             if action.kind in {Kind.SHORT_PAUSE, Kind.LONG_PAUSE}:
-                target.send(signal.SIGSTOP)
                 try:
+                    holds = await self._pause(target, anywhere=action.kind is Kind.SHORT_PAUSE or bool(action.amount))
                     await trio.sleep(action.for_s)
                 finally:
                     target.send(signal.SIGCONT)
-                return f"paused {name}"
+                return f"paused {name}{', which held the write lock of the store' if holds else ''}"
             if action.kind is Kind.KILL:
                 await target.kill()
             else:
@@ -148,6 +150,33 @@ class Chaos:
             await trio.sleep(action.for_s)
             await self._start(target)
             return f"{'killed' if action.kind is Kind.KILL else 'stopped'} and started {name}"
+
+    async def _pause(self, target: RunningService, *, anywhere: bool) -> bool:
+        """Stop a process; tell whether it holds the store's lock, which no other process can take from it.
+
+        With SQLite all writers share one lock, so a pause inside a transaction stops every write of the realm: that is
+        a store that hangs, while a pause outside of one is a member that hangs. `anywhere` False asks for the latter.
+        """
+        for _ in range(PAUSE_TRIES_MAX):
+            target.send(signal.SIGSTOP)
+            await trio.sleep(PAUSE_SETTLE_S)
+            if anywhere or not self._holds_store_lock(target):
+                break
+            target.send(signal.SIGCONT)
+            await trio.sleep(PAUSE_SETTLE_S)
+        return self._holds_store_lock(target)
+
+    def _holds_store_lock(self, running: RunningService) -> bool:
+        """Look for the lock file beside the store in the kernel's list of locks."""
+        try:
+            inode = (self._cluster.state.path / "store.db.lock").stat().st_ino
+        except OSError:
+            return False  # another kind of store
+        for line in Path("/proc/locks").read_text(encoding="ascii").splitlines():
+            columns = line.split()
+            if columns[1] != "->" and columns[4] == str(running.pid) and columns[5].endswith(f":{inode}"):
+                return True
+        return False
 
     async def restart_all(self, down_s: float) -> str:
         """Kill every process at once and start all again; nothing that was under way survives."""

@@ -111,7 +111,9 @@ class Action:
         """Return its line in the plan."""
         subject = f"{self.target}, {self.other}" if self.other else self.target
         details = [f"for {self.for_s:.1f} s"] if self.for_s else []
-        if self.kind in {Kind.CUT, Kind.ISOLATE}:
+        if self.kind is Kind.LONG_PAUSE:
+            details.append("even inside a store transaction" if self.amount else "outside of store transactions")
+        elif self.kind in {Kind.CUT, Kind.ISOLATE}:
             details.append("resets connections" if self.amount else "holds everything back")
         elif self.amount:
             details.append(f"{self.amount:+d} ms")
@@ -160,7 +162,7 @@ def _action(random: Random, number: int, at_s: float, kind: Kind, shape: Shape) 
         case Kind.SHORT_PAUSE:
             target, for_s = random.choice(everyone), some(*SHORT_PAUSE_S)
         case Kind.LONG_PAUSE:
-            target, for_s = random.choice(everyone), some(*LONG_PAUSE_S)
+            target, for_s, amount = random.choice(everyone), some(*LONG_PAUSE_S), random.choice([0, 0, 1])
         case Kind.RESTART_ALL:
             for_s = some(0.0, 1.0)
         case Kind.SLOW_STORE:
