@@ -24,6 +24,6 @@ async def test_stop_while_a_worker_is_being_started(monkeypatch: pytest.MonkeyPa
     processes: dict[int, trio.Process] = {}
     codes: list[int] = []
     with trio.fail_after(20):
-        await workers._keep(0, processes, stopping, codes)
+        await workers._keep(0, "@nobody", processes, stopping, codes)
     assert codes == [15]
     assert not processes
