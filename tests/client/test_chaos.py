@@ -15,7 +15,7 @@ pytestmark = pytest.mark.processes
 CHAOS = [sys.executable, "-m", "roles", "chaos"]
 
 
-def _chaos(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+def _chaos(*arguments: str | int | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [*CHAOS, *map(str, arguments)],
         capture_output=True,
