@@ -304,7 +304,10 @@ class SimAgent:
             finally:
                 done.set()
 
-        self.bodies.start_soon(run_body)
+        try:
+            self.bodies.start_soon(run_body)
+        except RuntimeError as closed:  # the nursery ended, and `run` has not yet come round to saying so
+            raise Unreachable(f"{self.name} went down") from closed
         await done.wait()
         if not result:
             raise Unreachable(f"{self.name} went down")
