@@ -12,9 +12,8 @@ import datetime as dt
 import ssl
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
-import trio
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
@@ -101,7 +100,13 @@ class ClusterTls:
         return self._loaded.client_context
 
 
-def peer_identity(stream: trio.SSLStream[Any]) -> PeerIdentity:
+class _Verified(Protocol):
+    """A TLS stream after its handshake."""
+
+    def getpeercert(self) -> dict[str, Any] | None: ...
+
+
+def peer_identity(stream: _Verified) -> PeerIdentity:
     """Return who the peer of a finished handshake is. Raises `PeerError` unless its certificate names one role."""
     certificate = stream.getpeercert()
     if not certificate:

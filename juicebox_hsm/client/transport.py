@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 import h11
 import trio
 
+from juicebox_hsm.adapters.streams import SocketStream, TlsStream, aclose_forcefully
 from juicebox_hsm.errors import RealmError, check
 
 RESPONSE_BYTES_MAX: Final = 64 * 1024
@@ -27,7 +28,6 @@ RESPONSE_BYTES_MAX: Final = 64 * 1024
 CONNECTIONS_PER_HOST_MAX: Final = 64
 """Default bound of parallel connections to one host; more requests wait for one to be free."""
 
-_RECEIVE_BYTES: Final = 16 * 1024
 _HEADER_BYTES_MAX: Final = 16 * 1024
 
 Headers = Sequence[tuple[str, str]]
@@ -63,14 +63,14 @@ class Transport(Protocol):
 
 @dataclass(slots=True)
 class _Connection:
-    stream: trio.SSLStream[trio.SocketStream] | trio.SocketStream
+    stream: SocketStream | TlsStream
+    socket: trio.socket.SocketType
     http: h11.Connection
     response: h11.Response | None = None
 
     def went_stale(self) -> bool:
         """Tell whether the peer has sent something (most likely its goodbye) while the connection was idle."""
-        socket = self.stream.transport_stream if isinstance(self.stream, trio.SSLStream) else self.stream
-        return socket.socket.is_readable()
+        return self.socket.is_readable()
 
 
 @dataclass(slots=True)
@@ -124,7 +124,7 @@ class HttpTransport:
         self._closed = True
         for host in self._hosts.values():
             while host.idle:
-                await trio.aclose_forcefully(host.idle.pop().stream)
+                await aclose_forcefully(host.idle.pop().stream)
 
     async def post(self, url: str, headers: Headers, body: bytes, timeout_s: float) -> tuple[int, bytes]:
         """Return (status, body), the body cut at `response_bytes_max`. Raises `TransportError`."""
@@ -176,7 +176,7 @@ class HttpTransport:
             if reusable:
                 host.idle.append(connection)
             else:
-                await trio.aclose_forcefully(connection.stream)
+                await aclose_forcefully(connection.stream)
         if self._observe is not None and connection.response is not None:
             headers = tuple(
                 (name.decode("latin-1"), value.decode("latin-1")) for name, value in connection.response.headers
@@ -189,18 +189,24 @@ class HttpTransport:
             connection = host.idle.pop()
             if not connection.went_stale():
                 return connection
-            await trio.aclose_forcefully(connection.stream)
+            await aclose_forcefully(connection.stream)
         try:
-            stream: trio.SSLStream[trio.SocketStream] | trio.SocketStream
-            stream = await self._connect(host.name, host.port)
-            if host.scheme == "https":
-                tls = trio.SSLStream(stream, self._tls, server_hostname=host.name, https_compatible=True)
-                await _handshake(tls)
-                stream = tls
+            tcp = SocketStream(await self._connect(host.name, host.port))
+            stream = await self._secure(tcp, host.name) if host.scheme == "https" else tcp
         except (OSError, trio.BrokenResourceError) as failure:
             reason = failure.__cause__ or failure
             raise TransportError(f"cannot connect to {host.name}: {reason}") from failure
-        return _Connection(stream, h11.Connection(h11.CLIENT, max_incomplete_event_size=_HEADER_BYTES_MAX))
+        return _Connection(stream, tcp.socket, h11.Connection(h11.CLIENT, max_incomplete_event_size=_HEADER_BYTES_MAX))
+
+    async def _secure(self, tcp: SocketStream, name: str) -> TlsStream:
+        """Do the TLS handshake now, closing the connection if it fails: a failed stream must not leak its socket."""
+        tls = TlsStream(tcp, self._tls, server_side=False, server_name=name)
+        try:
+            await tls.handshake()
+        except BaseException:
+            await aclose_forcefully(tls)
+            raise
+        return tls
 
     async def _send_and_receive(self, connection: _Connection, request: h11.Request, body: bytes) -> tuple[int, bytes]:
         http, stream = connection.http, connection.stream
@@ -212,7 +218,7 @@ class HttpTransport:
         while True:
             event = http.next_event()
             if event is h11.NEED_DATA:
-                http.receive_data(bytes(await stream.receive_some(_RECEIVE_BYTES)))
+                http.receive_data(await stream.receive_some())
             elif isinstance(event, h11.Response):
                 status = event.status_code
                 connection.response = event
@@ -233,12 +239,3 @@ class HttpTransport:
             return False
         http.start_next_cycle()
         return True
-
-
-async def _handshake(tls: trio.SSLStream[trio.SocketStream]) -> None:
-    """Do the TLS handshake now, closing the connection if it fails: a failed stream must not leak its socket."""
-    try:
-        await tls.do_handshake()
-    except BaseException:
-        await trio.aclose_forcefully(tls)
-        raise

@@ -20,10 +20,10 @@ import trio.abc
 from juicebox_hsm.adapters.http.drain import DrainController
 from juicebox_hsm.adapters.http.edge_connection import SWEEP_S, Connection, ConnectionTable
 from juicebox_hsm.adapters.http.edge_h1 import H1Session
-from juicebox_hsm.adapters.http.edge_stream import TlsServerStream
 from juicebox_hsm.adapters.http.edge_tls import EdgeTls
 from juicebox_hsm.adapters.http.exchange import Handler
 from juicebox_hsm.adapters.http.limits import BACKLOG, EdgeLimits
+from juicebox_hsm.adapters.streams import ByteStream, TlsStream, lean
 from juicebox_hsm.errors import LocalError
 
 ACCEPT_PAUSE_S: Final = 0.1
@@ -129,7 +129,7 @@ class Edge:
             except trio.Cancelled:
                 await trio.aclose_forcefully(stream)
                 raise
-            nursery.start_soon(self.serve_stream, stream)
+            nursery.start_soon(self.serve_stream, lean(stream))
 
     async def _make_room(self) -> None:
         """Return when the connection at the door may be let in, closing the one idle longest if need be."""
@@ -144,12 +144,12 @@ class Edge:
             await trio.sleep(SWEEP_S)
             self._table.sweep(trio.current_time())
 
-    async def serve_stream(self, transport: trio.abc.Stream) -> None:
+    async def serve_stream(self, transport: ByteStream | trio.abc.Stream) -> None:
         """Serve one accepted connection to its end."""
         connection = self._table.add(trio.current_time(), self._limits.handshake_timeout_s)
         self._drain.enter()
         self._metrics.gauge("load_balancer.connections.active", self._drain.connections)
-        stream = TlsServerStream(transport, self._tls.context)
+        stream = TlsStream(transport, self._tls.context, server_side=True)
         try:
             if self._drain.drain.is_set():
                 return
@@ -168,10 +168,10 @@ class Edge:
             self._drain.leave()
             self._metrics.gauge("load_balancer.connections.active", self._drain.connections)
 
-    async def _shake_hands(self, connection: Connection, stream: TlsServerStream) -> bool:
+    async def _shake_hands(self, connection: Connection, stream: TlsStream) -> bool:
         try:
             with connection.scope:
-                connection.protocol = await stream.handshake()
+                connection.protocol = await stream.handshake() or "http/1.1"
                 self._metrics.count("load_balancer.connections.count", protocol=connection.protocol)
                 return not connection.stopping
         except ssl.SSLError as error:
@@ -184,7 +184,7 @@ class Edge:
         self._metrics.count("load_balancer.connections.errors", protocol="tls")  # too slow, or evicted
         return False
 
-    async def _speak(self, connection: Connection, stream: TlsServerStream) -> None:
+    async def _speak(self, connection: Connection, stream: TlsStream) -> None:
         connection.scope = trio.CancelScope()
         if connection.protocol == "h2":
             # Imported when the first such client comes: h2 and its tables cost memory that most balancers never need.

@@ -19,9 +19,9 @@ import h11
 import trio
 
 from juicebox_hsm.adapters.http.edge_connection import Connection
-from juicebox_hsm.adapters.http.edge_stream import ByteStream
 from juicebox_hsm.adapters.http.exchange import REASONS, BodyTooLarge, Disconnected, Handler, Request, Response
 from juicebox_hsm.adapters.http.limits import EdgeLimits
+from juicebox_hsm.adapters.streams import ByteStream
 
 # What h11 is told of every answer: only framing and persistence matter to its state, never status or content, and 4xx
 # means "not switching protocols". We write the bytes ourselves, which takes half the time.

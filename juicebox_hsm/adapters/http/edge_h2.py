@@ -26,9 +26,9 @@ from h2.errors import ErrorCodes
 from hyperframe.frame import GoAwayFrame
 
 from juicebox_hsm.adapters.http.edge_connection import Connection
-from juicebox_hsm.adapters.http.edge_stream import ByteStream
 from juicebox_hsm.adapters.http.exchange import BodyTooLarge, Disconnected, Handler, Headers, Request, Response
 from juicebox_hsm.adapters.http.limits import EdgeLimits
+from juicebox_hsm.adapters.streams import ByteStream
 
 LOOK_S: Final = 1.0
 """How often the deadlines of a connection with open streams are looked at."""

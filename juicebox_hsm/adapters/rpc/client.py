@@ -18,6 +18,7 @@ import trio
 from juicebox_hsm.adapters.rpc import frames
 from juicebox_hsm.adapters.rpc.errors import RpcError, RpcFailed, RpcUnreachable
 from juicebox_hsm.adapters.rpc.streams import QUEUE_BYTES_HIGH, FramedStream
+from juicebox_hsm.adapters.streams import ByteStream
 from juicebox_hsm.errors import DecodingError
 from juicebox_hsm.wire.rpc import Method, PeerRole, RpcCode
 
@@ -40,7 +41,9 @@ class _Call:
 class RpcConnection:
     """Calls over one stream. `run` must be running; `greeted` is set when the peer has introduced itself."""
 
-    def __init__(self, stream: trio.abc.Stream, *, peer: str, role: PeerRole | None, build: str = "") -> None:
+    def __init__(
+        self, stream: ByteStream | trio.abc.Stream, *, peer: str, role: PeerRole | None, build: str = ""
+    ) -> None:
         self.peer = peer
         self.role = role
         self.greeted = trio.Event()

@@ -21,6 +21,7 @@ from juicebox_hsm.adapters.rpc.client import RpcConnection
 from juicebox_hsm.adapters.rpc.errors import RpcError, RpcFailed, RpcUnreachable
 from juicebox_hsm.adapters.rpc.server import is_loopback
 from juicebox_hsm.adapters.rpc.streams import describe
+from juicebox_hsm.adapters.streams import SocketStream, TlsStream
 from juicebox_hsm.errors import PeerError
 from juicebox_hsm.wire.rpc import Method, PeerRole
 
@@ -216,9 +217,9 @@ class RpcPool:
             with trio.fail_after(CONNECT_S):
                 tcp = await trio.open_tcp_stream(host, port)
                 if self._tls is None:
-                    return RpcConnection(tcp, peer=peer.url, role=None, build=self._build)
-                stream = trio.SSLStream(tcp, self._tls.client_context, https_compatible=True)
-                await stream.do_handshake()
+                    return RpcConnection(SocketStream(tcp), peer=peer.url, role=None, build=self._build)
+                stream = TlsStream(SocketStream(tcp), self._tls.client_context, server_side=False)
+                await stream.handshake()
                 identity = peer_identity(stream)
             if identity.role not in SERVERS:
                 raise PeerError(f"peer's certificate is for role {identity.role.value}, which serves no RPC")

@@ -24,6 +24,7 @@ from juicebox_hsm.adapters.logging import get_logger
 from juicebox_hsm.adapters.metrics import Counter, Gauge, Metrics, Timer
 from juicebox_hsm.adapters.rpc import frames
 from juicebox_hsm.adapters.rpc.streams import FramedStream, describe
+from juicebox_hsm.adapters.streams import ByteStream, SocketStream, TlsStream
 from juicebox_hsm.errors import DecodingError, LocalError, PeerError, RealmError
 from juicebox_hsm.ports import HsmGone
 from juicebox_hsm.wire.rpc import Method, PeerRole, RpcCode
@@ -71,7 +72,7 @@ class _Connection:
 
     __slots__ = ("_expired", "_open_calls", "caller", "greeted", "server", "stream")
 
-    def __init__(self, server: RpcServer, stream: trio.abc.Stream, caller: Caller) -> None:
+    def __init__(self, server: RpcServer, stream: ByteStream | trio.abc.Stream, caller: Caller) -> None:
         self.server = server
         self.caller = caller
         self.stream = FramedStream(stream, self, server.build)
@@ -224,12 +225,12 @@ class RpcServer:
         except OSError:
             pass  # it has gone already; the next read will tell
         if self._tls is None:
-            await self.serve_stream(tcp, None, address)
+            await self.serve_stream(SocketStream(tcp), None, address)
             return
-        stream = trio.SSLStream(tcp, self._tls.server_context, server_side=True, https_compatible=True)
+        stream = TlsStream(SocketStream(tcp), self._tls.server_context, server_side=True)
         try:
             with trio.fail_after(HANDSHAKE_S):
-                await stream.do_handshake()
+                await stream.handshake()
             identity = peer_identity(stream)
         except (trio.BrokenResourceError, trio.TooSlowError, ssl.SSLError, PeerError) as error:
             self._broken.add()
@@ -238,7 +239,7 @@ class RpcServer:
             return
         await self.serve_stream(stream, identity.role, f"{identity.role.value}/{identity.name} {address}")
 
-    async def serve_stream(self, stream: trio.abc.Stream, role: PeerRole | None, name: str) -> None:
+    async def serve_stream(self, stream: ByteStream | trio.abc.Stream, role: PeerRole | None, name: str) -> None:
         """Serve frames on a stream whose peer is known. `role` None admits every method. Closes the stream."""
         self._next_connection += 1
         connection = _Connection(self, stream, Caller(role, name, self._next_connection))

@@ -20,6 +20,7 @@ from typing import Final, Protocol
 import trio
 
 from juicebox_hsm.adapters.rpc import frames
+from juicebox_hsm.adapters.streams import ByteStream, aclose_forcefully
 
 PING_AFTER_S: Final = 0.25  # agent.md 2
 SILENT_TICKS_MAX: Final = 4  # agent.md 2: closed after 1 s, that is four passes, without a frame
@@ -68,7 +69,7 @@ class FramedStream:
         "reason",
     )
 
-    def __init__(self, stream: trio.abc.Stream, owner: StreamOwner, build: str) -> None:
+    def __init__(self, stream: ByteStream | trio.abc.Stream, owner: StreamOwner, build: str) -> None:
         self._stream = stream
         self._owner = owner
         self._reader = frames.FrameReader()
@@ -153,7 +154,7 @@ class FramedStream:
         finally:
             self.stop("cancelled")
             with trio.move_on_after(CLOSE_S, shield=True):
-                await trio.aclose_forcefully(self._stream)
+                await aclose_forcefully(self._stream)
 
     async def _read(self) -> None:
         receive = self._stream.receive_some

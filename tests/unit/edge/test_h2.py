@@ -352,7 +352,7 @@ async def test_window_opened_while_we_send(autojump_clock: object) -> None:
     class SlowStream:
         """A byte stream that takes 2 s to send the head of an answer."""
 
-        async def receive_some(self) -> bytes:
+        async def receive_some(self, max_bytes: int = 0) -> bytes:
             return await from_client.receive()
 
         async def send_all(self, data: bytes) -> None:
