@@ -119,6 +119,7 @@ class FilePlatform:
     def close(self) -> None:
         """Release the directory's lock; idempotent. The HSM MUST NOT be used afterwards."""
         if self._lock is not None:
+            self._nvram.close()
             os.close(self._lock)
             self._lock = None
 

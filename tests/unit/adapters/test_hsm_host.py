@@ -358,7 +358,7 @@ async def test_failed_disk_poisons_a_real_directory(directory: Path, monkeypatch
             def full(*_: object, **__: object) -> None:
                 raise OSError(28, "No space left on device")
 
-            patch.setattr("juicebox_hsm.adapters.nvram.write_durably", full)
+            patch.setattr(os, "pwrite", full)
             with pytest.raises(HsmGone, match="No space left"):
                 await transport.send(PersistState())
     with open_hsm_dir(directory) as platform:
