@@ -148,8 +148,12 @@ async def _stop_on_signal(
 
 
 async def _run_command(client_json: Path, command_line: tuple[str, ...]) -> int:
-    """Run COMMAND with our terminal and return its status, as a shell would."""
-    environment = {**os.environ, CLIENT_JSON_VARIABLE: str(client_json)}
+    """Run COMMAND with our terminal and return its status, as a shell would.
+
+    The interpreter's directory leads its PATH: scripts written for the demo use its Python and `juicebox-hsm`.
+    """
+    search = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
+    environment = {**os.environ, CLIENT_JSON_VARIABLE: str(client_json), "PATH": search}
     try:
         process = subprocess.Popen(command_line, env=environment)  # noqa: ASYNC220, S603 -- brief; what the user asked for
     except OSError as error:
