@@ -15,12 +15,13 @@ import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Final, Self
+from typing import Final, Self, get_args
 
 import trio
 
 from juicebox_hsm.adapters.key_bundle import BACKEND as KEY_BACKEND
 from juicebox_hsm.adapters.key_bundle import KeyBundle, read_bundle, write_bundle
+from juicebox_hsm.adapters.metrics import Metrics
 from juicebox_hsm.adapters.nvram import FileNvram, NvramFailed, read_nvram, sync_directory
 from juicebox_hsm.consensus.nvram import PersistentState, decode_state
 from juicebox_hsm.errors import LocalError
@@ -59,8 +60,12 @@ class InProcessHsm:
     has worked for less than `INLINE_S_MAX` since the last: a trip through the scheduler costs as much as a capture.
     """
 
-    def __init__(self, hsm: Hsm) -> None:
+    def __init__(self, hsm: Hsm, metrics: Metrics | None = None) -> None:
+        """`metrics` get `hsm.handle{req_name}`, as the host sees it: coarse, and nothing it does not know anyway."""
         self._hsm = hsm
+        metrics = Metrics() if metrics is None else metrics
+        self._timers = {kind: metrics.timer("hsm.handle", req_name=kind.__name__) for kind in get_args(Request)}
+        self._waits = metrics.timer("hsm.wait")
         self._lock = trio.Lock()
         self._writer = trio.CapacityLimiter(1)
         self._inline_s = 0.0
@@ -69,20 +74,36 @@ class InProcessHsm:
         """Run one request. Raises `HsmGone` when the HSM is poisoned, also by this very request; bugs pass."""
         try:
             if isinstance(request, _MAY_WRITE):
-                async with self._lock:
-                    return await trio.to_thread.run_sync(self._hsm.handle, request, limiter=self._writer)
+                return await self._send_thread(request)
             if self._lock.locked() or self._inline_s > INLINE_S_MAX:
+                waiting = time.perf_counter_ns()
                 async with self._lock:
                     self._inline_s = 0.0
-                    return self._hsm.handle(request)
+                    began = time.perf_counter_ns()
+                    self._waits.observe_ns(began - waiting)
+                    reply = self._hsm.handle(request)
+                    self._timers[type(request)].observe_ns(time.perf_counter_ns() - began)
+                    return reply
             # no checkpoint between the look at the lock and here, so nobody else can be inside
-            began = time.perf_counter()
+            began = time.perf_counter_ns()
             try:
                 return self._hsm.handle(request)
             finally:
-                self._inline_s += time.perf_counter() - began
+                elapsed = time.perf_counter_ns() - began
+                self._inline_s += elapsed * 1e-9
+                self._timers[type(request)].observe_ns(elapsed)
         except (Poisoned, NvramFailed) as error:
             raise HsmGone(str(error)) from error
+
+    async def _send_thread(self, request: Request) -> Response:
+        """Run a request that may write NVRAM in the worker thread."""
+        waiting = time.perf_counter_ns()
+        async with self._lock:
+            began = time.perf_counter_ns()
+            self._waits.observe_ns(began - waiting)
+            reply = await trio.to_thread.run_sync(self._hsm.handle, request, limiter=self._writer)
+            self._timers[type(request)].observe_ns(time.perf_counter_ns() - began)
+            return reply
 
 
 class FilePlatform:

@@ -123,7 +123,8 @@ async def run_requests(agent: Agent, group: GroupState, leader: LeaderState) -> 
     if not group.is_leader:
         _refuse(batch, Refused(Refusal.NOT_LEADER))
         return
-    leader.meter.add(trio.current_time(), len(batch))
+    began = trio.current_time()
+    leader.meter.add(began, len(batch))
     last = await _last_entry(agent, group, leader)
     if isinstance(last, Refusal):
         _refuse(batch, Refused(last))
@@ -148,6 +149,7 @@ async def run_requests(agent: Agent, group: GroupState, leader: LeaderState) -> 
             request.refuse(Refusal.NOT_LEADER)
         else:
             await _run_one(agent, group, leader, request, proof, last.index)
+    agent.metrics.timing("agent.start_app_request", int((trio.current_time() - began) * 1e9))
 
 
 async def _run_one(

@@ -79,6 +79,7 @@ async def append_batch(agent: Agent, group: GroupState, leader: LeaderState) -> 
         return
     agent.metrics.timing("bigtable.append.time", int((trio.current_time() - began) * 1e9))
     agent.metrics.gauge("bigtable.append.batch.size", len(batch))
+    agent.metrics.gauge("bigtable.append.queue.size", len(leader.queue))
     if outcome is AppendOutcome.CONFLICT:
         await lose(agent, group, leader, entries[0].index)
         return

@@ -114,6 +114,8 @@ async def compact_once(agent: Agent, group: GroupState, leader: LeaderState) -> 
     index = compaction_index(group, leader)
     count = compactible_rows([row.first_index for row in leader.uncompacted], index)
     agent.metrics.gauge("agent.compaction.uncompacted_rows.count", len(leader.uncompacted))
+    first = leader.uncompacted[0].first_index if leader.uncompacted else 0
+    agent.metrics.gauge("agent.compaction.uncompacted_rows.first_index", first)
     if count == 0:
         return
     certificate = leader.certificate

@@ -91,11 +91,14 @@ async def handle_become_leader(agent: Agent, body: BecomeLeaderCall) -> Done | R
 
 async def _try_to_lead(agent: Agent, group: GroupState, asked_last: int | None) -> Refused | None:
     """Try once; None on success. Refusals without `detail` may pass and are tried again."""
+    began = trio.current_time()
     try:
         last = await agent.store.log.read_last(group.realm, group.group)
     except RealmError as error:
         agent.log.warning("log tail not read", group=group.group.hex(), error=str(error))
         return Refused(Refusal.NO_STORE)
+    read = trio.current_time()
+    agent.metrics.timing("agent.handle_become_leader.read_log_entry", int((read - began) * 1e9))
     if last is None:
         return Refused(Refusal.INVALID_GROUP, detail="the log is empty")
     if asked_last is not None and last.index < asked_last:
@@ -105,6 +108,7 @@ async def _try_to_lead(agent: Agent, group: GroupState, asked_last: int | None) 
     if group.position <= last.index:
         return _behind(group.position - 1, last)
     reply = await agent.hsm.send(BecomeLeader(group.realm, group.group, last))
+    agent.metrics.timing("agent.handle_become_leader.hsm_request", int((trio.current_time() - read) * 1e9))
     match reply:
         case RoleOk(role=role):
             agent.adopt(group, role)

@@ -22,10 +22,13 @@ from juicebox_hsm.adapters.hsm_host import FilePlatform, InProcessHsm, open_hsm_
 from juicebox_hsm.adapters.http.probes import serve_probes
 from juicebox_hsm.adapters.logging import configure, get_logger, report_suppressed
 from juicebox_hsm.adapters.memory_guard import forbid_dumps
+from juicebox_hsm.adapters.metric_names import AGENT, declare
 from juicebox_hsm.adapters.metrics import Metrics
+from juicebox_hsm.adapters.node_tuning import CACHE_NODES, LARGE_READ_PERMITS, LARGE_READ_RANGES, NodeTuning
 from juicebox_hsm.adapters.rpc import RpcPool, RpcServer, serve_rpc
 from juicebox_hsm.adapters.store import open_store
 from juicebox_hsm.adapters.store_faults import with_faults
+from juicebox_hsm.adapters.store_metrics import CacheGauges, with_metrics
 from juicebox_hsm.adapters.supervision import (
     ExitCode,
     handle_signals,
@@ -55,7 +58,7 @@ class AgentOptions:
 
     common: CommonOptions
     hsm_dir: Path
-    merkle_cache_size: int
+    nodes: NodeTuning
     default_rate_limit: int
 
 
@@ -76,9 +79,23 @@ class _Phase:
 @click.option(
     "--merkle-cache-size",
     type=click.IntRange(min=1),
-    default=25_000,
+    default=CACHE_NODES,
     show_default=True,
     help="Tree nodes kept in memory.",
+)
+@click.option(
+    "--merkle-large-read-permits",
+    type=click.IntRange(min=1),
+    default=LARGE_READ_PERMITS,
+    show_default=True,
+    help="Large reads of tree nodes at once, with a bigtable: store; the next waits 3s and is then refused as busy.",
+)
+@click.option(
+    "--merkle-large-read-limit",
+    type=click.IntRange(min=1),
+    default=LARGE_READ_RANGES,
+    show_default=True,
+    help="Key ranges from which on a read of tree nodes is large.",
 )
 @click.option(
     "--default-rate-limit",
@@ -87,11 +104,19 @@ class _Phase:
     show_default=True,
     help="Requests per second of a tenant without configuration.",
 )
-def command(common: CommonOptions, hsm_dir: Path, merkle_cache_size: int, default_rate_limit: int) -> None:
+def command(
+    common: CommonOptions,
+    hsm_dir: Path,
+    merkle_cache_size: int,
+    merkle_large_read_permits: int,
+    merkle_large_read_limit: int,
+    default_rate_limit: int,
+) -> None:
     """Run an agent: the process in front of one HSM, which runs inside it."""
     configure(common.log_level)
     forbid_dumps()
-    options = AgentOptions(common, hsm_dir, merkle_cache_size, default_rate_limit)
+    nodes = NodeTuning(merkle_cache_size, merkle_large_read_permits, merkle_large_read_limit)
+    options = AgentOptions(common, hsm_dir, nodes, default_rate_limit)
     phase = _Phase()
     try:
         trio.run(run_agent, options, phase)
@@ -115,7 +140,7 @@ async def run_agent(options: AgentOptions, phase: _Phase) -> None:
     platform = await trio.to_thread.run_sync(open_hsm_dir, options.hsm_dir)
     try:
         hsm = await trio.to_thread.run_sync(_start_hsm, platform)
-        async with open_store(common.store_url, merkle_cache_size=options.merkle_cache_size) as store:
+        async with open_store(common.store_url, node_tuning=options.nodes) as store:
             faults = FaultSwitch.from_environment(common.name)
             await _serve(options, phase, tls, hsm, with_faults(store, faults), faults)
     finally:
@@ -132,6 +157,7 @@ async def _serve(
     common = options.common
     log = get_logger("agent")
     metrics = Metrics()
+    declare(metrics, AGENT)
     scheme = "tcp" if tls is None else "tls"
     if common.advertise.is_loopback and not common.allow_loopback:
         log.warning("advertising a loopback address: only this machine can reach it", address=str(common.advertise))
@@ -146,7 +172,8 @@ async def _serve(
             default_rate=options.default_rate_limit,
             now_ms=faults.now_ms,
         )
-        agent = Agent(config, InProcessHsm(hsm), store, pool, metrics, log, nursery, lead)
+        hsm_transport = InProcessHsm(hsm, metrics)
+        agent = Agent(config, hsm_transport, with_metrics(store, metrics), pool, metrics, log, nursery, lead)
         service = AgentService(agent)
         await service.learn()
         server: RpcServer = await nursery.start(_serve_rpc, common, tls, service, metrics)
@@ -155,7 +182,7 @@ async def _serve(
             agent.config = dataclasses.replace(config, url=f"{scheme}://{advertise}")
         http_port: int = await nursery.start(_serve_probes, common, agent, metrics)
         service.start()
-        nursery.start_soon(_report, agent)
+        nursery.start_soon(_report, agent, CacheGauges(store, metrics, trio.current_time()))
         nursery.start_soon(send_metrics, metrics, {"service": "agent", "version": __version__})
         with trio.CancelScope() as registering:
             # A store that is down must not keep us from stopping.
@@ -237,11 +264,12 @@ async def _serve_probes(
     )
 
 
-async def _report(agent: Agent) -> None:
-    """Report the uptime and held-back log lines every second."""
+async def _report(agent: Agent, cache: CacheGauges) -> None:
+    """Report the uptime, the node cache and held-back log lines every second."""
     while True:
         await trio.sleep(REPORT_S)
         agent.metrics.gauge("service.uptime", trio.current_time() - agent.started_at)
+        cache.sample(trio.current_time())
         report_suppressed()
 
 

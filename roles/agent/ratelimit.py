@@ -214,6 +214,7 @@ async def gossip(agent: Agent) -> None:
         except RealmError:
             agent.metrics.count("agent.rate_limiter.state_update", result="unreachable")
             return
+        agent.metrics.count("agent.rate_limiter.state_update", result="ok")
         if isinstance(reply, RateState) and agent.limiters.absorb(url, reply.tenants, agent.now_ms()):
             heard_any = True
 

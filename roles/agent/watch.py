@@ -208,6 +208,7 @@ class Follower:
             jumped = False
         agent.metrics.count("agent.catchup.jump", result="ok" if jumped else "retry")
         if jumped:
+            agent.metrics.timing("agent.catchup", int((trio.current_time() - self._jump_began) * 1e9))
             self._jump_began = None
         else:
             await trio.sleep(min(STORE_RETRY.cap_s, 0.05 + (trio.current_time() - self._jump_began) / 4))

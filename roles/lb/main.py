@@ -25,11 +25,13 @@ from juicebox_hsm.adapters.http.edge_tls import EdgeTls
 from juicebox_hsm.adapters.http.limits import EdgeLimits, fit_connections
 from juicebox_hsm.adapters.http.probes import serve_probes
 from juicebox_hsm.adapters.logging import configure, get_logger, report_suppressed
+from juicebox_hsm.adapters.metric_names import LOAD_BALANCER, declare
 from juicebox_hsm.adapters.metrics import Metrics
 from juicebox_hsm.adapters.rpc import RpcPool
 from juicebox_hsm.adapters.secrets_file import SecretsFile
 from juicebox_hsm.adapters.store import open_store
 from juicebox_hsm.adapters.store_faults import with_faults
+from juicebox_hsm.adapters.store_metrics import with_metrics
 from juicebox_hsm.adapters.supervision import (
     ExitCode,
     handle_signals,
@@ -41,6 +43,7 @@ from juicebox_hsm.crypto.secret import Secret
 from juicebox_hsm.errors import InvariantViolation, LocalError, RealmError
 from juicebox_hsm.ports import ServiceKind, Store, StoreUnavailable
 from juicebox_hsm.tenant_secrets import RECORD_ID_KEY_NAME, record_id_key, record_id_key_fingerprint
+from juicebox_hsm.tokens import RejectionReason
 from roles.durations import DurationType
 from roles.lb.forward import Forwarder
 from roles.lb.guard import RealmGuard
@@ -181,6 +184,9 @@ async def run(options: LoadBalancerOptions, place: WorkerPlace) -> None:
     """Start in the order of load-balancer.md 1, serve, drain. Raises `LocalError` and `StoreUnavailable` at start."""
     common = options.common
     metrics = Metrics()
+    declare(metrics, LOAD_BALANCER)
+    for reason in RejectionReason:
+        metrics.counter("load_balancer.auth.failures", reason=reason.value)
     edge_tls = EdgeTls(options.tls_key, options.tls_cert)
     cluster_tls = None if common.insecure_rpc or common.cluster_tls is None else ClusterTls.load(common.cluster_tls)
     if common.advertise.is_loopback and not common.allow_loopback:
@@ -215,7 +221,7 @@ class LoadBalancer:
         self._options = options
         self._place = place
         self._faults = FaultSwitch.from_environment(options.common.name)
-        self._store = with_faults(store, self._faults)
+        self._store = with_metrics(with_faults(store, self._faults), metrics)
         self._edge_tls = edge_tls
         self._cluster_tls = cluster_tls
         self._secrets = secrets

@@ -15,10 +15,12 @@ from juicebox_hsm.adapters.dogstatsd import send_metrics
 from juicebox_hsm.adapters.faults import FaultSwitch
 from juicebox_hsm.adapters.http.probes import serve_probes
 from juicebox_hsm.adapters.logging import configure, get_logger, report_suppressed
+from juicebox_hsm.adapters.metric_names import MANAGER, declare
 from juicebox_hsm.adapters.metrics import Metrics
 from juicebox_hsm.adapters.rpc import RpcPool, RpcServer, serve_rpc
 from juicebox_hsm.adapters.store import open_store
 from juicebox_hsm.adapters.store_faults import with_faults
+from juicebox_hsm.adapters.store_metrics import with_metrics
 from juicebox_hsm.adapters.supervision import (
     ExitCode,
     handle_signals,
@@ -96,9 +98,10 @@ class _Manager:
     def __init__(self, common: CommonOptions, store: Store, tls: ClusterTls | None, faults: FaultSwitch) -> None:
         self.faults = faults
         self.common = common
-        self.store = store
         self.tls = tls
         self.metrics = Metrics()
+        declare(self.metrics, MANAGER)
+        self.store = with_metrics(store, self.metrics)
         self.registered = trio.Event()
         self.stop = trio.Event()
         self.url = f"{'tcp' if tls is None else 'tls'}://{common.advertise}"

@@ -212,9 +212,11 @@ class Checker:
         """Count one answer, and tell about slow and odd ones."""
         headers = dict(seen.headers)
         tags = {"url": seen.url, "status_code": str(seen.status)}
-        self._metrics.timing("service_checker.http_send.network_latency.ns", seen.elapsed_ns, **tags)
-        if headers.get(_EXEC_TIME, "").isdigit():
-            self._metrics.timing("service_checker.http_send.server_exec_time.ns", int(headers[_EXEC_TIME]), **tags)
+        told = headers.get(_EXEC_TIME, "")
+        executed_ns = min(int(told), seen.elapsed_ns) if told.isdigit() else 0
+        self._metrics.timing("service_checker.http_send.network_latency.ns", seen.elapsed_ns - executed_ns, **tags)
+        if told.isdigit():
+            self._metrics.timing("service_checker.http_send.server_exec_time.ns", executed_ns, **tags)
         if seen.elapsed_ns >= SLOW_NS or seen.status != 200:
             extra = "".join(f" {name}={headers[name]}" for name in _TIMING_HEADERS if name in headers)
             self._log(f"warning: {seen.url}: status {seen.status} after {seen.elapsed_ns / 1e6:.0f} ms{extra}")

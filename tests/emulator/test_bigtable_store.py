@@ -13,10 +13,11 @@ from juicebox_hsm.adapters.bigtable.backend import open_bigtable, parse_address
 from juicebox_hsm.adapters.bigtable.codec import DeleteRow, RowSet, Selection, SetCell
 from juicebox_hsm.adapters.bigtable.log import BigtableLog
 from juicebox_hsm.adapters.bigtable.log_rows import TOMBSTONE_CELL
-from juicebox_hsm.adapters.bigtable.nodes import LARGE_READS_MAX, UPPER_BITS, TreeNodes
+from juicebox_hsm.adapters.bigtable.nodes import UPPER_BITS, TreeNodes
 from juicebox_hsm.adapters.bigtable.outbox import BigtableOutbox
 from juicebox_hsm.adapters.bigtable.published import BigtablePublished
 from juicebox_hsm.adapters.bigtable.table import Endpoint, Table
+from juicebox_hsm.adapters.node_tuning import NodeTuning
 from juicebox_hsm.adapters.store import open_store
 from juicebox_hsm.consensus.types import Partition
 from juicebox_hsm.errors import InvariantViolation, LocalError
@@ -439,7 +440,7 @@ async def test_cache_smaller_than_a_path(backend: BigtableBackend, bigtable_emul
         await store.realms.create_realm(REALM)
         grown, rng = await Grown.start(store), random.Random(4)
         await grown.write({RecordId(rng.randbytes(32)): b"v" for _ in range(60)})
-    async with open_bigtable(backend.rest, merkle_cache_size=2, tuning=backend.tuning) as small:
+    async with open_bigtable(backend.rest, node_tuning=NodeTuning(cache_nodes=2), tuning=backend.tuning) as small:
         grown.store = small
         await grown.check()
 
@@ -462,14 +463,14 @@ async def test_many_cold_paths_are_few_requests(backend: BigtableBackend) -> Non
 
 
 async def test_large_reads_are_limited(backend: BigtableBackend, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While ten large reads run, the next waits, and is refused as busy when none ends in time."""
+    """While as many large reads run as there are permits, the next waits, and is refused as busy in the end."""
     grown = await Grown.start(store)
     await grown.write({RecordId(bytes([n]) * 32): b"value" for n in range(20)})
     monkeypatch.setattr("juicebox_hsm.adapters.bigtable.nodes.LARGE_READ_WAIT_S", 0.05)
-    monkeypatch.setattr("juicebox_hsm.adapters.bigtable.nodes.LARGE_READ_RANGES", 1)
-    async with backend.open() as cold:
+    narrow = NodeTuning(large_read_permits=3, large_read_ranges=1)
+    async with open_bigtable(backend.rest, node_tuning=narrow, tuning=backend.tuning) as cold:
         nodes = tree(cold)
-        holders = [object() for _ in range(LARGE_READS_MAX)]
+        holders = [object() for _ in range(3)]
         for holder in holders:
             nodes._large_reads.acquire_on_behalf_of_nowait(holder)
         with pytest.raises(StoreUnavailable, match="busy"):

@@ -30,7 +30,7 @@ from juicebox_hsm.adapters.bigtable.deletion import DELAY_S, DeferredDeletion
 from juicebox_hsm.adapters.bigtable.driver import Driver, Transport
 from juicebox_hsm.adapters.bigtable.log import BigtableLog
 from juicebox_hsm.adapters.bigtable.log_reads import LogReads
-from juicebox_hsm.adapters.bigtable.nodes import CACHE_NODES, TreeNodes
+from juicebox_hsm.adapters.bigtable.nodes import TreeNodes
 from juicebox_hsm.adapters.bigtable.outbox import BigtableOutbox
 from juicebox_hsm.adapters.bigtable.published import BigtablePublished
 from juicebox_hsm.adapters.bigtable.realms import BigtableRealms
@@ -38,6 +38,7 @@ from juicebox_hsm.adapters.bigtable.retry import STORE_RETRY, RetryProfile
 from juicebox_hsm.adapters.bigtable.settled import Settled
 from juicebox_hsm.adapters.bigtable.table import CALL_S, Endpoint
 from juicebox_hsm.adapters.embedded_bus import EmbeddedBus
+from juicebox_hsm.adapters.node_tuning import DEFAULT_NODE_TUNING, NodeTuning
 from juicebox_hsm.errors import LocalError
 from juicebox_hsm.ports import Store
 
@@ -107,7 +108,7 @@ def parse_address(rest: str, variable: str | None) -> Address:
 
 @asynccontextmanager
 async def open_bigtable(
-    rest: str, *, merkle_cache_size: int = CACHE_NODES, tuning: Tuning = DEFAULT_TUNING
+    rest: str, *, node_tuning: NodeTuning = DEFAULT_NODE_TUNING, tuning: Tuning = DEFAULT_TUNING
 ) -> AsyncIterator[Store]:
     """Open the instance that `rest` (behind `bigtable:`) names.
 
@@ -124,7 +125,7 @@ async def open_bigtable(
         await data.open()
         await admin.open()
         try:
-            async with _opened(address, authorization, data, admin, merkle_cache_size, tuning) as store:
+            async with _opened(address, authorization, data, admin, node_tuning, tuning) as store:
                 yield store
         finally:
             with trio.CancelScope(shield=True):
@@ -140,14 +141,14 @@ async def _opened(
     authorization: Authorization,
     data: ChannelTransport,
     admin: ChannelTransport,
-    cache_nodes: int,
+    node_tuning: NodeTuning,
     tuning: Tuning,
 ) -> AsyncIterator[Store]:
     """Build the ports over open channels, with the tasks they need."""
     transport = data if tuning.wrap is None else tuning.wrap(data)
     endpoint = Endpoint(transport, authorization, address.path, address.profile, tuning.call_s, tuning.retry)
-    nodes = TreeNodes(endpoint, cache_nodes)
-    deletion = DeferredDeletion(nodes, tuning.deletion_delay_s)
+    nodes = TreeNodes(endpoint, node_tuning)
+    deletion = nodes.deletion = DeferredDeletion(nodes, tuning.deletion_delay_s)
     settled = Settled(endpoint)
     realms = BigtableRealms(endpoint, admin)
     await realms.self_test()

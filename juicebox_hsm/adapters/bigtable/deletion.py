@@ -36,7 +36,8 @@ class DeferredDeletion:
         self._nodes = nodes
         self._delay_s = delay_s
         self._queue: deque[tuple[float, RealmId, Sequence[Removal]]] = deque()
-        self._waiting = 0
+        self.waiting = 0
+        """Writes that are still to be deleted."""
         self._work = trio.Event()
         self._is_closing = False
         self._drained = trio.Event()
@@ -46,10 +47,10 @@ class DeferredDeletion:
         """Delete these writes after the delay; beyond the bound they are left behind and counted."""
         if not removals:
             return
-        if self._is_closing or self._waiting + len(removals) > KEYS_WAITING_MAX:
+        if self._is_closing or self.waiting + len(removals) > KEYS_WAITING_MAX:
             self._leak(len(removals), "the queue is full or closing")
             return
-        self._waiting += len(removals)
+        self.waiting += len(removals)
         self._queue.append((trio.current_time() + self._delay_s, realm, removals))
         self._work.set()
 
@@ -77,7 +78,7 @@ class DeferredDeletion:
             _, realm, removals = self._queue.popleft()
             due[realm] += removals
             count += len(removals)
-        self._waiting -= count
+        self.waiting -= count
         return due
 
     async def _delete(self, due: dict[RealmId, list[Removal]]) -> None:

@@ -21,6 +21,7 @@ import trio
 from juicebox_hsm.adapters.bigtable import keys
 from juicebox_hsm.adapters.bigtable.codec import KeyRange, Row, RowSet, Selection, SetCell
 from juicebox_hsm.adapters.bigtable.table import Endpoint, Table
+from juicebox_hsm.adapters.node_tuning import DEFAULT_NODE_TUNING, NodeTuning
 from juicebox_hsm.consensus.types import Partition
 from juicebox_hsm.errors import DecodingError
 from juicebox_hsm.ids import RealmId, RecordId
@@ -30,10 +31,8 @@ from juicebox_hsm.ports import MissingNode, StoreInvalid, StoreUnavailable, Tree
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-CACHE_NODES: Final = 25_000
-LARGE_READ_RANGES: Final = 246
-"""A read of so many ranges comes from a cache with fewer than about 12 levels of the tree."""
-LARGE_READS_MAX: Final = 10
+    from juicebox_hsm.adapters.bigtable.deletion import DeferredDeletion
+
 LARGE_READ_WAIT_S: Final = 3.0
 UPPER_BITS: Final = 6
 """Depth from which on all versions are read; garbage of n appends is about n/32 nodes of a path there."""
@@ -50,12 +49,19 @@ Stored = tuple[bytes, bytes]  # node encoding, instance id
 class NodeCache:
     """A least-recently-used cache in two generations, row key -> (node, instance id); at most about `size` nodes."""
 
-    __slots__ = ("_half", "_old", "_young")
+    __slots__ = ("_half", "_old", "_young", "limit", "rotations")
 
     def __init__(self, size: int) -> None:
         self._half = max(1, size // 2)
+        self.limit = size
+        self.rotations = 0
+        """How often the older half was dropped."""
         self._young: dict[bytes, Stored] = {}
         self._old: dict[bytes, Stored] = {}
+
+    def __len__(self) -> int:
+        """Return how many nodes are held, counting one in both halves twice."""
+        return len(self._young) + len(self._old)
 
     def get(self, key: bytes) -> Stored | None:
         """Return the node, if remembered, and keep it for longer."""
@@ -70,6 +76,7 @@ class NodeCache:
         """Remember a node."""
         if len(self._young) >= self._half:
             self._old, self._young = self._young, {}
+            self.rotations += 1
         self._young[key] = stored
 
     def purge(self, key: bytes, instance: bytes) -> None:
@@ -82,13 +89,18 @@ class NodeCache:
 class TreeNodes:
     """`ports.NodeStore` on one instance, and the node half of an append."""
 
-    def __init__(self, endpoint: Endpoint, cache_nodes: int = CACHE_NODES) -> None:
+    def __init__(self, endpoint: Endpoint, tuning: NodeTuning = DEFAULT_NODE_TUNING) -> None:
         self._endpoint = endpoint
+        self._tuning = tuning
         self._tables: dict[RealmId, Table] = {}
-        self.cache = NodeCache(cache_nodes)
+        self.cache = NodeCache(tuning.cache_nodes)
         self._writer = os.urandom(16)
         self._written = 0
-        self._large_reads = trio.CapacityLimiter(LARGE_READS_MAX)
+        self._large_reads = trio.CapacityLimiter(tuning.large_read_permits)
+        self.deletion: DeferredDeletion | None = None
+        """What removes nodes of this store, for those who watch it."""
+        self.extraneous_nodes = 0
+        """Nodes that were read and not needed: other versions of the same places."""
 
     def table(self, realm: RealmId) -> Table:
         """Return the realm's table of nodes."""
@@ -142,7 +154,7 @@ class TreeNodes:
         """Return a read proof per record, None where a node is gone because the root is no longer current.
 
         No I/O if all nodes are remembered, else one request per 8 records, and up to 6 before if even the top of the
-        tree is unknown. Raises `StoreUnavailable` when more than 10 large reads are under way for 3 s.
+        tree is unknown. Raises `StoreUnavailable` when all permits for large reads are taken for 3 s.
         """
         walks = [PathWalk(record, partition.range, partition.root_hash) for record in records]
         for walk in walks:
@@ -200,37 +212,43 @@ class TreeNodes:
         async with self._permit(len(ranges)):
             rows = await self.table(realm).read_rows(RowSet(wanted, ranges), selection=_FIRST_CELL)
         found = _stored(rows)
-        for walk, _ in chunk:
-            self._follow(walk, found)
+        used = sum(self._follow(walk, found) for walk, _ in chunk)
+        self.extraneous_nodes += max(0, len(found) - used)
 
     @asynccontextmanager
     async def _permit(self, ranges: int) -> AsyncIterator[None]:
         """Hold one of the permits for large reads while a read of so many ranges runs."""
-        if ranges < LARGE_READ_RANGES:
+        if ranges < self._tuning.large_read_ranges:
             yield
             return
         borrower = object()
         with trio.move_on_after(LARGE_READ_WAIT_S) as waiting:
             await self._large_reads.acquire_on_behalf_of(borrower)
         if waiting.cancelled_caught:
-            raise StoreUnavailable(f"busy: {LARGE_READS_MAX} large reads of tree nodes are under way")
+            raise StoreUnavailable(f"busy: {self._tuning.large_read_permits} large reads of tree nodes are under way")
         try:
             yield
         finally:
             self._large_reads.release_on_behalf_of(borrower)
 
-    def _follow(self, walk: Walk, found: dict[bytes, Stored]) -> None:
-        """Walk on while the wanted nodes are remembered or were just read; used ones are remembered."""
+    def _follow(self, walk: Walk, found: dict[bytes, Stored]) -> int:
+        """Walk on while the wanted nodes are remembered or were just read; used ones are remembered.
+
+        Returns how many came from `found` and were not remembered before.
+        """
         cache = self.cache
+        used = 0
         while walk.wanted is not None:
             key = walk.wanted_row
             stored = cache.get(key)
             if stored is None:
                 stored = found.get(key)
                 if stored is None:
-                    return
+                    return used
                 cache.put(key, stored)
+                used += 1
             _feed(walk, stored[0])
+        return used
 
     async def read_edge_proof(self, realm: RealmId, partition: Partition, side: TreeSide) -> bytes:
         """Return the proof of the partition's outermost record on `side`; one read per unknown node of the path.

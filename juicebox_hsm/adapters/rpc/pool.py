@@ -25,6 +25,7 @@ from juicebox_hsm.adapters.streams import SocketStream, TlsStream
 from juicebox_hsm.errors import PeerError
 from juicebox_hsm.wire.rpc import Method, PeerRole
 
+HTTP_OK: Final = 200  # how a metric that was made for HTTP calls success
 CONNECT_S: Final = 2.0  # own: name, TCP and TLS; and again for the hello
 BACKOFF_FIRST_S: Final = 0.02  # own: a restarting process is back within a second or so
 BACKOFF_MAX_S: Final = 1.0  # own: a peer that is back must be found within the failover target
@@ -127,7 +128,14 @@ class RpcPool:
         if len(self._timers) > 64 * PEERS_MAX:
             self._timers.clear()
         method, url, result = key
-        timer = self._timers[key] = self._metrics.timer("rpc.client.time", method=method, peer=url, result=result)
+        timer = self._timers[key] = self._metrics.timer(
+            # the name of the reference's HTTP client, for dashboards (load-balancer.md 10)
+            "reqwest.client.time",
+            method=method,
+            url=url,
+            status_code=HTTP_OK if result == "ok" else None,
+            err=None if result == "ok" else result,
+        )
         return timer
 
     def _drop(self, peer: _Peer) -> None:

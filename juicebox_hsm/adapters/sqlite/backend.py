@@ -10,6 +10,7 @@ import apsw
 import trio
 
 from juicebox_hsm.adapters.embedded_bus import EmbeddedBus
+from juicebox_hsm.adapters.node_tuning import DEFAULT_NODE_TUNING, NodeTuning
 from juicebox_hsm.adapters.sqlite.accounting import SqliteAccounting
 from juicebox_hsm.adapters.sqlite.cluster import (
     SqliteDiscovery,
@@ -20,7 +21,7 @@ from juicebox_hsm.adapters.sqlite.cluster import (
 )
 from juicebox_hsm.adapters.sqlite.gc import Maintenance
 from juicebox_hsm.adapters.sqlite.log import SqliteLog
-from juicebox_hsm.adapters.sqlite.nodes import CACHE_NODES, TreeNodes
+from juicebox_hsm.adapters.sqlite.nodes import TreeNodes
 from juicebox_hsm.adapters.sqlite.outbox import SqliteOutbox
 from juicebox_hsm.adapters.sqlite.published import SqlitePublished
 from juicebox_hsm.adapters.sqlite.reads import Reads
@@ -60,7 +61,7 @@ def _open_files(path: Path) -> tuple[FileLock, apsw.Connection]:
 
 
 @asynccontextmanager
-async def open_sqlite(path: Path, *, merkle_cache_size: int = CACHE_NODES) -> AsyncIterator[Store]:
+async def open_sqlite(path: Path, *, node_tuning: NodeTuning = DEFAULT_NODE_TUNING) -> AsyncIterator[Store]:
     """Open `path`, making it if absent; on leaving, queued writes are committed and the file is left in one piece.
 
     Raises `LocalError` for what the operator must mend and `StoreUnavailable` for what may pass. No operation may be
@@ -76,7 +77,7 @@ async def open_sqlite(path: Path, *, merkle_cache_size: int = CACHE_NODES) -> As
         await writer.close()
         raise translate(error, path) from error
     try:
-        nodes = TreeNodes(reads, merkle_cache_size)
+        nodes = TreeNodes(reads, node_tuning.cache_nodes)
         yield Store(
             log=SqliteLog(writer, reads, nodes),
             nodes=nodes,

@@ -9,14 +9,15 @@ class NodeCache:
     New and used nodes are in the young half; when it is full it becomes the old half and the former old half goes.
     """
 
-    __slots__ = ("_half", "hits", "misses", "old", "young")
+    __slots__ = ("_half", "limit", "old", "rotations", "young")
 
     def __init__(self, size: int) -> None:
         self._half = max(1, size // 2)
+        self.limit = size
+        self.rotations = 0
+        """How often the older half was dropped."""
         self.young: dict[bytes, bytes] = {}
         self.old: dict[bytes, bytes] = {}
-        self.hits = 0
-        self.misses = 0
 
     def __len__(self) -> int:
         """Return how many nodes are held, counting one in both halves twice."""
@@ -35,6 +36,7 @@ class NodeCache:
         """Remember a node."""
         if len(self.young) >= self._half:
             self.old, self.young = self.young, {}
+            self.rotations += 1
         self.young[node_hash] = node
 
     def put_all(self, nodes: dict[bytes, bytes]) -> None:

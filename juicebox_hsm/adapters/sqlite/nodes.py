@@ -15,6 +15,7 @@ from typing import Final, cast
 import apsw
 import msgspec
 
+from juicebox_hsm.adapters.node_tuning import CACHE_NODES
 from juicebox_hsm.adapters.sqlite.cache import NodeCache
 from juicebox_hsm.adapters.sqlite.layout import (
     HASH_BYTES,
@@ -36,7 +37,6 @@ from juicebox_hsm.consensus.types import Partition
 from juicebox_hsm.ids import OwnedRange, RealmId, RecordId
 from juicebox_hsm.ports import MissingNode, StoreInvalid, TreeSide
 
-CACHE_NODES: Final = 25_000
 PAGES_AHEAD: Final = 4
 """Levels of pages asked for in one round; a path of random records in a tree of a million needs six from the root."""
 _LEFT: Final = 1
@@ -140,6 +140,8 @@ class TreeNodes:
     def __init__(self, reads: Reads, cache_nodes: int = CACHE_NODES) -> None:
         self._reads = reads
         self.cache = NodeCache(cache_nodes)
+        self.extraneous_nodes = 0
+        """Nodes in the pages that were read and not needed: neighbours on the page."""
 
     # --- writing ---------------------------------------------------------------------------------
 
@@ -221,7 +223,8 @@ class TreeNodes:
             known |= asked
             rows = array("q", sorted(asked))
             for row, data in connection.execute(_READ, (apsw.carray(rows),)):
-                pages[row] = decode_page(row, data)
+                page = pages[row] = decode_page(row, data)
+                self.extraneous_nodes += len(page)
             walks = [walk for walk in walks if self._continue(realm, walk, pages, known)]
 
     def _continue(self, realm: int, walk: _Walk, pages: dict[int, Page], known: set[int]) -> bool:
@@ -231,6 +234,7 @@ class TreeNodes:
             if node is None:
                 return walk.rows(realm)[0] not in known
             self.cache.put(walk.wanted, node)
+            self.extraneous_nodes -= 1
             walk.wanted = walk.take(node)
             walk.follow(self.cache)
         return False

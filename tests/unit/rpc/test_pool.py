@@ -349,7 +349,7 @@ async def test_timings_by_method_peer_and_result() -> None:
         await pool.call(url, ECHO, body(), timeout_s=5)
         with pytest.raises(RpcFailed):
             await pool.call(url, WAIT, body(), timeout_s=5)
-    assert ours.timer("rpc.client.time", method="echo", peer=url, result="ok").count == 1
-    assert ours.timer("rpc.client.time", method="wait", peer=url, result="UnknownMethod").count == 1
+    assert ours.timer("reqwest.client.time", method="echo", url=url, status_code=200).count == 1
+    assert ours.timer("reqwest.client.time", method="wait", url=url, err="UnknownMethod").count == 1
     assert theirs.timer("rpc.server.time", method="echo", result="ok").count == 1
     assert theirs.counter("rpc.server.refusals", code="UnknownMethod").value == 1
