@@ -113,17 +113,20 @@ def _lines(title: str, kind: str, lines: Sequence[str]) -> str:
     return f'<section class="{kind}"><h2>{title}</h2><ul class="lines">{items}</ul></section>'
 
 
-def _table(columns: Sequence[tuple[str, bool]], rows: Iterable[tuple[str, Sequence[str]]]) -> str:
-    """Return a table; a column is (title, numeric), a row (class, cells of finished HTML)."""
+def _table(columns: Sequence[tuple[str, bool]], rows: Iterable[tuple[str, Sequence[str]]], kind: str = "tall") -> str:
+    """Return a table; a column is (title, numeric), a row (class, cells of finished HTML).
+
+    On a narrow screen a `tall` table shows a line per cell, a `wide` one stays a table.
+    """
     head = "".join(f"<th{' class=n' if numeric else ''}>{title}</th>" for title, numeric in columns)
     body = []
-    for kind, cells in rows:
+    for row, cells in rows:
         tds = "".join(
             f'<td data-label="{title}"{" class=n" if numeric else ""}><span>{cell}</span></td>'
             for (title, numeric), cell in zip(columns, cells, strict=True)
         )
-        body.append(f'<tr class="{kind}">{tds}</tr>' if kind else f"<tr>{tds}</tr>")
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+        body.append(f'<tr class="{row}">{tds}</tr>' if row else f"<tr>{tds}</tr>")
+    return f"<table class={kind}><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
 
 
 def _realm(evidence: Evidence, realm: RealmId) -> str:
@@ -175,7 +178,7 @@ def _group(evidence: Evidence, number: int, group: GroupView) -> str:
     )
     columns = (("HSM", False), ("Agent", False), ("Role", False), ("Captured", True), ("Lag", True), ("Queue", True))
     rows = [_member(evidence, group, hsm) for hsm in group.configuration]
-    return f'<div class="group">{title}{_table(columns, rows)}</div>'
+    return f'<div class="group">{title}{_table(columns, rows, "wide")}</div>'
 
 
 def _member(evidence: Evidence, group: GroupView, hsm: HsmId) -> tuple[str, list[str]]:

@@ -44,15 +44,21 @@ code { font: .92em ui-monospace, monospace; overflow-wrap: anywhere; }
 table { width: 100%; border-collapse: collapse; margin-top: .4rem; font-size: .92rem; }
 th { text-align: left; color: var(--soft); font-weight: 500; }
 th, td { padding: .2rem .6rem .2rem 0; vertical-align: top; }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; } tr.lead td { font-weight: 600; }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; padding-right: 1.6rem;
+  white-space: nowrap; }
+td[data-label=Agent], td[data-label=Address], td[data-label=State], td[data-label=Result] { overflow-wrap: anywhere; }
+td code[title] { overflow-wrap: normal; } tr.lead td { font-weight: 600; }
 .bad { color: var(--bad); } .soft { color: var(--soft); } .good { color: var(--good); }
 footer { color: var(--soft); font-size: .85rem; }
 @media (max-width: 640px) {
   body { padding: .6rem; } section { padding: .7rem; }
-  thead { display: none; } tr { display: block; border-top: 1px solid var(--line); padding: .3rem 0; }
-  td, td.n { display: flex; justify-content: space-between; gap: 1rem; text-align: right; padding: .08rem 0; }
-  td:has(span:empty) { display: none; }
-  td::before { content: attr(data-label); color: var(--soft); font-weight: 400; text-align: left; flex: none; }
+  .tall thead { display: none; } .tall tr { display: block; border-top: 1px solid var(--line); padding: .3rem 0; }
+  .tall td, .tall td.n { display: flex; justify-content: space-between; gap: 1rem; text-align: right;
+    padding: .08rem 0; }
+  .tall td:has(span:empty) { display: none; }
+  .tall td::before { content: attr(data-label); color: var(--soft); font-weight: 400; text-align: left; flex: none; }
+  .wide { font-size: .8rem; } .wide th, .wide td { padding-right: .45rem; }
+  .wide th:last-child, .wide td:last-child { padding-right: 0; }
 }
 """ + "".join(
     f".g{number} {{ fill: var(--g{number}); }} .dot.g{number} {{ background: var(--g{number}); }}\n"
