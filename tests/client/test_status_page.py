@@ -17,7 +17,7 @@ import struct
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -129,11 +129,12 @@ def troubled_page() -> str:
     return render(evidence, judge(evidence), own)
 
 
-PAGES = {
-    "healthy": healthy_page,
-    "troubled": troubled_page,
-    "storeless": lambda: render_trouble("sqlite:" + "/a-long-directory" * 12 + ": disk I/O error", Own("m", "u", "1")),
-}
+def storeless_page() -> str:
+    """What is shown while the store cannot be read."""
+    return render_trouble("sqlite:" + "/a-long-directory" * 12 + ": disk I/O error", Own("m", "u", "1"))
+
+
+PAGES: dict[str, Callable[[], str]] = {"healthy": healthy_page, "troubled": troubled_page, "storeless": storeless_page}
 
 
 def _browse(chromium: str, profile: Path, *arguments: str, width: int = 1280, height: int = 3000) -> str:
@@ -235,7 +236,7 @@ def _served(page: str) -> Iterator[tuple[str, list[str]]]:
 
 def test_style_applies_under_the_policy(chromium: str, tmp_path: Path) -> None:
     """As served, with its headers, exactly the page's own style sheet applies."""
-    pictures = []
+    pictures: list[bytes] = []
     for page in (healthy_page(), healthy_page().replace(STYLE, STYLE + " ")):
         picture = tmp_path / f"{len(pictures)}.png"
         with _served(page) as (address, asked):
