@@ -154,6 +154,8 @@ def _wrong_kind(parameter: click.Parameter, setting: object) -> str:
         return "" if isinstance(setting, bool) else "true or false"
     if isinstance(parameter.type, type(click.INT)):
         return "" if isinstance(setting, int) and not isinstance(setting, bool) else "a whole number"
+    if isinstance(parameter.type, type(click.FLOAT)):
+        return "" if isinstance(setting, int | float) and not isinstance(setting, bool) else "a number"
     return "" if isinstance(setting, str) else "text in quotes"
 
 

@@ -36,6 +36,7 @@ from juicebox_hsm.adapters.supervision import (
     report_crash,
     watchdog_interval_s,
 )
+from juicebox_hsm.adapters.tracing import Traces, open_traces
 from juicebox_hsm.errors import InvariantViolation, RealmError
 from juicebox_hsm.hsm.core import Hsm
 from juicebox_hsm.ports import Store
@@ -118,8 +119,9 @@ def command(
     nodes = NodeTuning(merkle_cache_size, merkle_large_read_permits, merkle_large_read_limit)
     options = AgentOptions(common, hsm_dir, nodes, default_rate_limit)
     phase = _Phase()
+    traces = open_traces("agent", __version__)
     try:
-        trio.run(run_agent, options, phase)
+        trio.run(run_agent, options, phase, traces)
     except (BaseExceptionGroup, RealmError, InvariantViolation) as error:
         code = report_crash(error)
         if not phase.started and code is ExitCode.INTERNAL and _only_realm_errors(error):
@@ -133,7 +135,7 @@ def _only_realm_errors(error: BaseException) -> bool:
     return isinstance(error, RealmError)
 
 
-async def run_agent(options: AgentOptions, phase: _Phase) -> None:
+async def run_agent(options: AgentOptions, phase: _Phase, traces: Traces | None = None) -> None:
     """Open HSM and store, serve until told to stop, leave in order."""
     common = options.common
     tls = None if common.insecure_rpc or common.cluster_tls is None else ClusterTls.load(common.cluster_tls)
@@ -142,9 +144,11 @@ async def run_agent(options: AgentOptions, phase: _Phase) -> None:
         hsm = await trio.to_thread.run_sync(_start_hsm, platform)
         async with open_store(common.store_url, node_tuning=options.nodes) as store:
             faults = FaultSwitch.from_environment(common.name)
-            await _serve(options, phase, tls, hsm, with_faults(store, faults), faults)
+            await _serve(options, phase, tls, hsm, with_faults(store, faults), faults, traces)
     finally:
         platform.close()
+        if traces is not None:
+            await traces.close()
 
 
 def _start_hsm(platform: FilePlatform) -> Hsm:
@@ -152,7 +156,13 @@ def _start_hsm(platform: FilePlatform) -> Hsm:
 
 
 async def _serve(
-    options: AgentOptions, phase: _Phase, tls: ClusterTls | None, hsm: Hsm, store: Store, faults: FaultSwitch
+    options: AgentOptions,
+    phase: _Phase,
+    tls: ClusterTls | None,
+    hsm: Hsm,
+    store: Store,
+    faults: FaultSwitch,
+    traces: Traces | None,
 ) -> None:
     common = options.common
     log = get_logger("agent")
@@ -176,7 +186,7 @@ async def _serve(
         agent = Agent(config, hsm_transport, with_metrics(store, metrics), pool, metrics, log, nursery, lead)
         service = AgentService(agent)
         await service.learn()
-        server: RpcServer = await nursery.start(_serve_rpc, common, tls, service, metrics)
+        server: RpcServer = await nursery.start(_serve_rpc, common, tls, service, metrics, traces)
         if common.advertise.port == 0:
             advertise = dataclasses.replace(common.advertise, port=server.port)
             agent.config = dataclasses.replace(config, url=f"{scheme}://{advertise}")
@@ -226,6 +236,7 @@ async def _serve_rpc(
     tls: ClusterTls | None,
     service: AgentService,
     metrics: Metrics,
+    traces: Traces | None,
     *,
     task_status: trio.TaskStatus[RpcServer] = trio.TASK_STATUS_IGNORED,
 ) -> None:
@@ -237,6 +248,7 @@ async def _serve_rpc(
         build=__version__,
         metrics=metrics,
         fatal=FATAL,
+        traces=traces,
         task_status=task_status,
     )
 

@@ -18,6 +18,7 @@ class RpcCaller(Protocol):
         *,
         timeout_s: float,
         server: PeerRole | None = None,
+        trace: str | None = None,
     ) -> Any:
         """Call `method`; raises `RpcFailed` and `RpcUnreachable`."""
         ...

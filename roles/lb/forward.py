@@ -57,7 +57,10 @@ Answer = bytes | ClientOutcome
 
 @dataclass(slots=True)
 class Forwarding:
-    """One client request on its way. `encrypted` is CBOR; `user` the hashed user id; `group` who was asked last."""
+    """One client request on its way. `encrypted` is CBOR; `user` the hashed user id; `group` who was asked last.
+
+    `trace` is the W3C trace context agents get, None when this request is not traced.
+    """
 
     realm: RealmId
     record: RecordId
@@ -68,6 +71,7 @@ class Forwarding:
     tenant: str
     user: str = field(repr=False)
     group: GroupId | None = None
+    trace: str | None = None
     deadline: float = 0.0
     tried: set[RouteKey] = field(default_factory=set)
     consumed: set[str] = field(default_factory=set)
@@ -150,7 +154,9 @@ class Forwarder:
         )
         timeout_s = min(TRY_S, job.deadline - trio.current_time())
         try:
-            reply = await self._rpc.call(route.url, _APP, request, timeout_s=timeout_s, server=PeerRole.AGENT)
+            reply = await self._rpc.call(
+                route.url, _APP, request, timeout_s=timeout_s, server=PeerRole.AGENT, trace=job.trace
+            )
         except RpcError as error:
             if error.maybe_delivered:
                 job.consumed.add(route.url)

@@ -39,6 +39,7 @@ from juicebox_hsm.adapters.supervision import (
     report_crash,
     watchdog_interval_s,
 )
+from juicebox_hsm.adapters.tracing import ROOT_RATE, Traces, open_traces
 from juicebox_hsm.crypto.secret import Secret
 from juicebox_hsm.errors import InvariantViolation, LocalError, RealmError
 from juicebox_hsm.ports import ServiceKind, Store, StoreUnavailable
@@ -81,6 +82,7 @@ class LoadBalancerOptions:
     limits: EdgeLimits
     enable_rttest: bool
     workers: int
+    trace_rate: float
 
 
 def _durations(function: click.decorators.FC) -> click.decorators.FC:
@@ -127,6 +129,13 @@ _FILE: Final = click.Path(path_type=Path, dir_okay=False)
     show_default=True,
     help="Processes that share the port; worker N serves probes on the --http-listen port + N.",
 )
+@click.option(
+    "--trace-rate",
+    type=click.FloatRange(0.0, 1.0),
+    default=ROOT_RATE,
+    show_default=True,
+    help="Share of requests traced, 0.0 to 1.0, where OTEL_EXPORTER_OTLP_ENDPOINT names a collector.",
+)
 def command(
     common: CommonOptions,
     tls_key: Path,
@@ -142,6 +151,7 @@ def command(
     body_timeout: float,
     enable_rttest: bool,  # noqa: FBT001 - click passes flags by name
     workers: int,
+    trace_rate: float,
 ) -> None:
     """Run a load balancer: the HTTPS edge that authenticates clients and finds their record's leader."""
     configure(common.log_level)
@@ -165,14 +175,16 @@ def command(
         limits,
         enable_rttest,
         workers,
+        trace_rate,
     )
     place = worker_place()
     if workers > 1 and place is None:
         if common.listen.port == 0 or common.http_listen.port == 0:
             raise LocalError("--workers needs fixed ports in --listen and --http-listen")
         sys.exit(trio.run(run_workers, workers))
+    traces = open_traces("load_balancer", __version__)
     try:
-        trio.run(run, options, place or WorkerPlace(0))
+        trio.run(run, options, place or WorkerPlace(0), traces)
     except StoreUnavailable as error:
         _log.error("store unavailable at start", error=str(error))
         sys.exit(ExitCode.UNAVAILABLE)
@@ -180,7 +192,7 @@ def command(
         sys.exit(report_crash(error))
 
 
-async def run(options: LoadBalancerOptions, place: WorkerPlace) -> None:
+async def run(options: LoadBalancerOptions, place: WorkerPlace, traces: Traces | None = None) -> None:
     """Start in the order of load-balancer.md 1, serve, drain. Raises `LocalError` and `StoreUnavailable` at start."""
     common = options.common
     metrics = Metrics()
@@ -197,10 +209,12 @@ async def run(options: LoadBalancerOptions, place: WorkerPlace) -> None:
         await secrets.load()
         record_key = record_id_key(secrets.versions(RECORD_ID_KEY_NAME), options.record_id_key_version)
         listener = open_edge_listener(common.listen.host, common.listen.port, share_port=options.workers > 1)
-        balancer = LoadBalancer(options, place, store, edge_tls, cluster_tls, secrets, record_key, metrics)
+        balancer = LoadBalancer(options, place, store, edge_tls, cluster_tls, secrets, record_key, metrics, traces)
         async with trio.open_nursery() as nursery:
             await balancer.run(nursery, listener)
             nursery.cancel_scope.cancel()
+    if traces is not None:
+        await traces.close()
     _log.info("load balancer stopped")
 
 
@@ -217,8 +231,10 @@ class LoadBalancer:
         secrets: SecretsFile,
         record_key: Secret,
         metrics: Metrics,
+        traces: Traces | None,
     ) -> None:
         self._options = options
+        self._traces = traces
         self._place = place
         self._faults = FaultSwitch.from_environment(options.common.name)
         self._store = with_metrics(with_faults(store, self._faults), metrics)
@@ -253,6 +269,8 @@ class LoadBalancer:
             now_s=self._faults.now_s,
             metrics=self._metrics,
             log=_log,
+            traces=self._traces,
+            trace_rate=options.trace_rate,
         )
         readiness = Readiness(drain=self._drain, poller=poller, guard=guard, secrets_age_s=self._secrets.age_s)
         routes = Routes(

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from juicebox_hsm.adapters.http.exchange import BodyTooLarge, Request, Response
+from juicebox_hsm.adapters.tracing import Traces
 from juicebox_hsm.crypto.secret import Secret
 from juicebox_hsm.errors import DecodingError
 from juicebox_hsm.ids import RealmId
@@ -35,6 +36,7 @@ from roles.lb.forward import Answer, Forwarder, Forwarding
 from roles.lb.guard import RealmGuard
 
 VERSION_HEADER: Final = b"x-juicebox-version"
+TRACE_HEADER: Final = b"traceparent"
 
 CORS_HEADERS: Final = (
     (b"access-control-allow-origin", b"*"),
@@ -74,8 +76,10 @@ class ClientService:
         now_s: Callable[[], float],
         metrics: Meter,
         log: Log,
+        traces: Traces | None = None,
+        trace_rate: float = 0.0,
     ) -> None:
-        """`now_s` is Unix time in seconds."""
+        """`now_s` is Unix time in seconds; `trace_rate` the share of requests that `traces` gets to see."""
         self._keys = keys
         self._record_key = record_key
         self._forwarder = forwarder
@@ -84,6 +88,8 @@ class ClientService:
         self._metrics = metrics
         self._log = log
         self._tokens = TokenCache()
+        self._traces = traces
+        self._trace_rate = trace_rate
 
     async def answer(self, request: Request) -> Response:
         """Answer one request; every failure is one of the documented statuses."""
@@ -91,7 +97,10 @@ class ClientService:
             return UPGRADE
         began_ns = time.perf_counter_ns()
         tags: dict[str, str] = {}
-        answer = await self._outcome(request, tags)
+        span = None
+        if self._traces is not None:
+            span = self._traces.edge("POST /req", request.header(TRACE_HEADER), self._trace_rate)
+        answer = await self._outcome(request, tags, None if span is None else span.traceparent)
         if isinstance(answer, ClientOutcome):
             result, response = answer.value, OUTCOME_RESPONSES[answer]
         else:
@@ -103,9 +112,11 @@ class ClientService:
             success=str(result == "Ok").lower(),
             **tags,
         )
+        if span is not None:
+            span.end(failed="" if result == "Ok" else result, status_code=response.status, **tags)
         return response
 
-    async def _outcome(self, request: Request, tags: dict[str, str]) -> Answer:
+    async def _outcome(self, request: Request, tags: dict[str, str], trace: str | None) -> Answer:
         try:
             body = await request.body(BODY_BYTES_MAX)
         except BodyTooLarge:
@@ -128,6 +139,7 @@ class ClientService:
         if not await self._is_served(message.realm):
             return ClientOutcome.UNAVAILABLE
         job = self._job(message, token)
+        job.trace = trace
         answer = await self._forwarder.forward(job)
         if job.group is not None:
             tags["group"] = job.group.hex()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from juicebox_hsm.adapters.tracing import Traces
 from juicebox_hsm.cluster_view import GroupKey
 from juicebox_hsm.ports import Store
 from juicebox_hsm.wire.rpc import Method
@@ -66,6 +67,7 @@ class ManagerContext:
     now_ms: Callable[[], int]
     meter: Meter
     log: Any
+    traces: Traces | None = None
     state: ManagerState = field(default_factory=ManagerState)
 
 

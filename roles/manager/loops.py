@@ -11,6 +11,7 @@ from typing import Final
 
 import trio
 
+from juicebox_hsm.adapters.tracing import active
 from juicebox_hsm.errors import RealmError
 from juicebox_hsm.ports import ServiceKind
 from roles.manager.appointment import Appointer
@@ -72,8 +73,10 @@ async def run_loop(context: ManagerContext, name: str, pacer: Pacer, work: Calla
         await pacer.pause()
         begun_ns = time.perf_counter_ns()
         problem = ""
+        span = None if context.traces is None else context.traces.background(f"pass {name}")
         try:
-            await work()
+            with active(span):
+                await work()
         except RealmError as error:
             problem = str(error) or type(error).__name__
             context.meter.count("manager.loop.errors", loop=name)

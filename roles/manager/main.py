@@ -28,6 +28,7 @@ from juicebox_hsm.adapters.supervision import (
     report_crash,
     watchdog_interval_s,
 )
+from juicebox_hsm.adapters.tracing import Traces, open_traces
 from juicebox_hsm.errors import InvariantViolation, RealmError
 from juicebox_hsm.ports import ServiceKind, Store, StoreUnavailable
 from juicebox_hsm.wire.rpc import MANAGER_METHODS
@@ -68,8 +69,9 @@ _log = get_logger("manager")
 def command(common: CommonOptions, interval_s: float, rebalance_interval_s: float) -> None:
     """Run a cluster manager: it appoints leaders, spreads them evenly and moves key ranges."""
     configure(common.log_level)
+    traces = open_traces("cluster_manager", __version__)
     try:
-        trio.run(_run, common, interval_s, rebalance_interval_s)
+        trio.run(_run, common, interval_s, rebalance_interval_s, traces)
     except StoreUnavailable as error:
         _log.error("store unavailable at start", error=str(error))
         sys.exit(ExitCode.UNAVAILABLE)
@@ -77,7 +79,7 @@ def command(common: CommonOptions, interval_s: float, rebalance_interval_s: floa
         sys.exit(report_crash(error))
 
 
-async def _run(common: CommonOptions, interval_s: float, rebalance_interval_s: float) -> None:
+async def _run(common: CommonOptions, interval_s: float, rebalance_interval_s: float, traces: Traces | None) -> None:
     """Open the store and run until a stop signal. Raises `StoreUnavailable` when the store cannot be opened."""
     tls = None if common.insecure_rpc or common.cluster_tls is None else ClusterTls.load(common.cluster_tls)
     if common.advertise.is_loopback and not common.allow_loopback:
@@ -85,17 +87,27 @@ async def _run(common: CommonOptions, interval_s: float, rebalance_interval_s: f
     async with open_store(common.store_url) as store:
         await store.realms.create_shared()
         faults = FaultSwitch.from_environment(common.name)
-        manager = _Manager(common, with_faults(store, faults), tls, faults)
+        manager = _Manager(common, with_faults(store, faults), tls, faults, traces)
         async with trio.open_nursery() as nursery:
             await manager.run(nursery, interval_s, rebalance_interval_s)
             nursery.cancel_scope.cancel()
+    if traces is not None:
+        await traces.close()
     _log.info("manager stopped")
 
 
 class _Manager:
     """One running manager: what start-up, probes and shutdown share."""
 
-    def __init__(self, common: CommonOptions, store: Store, tls: ClusterTls | None, faults: FaultSwitch) -> None:
+    def __init__(
+        self,
+        common: CommonOptions,
+        store: Store,
+        tls: ClusterTls | None,
+        faults: FaultSwitch,
+        traces: Traces | None,
+    ) -> None:
+        self.traces = traces
         self.faults = faults
         self.common = common
         self.tls = tls
@@ -109,9 +121,15 @@ class _Manager:
     async def run(self, nursery: trio.Nursery, interval_s: float, rebalance_interval_s: float) -> None:
         """Start everything in order, wait for a stop signal, and leave in order."""
         await nursery.start(handle_signals, self._on_stop, self._reload)
-        pool = RpcPool(nursery, self.tls, build=__version__, metrics=self.metrics)
+        pool = RpcPool(nursery, self.tls, build=__version__, metrics=self.metrics, passes_trace=self.traces is not None)
         context = ManagerContext(
-            store=self.store, rpc=pool, name=self.common.name, now_ms=self.faults.now_ms, meter=self.metrics, log=_log
+            store=self.store,
+            rpc=pool,
+            name=self.common.name,
+            now_ms=self.faults.now_ms,
+            meter=self.metrics,
+            log=_log,
+            traces=self.traces,
         )
         appointer = Appointer(context)
         work = await nursery.start(_work, context, appointer, interval_s, rebalance_interval_s)
@@ -125,6 +143,7 @@ class _Manager:
                 handlers=service.handlers(),
                 build=__version__,
                 metrics=self.metrics,
+                traces=self.traces,
             )
         )
         registering = await nursery.start(_register, context, self.url, self.registered)

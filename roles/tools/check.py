@@ -26,6 +26,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from juicebox_hsm import __version__
 from juicebox_hsm.adapters.dogstatsd import drain, send_once, service_check
 from juicebox_hsm.adapters.metrics import Metrics
+from juicebox_hsm.adapters.tracing import Traces, open_traces
 from juicebox_hsm.client import PinHashingMode
 from juicebox_hsm.tenant_secrets import is_test_tenant
 from roles.durations import DurationType
@@ -118,7 +119,9 @@ def _send(report: Report, metrics: Metrics, environment_name: str) -> None:
     send_once(packets)
 
 
-async def _loop(checker: Checker, certificates: Certificates, *, interval_s: float | None, show: Any) -> Report:
+async def _loop(
+    checker: Checker, certificates: Certificates, *, interval_s: float | None, show: Any, traces: Traces | None
+) -> Report:
     """Run once, or every `interval_s` from start to start until a stop signal; return the last report."""
     last: list[Report] = []
 
@@ -141,6 +144,8 @@ async def _loop(checker: Checker, certificates: Certificates, *, interval_s: flo
     async with trio.open_nursery() as nursery:
         await nursery.start(stop, nursery.cancel_scope)
         nursery.start_soon(runs, nursery.cancel_scope)
+    if traces is not None:
+        await traces.close()
     if not last:
         raise ToolFailure("stopped before the first run was finished")
     return last[0]
@@ -203,8 +208,9 @@ def command(
         def log(line: str) -> None:
             click.echo(line, err=True)
 
-        checker = Checker(_target(configuration, secrets_file, tenant, ca), settings, metrics, log)
+        traces = open_traces("service_checker", __version__)
+        checker = Checker(_target(configuration, secrets_file, tenant, ca), settings, metrics, log, traces)
         looker = Certificates([realm.address for realm in checker.target.configuration.realms], log, metrics)
-        report = run(lambda: _loop(checker, looker, interval_s=interval if forever else None, show=show))
+        report = run(lambda: _loop(checker, looker, interval_s=interval if forever else None, show=show, traces=traces))
     if not report.ok:
         end(ExitCode.FAILED)

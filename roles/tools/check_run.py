@@ -11,6 +11,7 @@ from typing import Final
 import trio
 
 from juicebox_hsm.adapters.metrics import Metrics
+from juicebox_hsm.adapters.tracing import HEADER, Traces, active
 from juicebox_hsm.client import Client, ClientError, HttpTransport
 from juicebox_hsm.client.transport import Headers, Observation, Transport
 from juicebox_hsm.ids import RealmId
@@ -110,13 +111,19 @@ class Certificates:
 class _Limited:
     """A transport whose requests never take longer than the check allows."""
 
-    def __init__(self, inner: HttpTransport, timeout_s: float) -> None:
+    def __init__(self, inner: HttpTransport, timeout_s: float, traces: Traces | None) -> None:
         self._inner = inner
         self._timeout_s = timeout_s
+        self._traces = traces
 
     async def post(self, url: str, headers: Headers, body: bytes, timeout_s: float) -> tuple[int, bytes]:
-        """Send one request. Raises `TransportError`."""
-        return await self._inner.post(url, headers, body, min(timeout_s, self._timeout_s))
+        """Send one request, each in a trace of its own when traces are on. Raises `TransportError`."""
+        timeout_s = min(timeout_s, self._timeout_s)
+        span = None if self._traces is None else self._traces.background("check", 1.0)
+        if span is None:
+            return await self._inner.post(url, headers, body, timeout_s)
+        with active(span):
+            return await self._inner.post(url, [*headers, (HEADER, span.traceparent)], body, timeout_s)
 
 
 class _Tally:
@@ -138,8 +145,16 @@ class _Tally:
 class Checker:
     """Runs the check against one target. `log` gets lines for people: slow requests, odd answers, certificates."""
 
-    def __init__(self, target: Target, settings: Settings, metrics: Metrics, log: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        target: Target,
+        settings: Settings,
+        metrics: Metrics,
+        log: Callable[[str], None],
+        traces: Traces | None = None,
+    ) -> None:
         self.target = target
+        self._traces = traces
         self._settings = settings
         self._metrics = metrics
         self._log = log
@@ -173,7 +188,7 @@ class Checker:
             observe=self._observe,
         )
         async with pool, trio.open_nursery() as nursery:
-            transport = _Limited(pool, self._settings.http_timeout_s)
+            transport = _Limited(pool, self._settings.http_timeout_s, self._traces)
 
             async def worker() -> None:
                 for number in numbers:

@@ -17,7 +17,7 @@ from click.core import ParameterSource, iter_params_for_processing
 
 from juicebox_hsm.adapters.logging import LEVEL_VARIABLE
 from juicebox_hsm.adapters.supervision import ExitCode
-from roles.durations import format_seconds
+from roles.durations import DurationType, format_seconds
 from roles.lazy import LazyCommand, LazyGroup
 from roles.options import Address, BadSettings, CommonOptions, flag_of, take_common
 from roles.tools.cluster_output import print_json, print_table
@@ -42,7 +42,7 @@ class Setting:
     """One effective setting: its flag, value as an operator would write it, and where that came from."""
 
     flag: str
-    value: str | int | bool | None
+    value: str | int | float | bool | None
     origin: str
 
 
@@ -132,10 +132,10 @@ def _setting(
     if value is None and name == "log_level":
         value = os.environ.get(LEVEL_VARIABLE) or "info"
         origin = "environment" if os.environ.get(LEVEL_VARIABLE) else origin
-    shown: str | int | bool | None
-    if isinstance(value, float):
+    shown: str | int | float | bool | None
+    if isinstance(value, float) and isinstance(parameter.type, DurationType):
         shown = format_seconds(value)
-    elif value is None or isinstance(value, bool | int):
+    elif value is None or isinstance(value, bool | int | float):
         shown = value
     else:
         shown = str(value)

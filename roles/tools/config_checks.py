@@ -23,6 +23,7 @@ from juicebox_hsm.adapters.key_bundle import read_bundle
 from juicebox_hsm.adapters.logging import parse_level
 from juicebox_hsm.adapters.nvram import read_nvram
 from juicebox_hsm.adapters.store import open_store
+from juicebox_hsm.adapters.tracing import endpoint_of
 from juicebox_hsm.consensus.nvram import decode_state
 from juicebox_hsm.errors import RealmError
 from roles.options import Address, CommonOptions, identity_problems
@@ -73,6 +74,10 @@ def _common_problems(role: str, common: CommonOptions) -> list[str]:
     try:
         if common.log_level is not None or os.environ.get("LOGLEVEL"):
             parse_level(common.log_level or os.environ["LOGLEVEL"])
+    except RealmError as error:
+        problems.append(str(error))
+    try:
+        endpoint_of(os.environ)
     except RealmError as error:
         problems.append(str(error))
     return problems + (store_problems(common.store_url) if common.store_url else [])

@@ -22,6 +22,7 @@ from juicebox_hsm.adapters.rpc.errors import RpcError, RpcFailed, RpcUnreachable
 from juicebox_hsm.adapters.rpc.server import is_loopback
 from juicebox_hsm.adapters.rpc.streams import describe
 from juicebox_hsm.adapters.streams import SocketStream, TlsStream
+from juicebox_hsm.adapters.tracing import current
 from juicebox_hsm.errors import PeerError
 from juicebox_hsm.wire.rpc import Method, PeerRole
 
@@ -58,12 +59,16 @@ class RpcPool:
         *,
         build: str = "",
         metrics: Metrics | None = None,
+        passes_trace: bool = False,
     ) -> None:
-        """Without `tls` only `tcp://` addresses on loopback are called, else only `tls://`."""
+        """With `passes_trace`, calls without a `trace` carry that of their task (`tracing.active`).
+
+        Without `tls` only `tcp://` addresses on loopback are called, else only `tls://`."""
         self._nursery = nursery
         self._tls = tls
         self._build = build
         self._metrics = metrics if metrics is not None else Metrics()
+        self._passes_trace = passes_trace
         self._peers: dict[str, _Peer] = {}
         self._timers: dict[tuple[str, str, str], Timer] = {}
 
@@ -84,6 +89,8 @@ class RpcPool:
         got the request. Raises `FrameTooLarge` for a request over 1 MiB.
         """
         started_ns = time.perf_counter_ns()
+        if self._passes_trace and trace is None:
+            trace = current()
         result = "cancelled"
         try:
             peer = self._peers.get(url)

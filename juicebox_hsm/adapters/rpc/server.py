@@ -25,6 +25,7 @@ from juicebox_hsm.adapters.metrics import Counter, Gauge, Metrics, Timer
 from juicebox_hsm.adapters.rpc import frames
 from juicebox_hsm.adapters.rpc.streams import FramedStream, describe
 from juicebox_hsm.adapters.streams import ByteStream, SocketStream, TlsStream
+from juicebox_hsm.adapters.tracing import Span, Traces, active
 from juicebox_hsm.errors import DecodingError, LocalError, PeerError, RealmError
 from juicebox_hsm.ports import HsmGone
 from juicebox_hsm.wire.rpc import Method, PeerRole, RpcCode
@@ -116,7 +117,7 @@ class _Connection:
             deadline = trio.current_time() + frame.timeout_ms / 1000
             self._open_calls[call_id] = deadline
             self.stream.wake_at(deadline)
-            server.start_body(self, route, call_id, body)
+            server.start_body(self, route, call_id, body, frame.trace)
 
     def on_tick(self, now: float) -> float:
         """Answer the calls whose deadline has passed; their bodies run on."""
@@ -153,6 +154,7 @@ class RpcServer:
         build: str = "",
         metrics: Metrics | None = None,
         fatal: tuple[type[BaseException], ...] = (HsmGone,),
+        traces: Traces | None = None,
     ) -> None:
         """`nursery` runs the bodies. Errors of the types `fatal` leave it; others become `HandlerFailed`."""
         _check_handlers(methods, handlers)
@@ -168,6 +170,7 @@ class RpcServer:
         self._nursery = nursery
         self._tls = tls
         self._fatal = fatal
+        self._traces = traces
         self._connections: set[_Connection] = set()
         self._streams = 0
         self._next_connection = 0
@@ -255,10 +258,18 @@ class RpcServer:
                 self._broken.add()
             _log.debug("peer disconnected", peer=name, reason=connection.stream.reason)
 
-    def start_body(self, connection: _Connection, route: _Route, call_id: int, body: Any) -> None:
+    def start_body(self, connection: _Connection, route: _Route, call_id: int, body: Any, trace: str | None) -> None:
         """Run a handler in the server's nursery."""
         self.bodies += 1
-        self._nursery.start_soon(self._run_body, connection, route, call_id, body)
+        span = None if self._traces is None else self._traces.served(route.name, trace)
+        if span is None:
+            self._nursery.start_soon(self._run_body, connection, route, call_id, body)
+        else:
+            self._nursery.start_soon(self._run_traced, span, connection, route, call_id, body)
+
+    async def _run_traced(self, span: Span, connection: _Connection, route: _Route, call_id: int, body: Any) -> None:
+        with active(span):
+            await self._run_body(connection, route, call_id, body)
 
     async def _run_body(self, connection: _Connection, route: _Route, call_id: int, body: Any) -> None:
         started_ns = time.perf_counter_ns()
@@ -297,6 +308,7 @@ async def serve_rpc(
     build: str = "",
     metrics: Metrics | None = None,
     fatal: tuple[type[BaseException], ...] = (HsmGone,),
+    traces: Traces | None = None,
     task_status: trio.TaskStatus[RpcServer] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve the handlers on `listen` (host, port; port 0 picks one) until `shutdown`, or until cancelled.
@@ -315,7 +327,14 @@ async def serve_rpc(
         raise LocalError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
     async with trio.open_nursery() as bodies:
         server = RpcServer(
-            bodies, tls=tls, methods=methods, handlers=handlers, build=build, metrics=metrics, fatal=fatal
+            bodies,
+            tls=tls,
+            methods=methods,
+            handlers=handlers,
+            build=build,
+            metrics=metrics,
+            fatal=fatal,
+            traces=traces,
         )
         server.port = listeners[0].socket.getsockname()[1]
         async with trio.open_nursery() as streams:

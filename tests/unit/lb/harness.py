@@ -11,6 +11,7 @@ import trio
 
 from juicebox_hsm.adapters.http.exchange import BodyTooLarge, Request
 from juicebox_hsm.adapters.rpc import RpcFailed, RpcUnreachable
+from juicebox_hsm.adapters.tracing import Traces
 from juicebox_hsm.crypto.secret import Secret
 from juicebox_hsm.ids import GroupId, OwnedRange, RealmId, RecordId
 from juicebox_hsm.ports import ServiceAddress, ServiceKind, StoreUnavailable
@@ -123,11 +124,21 @@ class FakeRpc:
 
     def __init__(self, agents: Sequence[FakeAgent]) -> None:
         self.agents = {agent.url: agent for agent in agents}
+        self.traces: list[str | None] = []
 
     async def call(
-        self, url: str, method: Method, body: object, *, timeout_s: float, server: PeerRole | None = None
+        self,
+        url: str,
+        method: Method,
+        body: object,
+        *,
+        timeout_s: float,
+        server: PeerRole | None = None,
+        trace: str | None = None,
     ) -> Any:
         await trio.lowlevel.checkpoint()
+        if method.name == "app":
+            self.traces.append(trace)
         assert server is PeerRole.AGENT
         agent = self.agents.get(url)
         if agent is None:
@@ -226,7 +237,13 @@ class FakeRequest(Request):
 class Balancer:
     """The parts of a balancer wired over fakes."""
 
-    def __init__(self, *agents: FakeAgent, keys: dict[tuple[str, int], TokenKey] | None = None) -> None:
+    def __init__(
+        self,
+        *agents: FakeAgent,
+        keys: dict[tuple[str, int], TokenKey] | None = None,
+        traces: Traces | None = None,
+        trace_rate: float = 0.0,
+    ) -> None:
         self.agents = agents
         self.rpc = FakeRpc(agents)
         self.discovery = FakeDiscovery([agent.url for agent in agents])
@@ -252,6 +269,8 @@ class Balancer:
             now_s=lambda: NOW_S,
             metrics=self.recorder,
             log=self.recorder,
+            traces=traces,
+            trace_rate=trace_rate,
         )
 
     async def start(self, nursery: trio.Nursery, *, settle: bool = True) -> None:

@@ -6,7 +6,9 @@ import pytest
 import trio
 from hypothesis import given
 from hypothesis import strategies as st
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from juicebox_hsm.adapters.tracing import Traces, make_provider
 from juicebox_hsm.crypto.secret import Secret
 from juicebox_hsm.ids import RealmId
 from juicebox_hsm.tenant_secrets import SecretAlgorithm, TenantSecret, event_user_id, record_id
@@ -79,6 +81,28 @@ async def test_ok(nursery: trio.Nursery, autojump_clock: object) -> None:
     counts = balancer.recorder.counts
     assert counts["load_balancer.request.time.ns/result=Ok"] == 1
     assert counts["load_balancer.request.time.ns/tenant=test-acme"] == 1
+
+
+async def test_a_sampled_request_is_traced_into_the_agent(nursery: trio.Nursery, autojump_clock: object) -> None:
+    """The client's trace id goes on to the agent with our span; what is not sampled leaves no trace anywhere."""
+    exporter = InMemorySpanExporter()
+    provider = make_provider("load_balancer", "1", exporter)
+    header = (b"traceparent", b"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-00")
+    for rate in (1.0, 0.0):
+        balancer = Balancer(FakeAgent("tls://a"), traces=Traces(provider), trace_rate=rate)
+        await balancer.start(nursery, settle=False)
+        request = FakeRequest(body=body())
+        request.headers = [*request.headers, header]
+        assert (await balancer.service.answer(request)).status == 200
+        (given,) = balancer.rpc.traces
+        assert (given is not None) == bool(rate)
+        if given is not None:
+            assert given.split("-")[1] == "0af7651916cd43dd8448eb211c80319c"
+    provider.shutdown()
+    (span,) = exporter.get_finished_spans()
+    assert span.name == "POST /req"
+    assert dict(span.attributes or {})["status_code"] == 200
+    assert "mario" not in str(span.attributes)
 
 
 def test_ok_prefix() -> None:

@@ -47,6 +47,8 @@ def _sample(parameter: click.Parameter) -> tuple[str, object]:
         return "true", True
     if isinstance(parameter.type, type(click.INT)):
         return "3", 3
+    if isinstance(parameter.type, type(click.FLOAT)):
+        return "0.5", 0.5
     if parameter.type.name == "DUR":
         return '"3s"', 3.0
     if parameter.type.name == "HOST:PORT":
