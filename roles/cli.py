@@ -16,11 +16,12 @@ import click
 from juicebox_hsm import __version__
 from juicebox_hsm.errors import LocalError, RealmError
 from roles.lazy import LazyCommand, LazyGroup
-from roles.options import ENVIRONMENT_PREFIX
+from roles.options import ENVIRONMENT_PREFIX, BadSettings
 
 COLLECTOR_THRESHOLDS: Final = (10_000, 20, 50)
 """Allocations before a young collection, and collections before an older one; Python's own are 700, 10, 10."""
 
+PROGRAM: Final = "juicebox-hsm"
 ROLES: Final = ("agent", "lb", "manager")
 
 TOOLS: Final = {
@@ -35,6 +36,10 @@ TOOLS: Final = {
     "store": LazyCommand("roles.tools.store", "Make, check, tidy, back up and restore the store."),
     "tenant-log": LazyCommand("roles.tools.tenant_log", "Serve and read tenants' events: every guess, for auditors."),
     "tokens": LazyCommand("roles.tools.tokens", "Create, validate and draw keys for auth tokens."),
+    # names that scripts of existing realms use
+    "cluster-bench": LazyCommand("roles.tools.bench_client", "", hidden=True),
+    "cluster-cli": LazyCommand("roles.tools.cluster", "", hidden=True),
+    "service-checker": LazyCommand("roles.tools.check", "", hidden=True),
 }
 
 
@@ -64,12 +69,35 @@ def _fail(message: str, code: int) -> NoReturn:
 
 
 def _split_role(arguments: list[str]) -> tuple[str | None, list[str]]:
-    """Take `--role X` (or `--role=X`) off the front of the arguments."""
+    """Take `--role X` (or `--role=X`) off the front of the arguments; `--help --role X` asks for that role's help."""
+    if arguments and arguments[0] in ("-h", "--help") and arguments[1:]:
+        role, rest = _split_role(arguments[1:])
+        return (None, arguments) if role is None else (role, ["--help", *rest])
     if arguments and arguments[0] == "--role" and len(arguments) > 1:
         return arguments[1], arguments[2:]
     if arguments and arguments[0].startswith("--role="):
         return arguments[0].removeprefix("--role="), arguments[1:]
     return None, arguments
+
+
+def _run(command: click.Command, arguments: list[str], name: str) -> NoReturn:
+    """Run a command to its exit; what an operator did wrong is one line on stderr, whatever the command."""
+    try:
+        code = command.main(arguments, prog_name=name, auto_envvar_prefix=ENVIRONMENT_PREFIX, standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        sys.exit(2)
+    except BadSettings as error:
+        _fail(error.format_message(), 78 if name != PROGRAM else 2)
+    except click.UsageError as error:
+        message = error.format_message().rstrip(".")
+        asked = name if error.ctx is None else error.ctx.command_path
+        _fail(f"{message}; see `{asked} --help`", 2)
+    except click.ClickException as error:
+        _fail(error.format_message(), error.exit_code)
+    except click.Abort:
+        _fail("stopped", 1)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 def _relax_collector() -> None:
@@ -83,13 +111,17 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the program; ends with `SystemExit`."""
     role, rest = _split_role(sys.argv[1:] if arguments is None else arguments)
     try:
+        if os.environ.get("LOGLEVEL"):
+            from juicebox_hsm.adapters.logging import parse_level
+
+            parse_level(os.environ["LOGLEVEL"])
         if role is None:
-            cli.main(rest, prog_name="juicebox-hsm", auto_envvar_prefix=ENVIRONMENT_PREFIX)
+            _run(cli, rest, PROGRAM)
         if role not in ROLES:
             _fail(f"--role {role}: no such role; choose one of {', '.join(ROLES)}", 2)
         command = importlib.import_module(f"roles.{role}.main").command
         _relax_collector()
-        command.main(rest, prog_name=f"juicebox-hsm --role {role}", auto_envvar_prefix=ENVIRONMENT_PREFIX)
+        _run(command, rest, f"{PROGRAM} --role {role}")
     except LocalError as error:
         _fail(str(error), 78 if role else 1)
     except RealmError as error:

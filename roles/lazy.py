@@ -11,11 +11,12 @@ import click
 
 @dataclass(frozen=True, slots=True)
 class LazyCommand:
-    """Where a command lives, and its one line of help."""
+    """Where a command lives, its one line of help, and whether lists leave it out."""
 
     module: str
     summary: str
     attribute: str = "command"
+    hidden: bool = False
 
     def load(self) -> click.Command:
         """Import the module and return the command."""
@@ -33,15 +34,15 @@ class LazyGroup(click.Group):
         self._lazy = lazy
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
-        """Return the names in order."""
-        return sorted(self._lazy)
+        """Return the names in order, without hidden ones."""
+        return sorted(name for name, entry in self._lazy.items() if not entry.hidden)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
         """Import and return one command, None if there is none of that name."""
         entry = self._lazy.get(cmd_name)
         return entry.load() if entry else None
 
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Print names and summaries."""
         with formatter.section("Commands"):
-            formatter.write_dl([(name, self._lazy[name].summary) for name in sorted(self._lazy)])
+            formatter.write_dl([(name, self._lazy[name].summary) for name in self.list_commands(ctx)])

@@ -17,7 +17,9 @@ from typing import Any, Final, TypeVar, cast
 
 import click
 
+from juicebox_hsm.adapters.cluster_tls import ClusterTls
 from juicebox_hsm.errors import LocalError
+from juicebox_hsm.wire.rpc import PeerRole
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -305,6 +307,16 @@ def identity_problems(common: CommonOptions) -> list[str]:
     if common.advertise.is_unspecified:
         problems.append(f"--advertise {common.advertise}: others cannot reach this address; give --advertise HOST:PORT")
     return problems
+
+
+def load_identity(common: CommonOptions, role: PeerRole) -> ClusterTls | None:
+    """Read the service's cluster certificate, None with --insecure-rpc; raises `LocalError` naming the file."""
+    if common.insecure_rpc or common.cluster_tls is None:
+        return None
+    try:
+        return ClusterTls.load(common.cluster_tls, role)
+    except LocalError as error:
+        raise LocalError(f"--cluster-tls {error}") from None
 
 
 def check_identity(common: CommonOptions) -> None:

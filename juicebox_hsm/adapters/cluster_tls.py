@@ -58,13 +58,18 @@ class ClusterTls:
         self._loaded = loaded
 
     @classmethod
-    def load(cls, directory: Path | str) -> ClusterTls:
-        """Read and verify `ca.pem`, `cert.pem` and `key.pem`.
+    def load(cls, directory: Path | str, role: PeerRole | None = None) -> ClusterTls:
+        """Read and verify `ca.pem`, `cert.pem` and `key.pem`, which must be for `role` if one is given.
 
         Raises `LocalError`: which file, what is wrong, how to fix it.
         """
         path = Path(directory)
-        return cls(path, _load(path))
+        loaded = _load(path)
+        if role is not None and loaded.identity.role is not role:
+            raise LocalError(
+                f"{path / CERT_FILE}: is for role {loaded.identity.role.value}, {role.value} is needed; {_ISSUE}"
+            )
+        return cls(path, loaded)
 
     def reload(self) -> None:
         """Read the directory again; new streams use what it holds now, existing ones stay as they are.

@@ -161,7 +161,9 @@ def open_hsm_dir(path: Path) -> FilePlatform:
     Blocks for two fsyncs.
     """
     if not path.is_dir():
-        raise LocalError(f"--hsm-dir {path}: no such directory; make it with `juicebox-hsm hsm init --keys FILE --dir`")
+        raise LocalError(
+            f"--hsm-dir {path}: no such directory; make it with `juicebox-hsm hsm init --keys FILE --dir {path}`"
+        )
     lock = _lock(path)
     try:
         return FilePlatform(path, lock)

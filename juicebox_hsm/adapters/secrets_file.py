@@ -116,7 +116,7 @@ class SecretsFile:
                 content = file.read(FILE_BYTES_MAX + 1)
             mode = self.path.stat().st_mode
         except OSError as error:
-            raise LocalError(f"cannot read secrets file {self.path}: {error.strerror}") from None
+            raise LocalError(f"--secrets-file: cannot read secrets file {self.path}: {error.strerror}") from None
         if len(content) > FILE_BYTES_MAX:
             raise LocalError(f"secrets file {self.path} is larger than {FILE_BYTES_MAX} bytes")
         return content, mode

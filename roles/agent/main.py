@@ -40,12 +40,12 @@ from juicebox_hsm.adapters.tracing import Traces, open_traces
 from juicebox_hsm.errors import InvariantViolation, RealmError
 from juicebox_hsm.hsm.core import Hsm
 from juicebox_hsm.ports import Store
-from juicebox_hsm.wire.rpc import AGENT_METHODS
+from juicebox_hsm.wire.rpc import AGENT_METHODS, PeerRole
 from roles.agent.context import Agent, AgentConfig
 from roles.agent.leader import hand_over, lead
 from roles.agent.registration import deregister, livez, readyz, register
 from roles.agent.service import FATAL, AgentService, hsm_status
-from roles.options import CommonOptions, role_options
+from roles.options import CommonOptions, load_identity, role_options
 
 REPORT_S: Final = 1.0
 RPC_DRAIN_S: Final = 2.0
@@ -138,7 +138,7 @@ def _only_realm_errors(error: BaseException) -> bool:
 async def run_agent(options: AgentOptions, phase: _Phase, traces: Traces | None = None) -> None:
     """Open HSM and store, serve until told to stop, leave in order."""
     common = options.common
-    tls = None if common.insecure_rpc or common.cluster_tls is None else ClusterTls.load(common.cluster_tls)
+    tls = load_identity(common, PeerRole.AGENT)
     platform = await trio.to_thread.run_sync(open_hsm_dir, options.hsm_dir)
     try:
         hsm = await trio.to_thread.run_sync(_start_hsm, platform)

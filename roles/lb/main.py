@@ -45,6 +45,7 @@ from juicebox_hsm.errors import InvariantViolation, LocalError, RealmError
 from juicebox_hsm.ports import ServiceKind, Store, StoreUnavailable
 from juicebox_hsm.tenant_secrets import RECORD_ID_KEY_NAME, record_id_key, record_id_key_fingerprint
 from juicebox_hsm.tokens import RejectionReason
+from juicebox_hsm.wire.rpc import PeerRole
 from roles.durations import DurationType
 from roles.lb.forward import Forwarder
 from roles.lb.guard import RealmGuard
@@ -53,7 +54,7 @@ from roles.lb.readiness import Readiness
 from roles.lb.routes import SHUTTING_DOWN, Routes, livez_text
 from roles.lb.service import ClientService
 from roles.lb.workers import WorkerPlace, run_workers, worker_place
-from roles.options import Address, CommonOptions, role_options
+from roles.options import Address, CommonOptions, load_identity, role_options
 
 FIRST_TABLE_S: Final = 5.0
 """Longest wait at start for the first routing table (load-balancer.md 1)."""
@@ -200,7 +201,7 @@ async def run(options: LoadBalancerOptions, place: WorkerPlace, traces: Traces |
     for reason in RejectionReason:
         metrics.counter("load_balancer.auth.failures", reason=reason.value)
     edge_tls = EdgeTls(options.tls_key, options.tls_cert)
-    cluster_tls = None if common.insecure_rpc or common.cluster_tls is None else ClusterTls.load(common.cluster_tls)
+    cluster_tls = load_identity(common, PeerRole.LOAD_BALANCER)
     if common.advertise.is_loopback and not common.allow_loopback:
         _log.warning("advertising a loopback address: only this machine can reach it", address=str(common.advertise))
     async with open_store(common.store_url) as store:

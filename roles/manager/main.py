@@ -31,14 +31,14 @@ from juicebox_hsm.adapters.supervision import (
 from juicebox_hsm.adapters.tracing import Traces, open_traces
 from juicebox_hsm.errors import InvariantViolation, RealmError
 from juicebox_hsm.ports import ServiceKind, Store, StoreUnavailable
-from juicebox_hsm.wire.rpc import MANAGER_METHODS
+from juicebox_hsm.wire.rpc import MANAGER_METHODS, PeerRole
 from roles.durations import DurationType
 from roles.manager.appointment import Appointer
 from roles.manager.context import ManagerContext
 from roles.manager.loops import register, run_loops
 from roles.manager.service import ManagerService
 from roles.manager.status_page import StatusPage
-from roles.options import CommonOptions, role_options
+from roles.options import CommonOptions, load_identity, role_options
 
 SHUTDOWN_S: Final = 10.0
 DRAIN_S: Final = 8.0
@@ -81,7 +81,7 @@ def command(common: CommonOptions, interval_s: float, rebalance_interval_s: floa
 
 async def _run(common: CommonOptions, interval_s: float, rebalance_interval_s: float, traces: Traces | None) -> None:
     """Open the store and run until a stop signal. Raises `StoreUnavailable` when the store cannot be opened."""
-    tls = None if common.insecure_rpc or common.cluster_tls is None else ClusterTls.load(common.cluster_tls)
+    tls = load_identity(common, PeerRole.MANAGER)
     if common.advertise.is_loopback and not common.allow_loopback:
         _log.warning("advertising a loopback address: only this machine can reach it", address=str(common.advertise))
     async with open_store(common.store_url) as store:

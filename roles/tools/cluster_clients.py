@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 import click
 
@@ -191,6 +192,17 @@ def client_configuration(
     }
 
 
+def _check_url(url: str) -> None:
+    """Refuse what no client could call."""
+    try:
+        parts = urlsplit(url)
+        named = parts.scheme in {"https", "http"} and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, a broken IPv6 address
+        named = False
+    if not named:
+        raise ToolFailure(f"{url}: not an address of a realm; expected https://HOST[:PORT]/", ExitCode.USAGE)
+
+
 def _parse_added(text: str) -> dict[str, str]:
     """Parse ID=URL[,KEY]."""
     realm, separator, rest = text.partition("=")
@@ -225,6 +237,8 @@ def configuration(
     pin_hashing_mode: str,
 ) -> None:
     """Print the client configuration for all discovered realms behind LB_URL, which is not contacted."""
+    for url in (lb_url, *(text.partition("=")[2].partition(",")[0] for text in added)):
+        _check_url(url)
     entries = realms_of(read_view(connection), lb_url) + [_parse_added(text) for text in added]
     click.echo(
         json.dumps(

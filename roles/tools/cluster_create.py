@@ -54,7 +54,7 @@ async def _call(session: Session, url: str, method: str, body: Any) -> Any:
     try:
         reply = await session.rpc.call(url, AGENT_METHODS[method], body, timeout_s=COMMAND_TIMEOUT_S)
     except RealmError as error:
-        raise ToolFailure(f"{url}: {method}: {error}", ExitCode.UNREACHABLE) from None
+        raise ToolFailure(f"{method}: {error}", ExitCode.UNREACHABLE) from None
     if isinstance(reply, Refused):
         raise ToolFailure(f"{url}: {refusal_text(reply, TEXTS)}")
     return reply

@@ -20,7 +20,7 @@ from typing import Any, Final, NoReturn, TypeVar
 import click
 
 from juicebox_hsm.errors import LocalError, RealmError
-from juicebox_hsm.wire.rpc import MANAGER_METHODS, Refused, RpcCode
+from juicebox_hsm.wire.rpc import MANAGER_METHODS, PeerRole, Refused, RpcCode
 from roles.options import ENVIRONMENT_PREFIX
 
 T = TypeVar("T")
@@ -239,7 +239,7 @@ def load_cluster_tls(connection: Connection) -> Any:
     from juicebox_hsm.adapters.cluster_tls import ClusterTls
 
     try:
-        return ClusterTls.load(connection.cluster_tls)
+        return ClusterTls.load(connection.cluster_tls, PeerRole.OPERATOR)
     except (LocalError, OSError, ssl.SSLError) as error:
         raise ToolFailure(f"--cluster-tls {connection.cluster_tls}: {error}", ExitCode.UNREACHABLE) from None
 
@@ -299,7 +299,7 @@ async def call_manager(session: Session, url: str | None, method: str, body: Any
                 raise ToolFailure(f"manager {candidate}: {error}", _code_of(error.code)) from None
             problems.append(f"{candidate}: shutting down")
         except RpcUnreachable as error:
-            problems.append(f"{candidate}: {error}")
+            problems.append(str(error))
     raise ToolFailure(f"no manager answered: {'; '.join(problems)}", ExitCode.UNREACHABLE)
 
 

@@ -69,7 +69,7 @@ def open_edge_listener(host: str, port: int, *, share_port: bool = False) -> tri
         sock.setblocking(False)
     except OSError as error:
         sock.close()
-        raise LocalError(f"cannot listen on {host}:{port}: {error.strerror}") from None
+        raise LocalError(f"--listen: cannot listen on {host}:{port}: {error.strerror}; give a free address") from None
     return trio.SocketListener(trio.socket.from_stdlib_socket(sock))
 
 

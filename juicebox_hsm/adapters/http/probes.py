@@ -141,5 +141,5 @@ def listen(host: str, port: int, flag: str = "--http-listen") -> socket.socket:
         listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
-        raise LocalError(f"cannot listen on {host}:{port}: {error.strerror}") from None
+        raise LocalError(f"{flag}: cannot listen on {host}:{port}: {error.strerror}; give a free address") from None
     return listener

@@ -324,7 +324,9 @@ async def serve_rpc(
     try:
         listeners = await trio.open_tcp_listeners(port, host=host, backlog=BACKLOG)
     except OSError as error:
-        raise LocalError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
+        raise LocalError(
+            f"--listen: cannot listen on {host}:{port}: {error.strerror or error}; give a free address"
+        ) from None
     async with trio.open_nursery() as bodies:
         server = RpcServer(
             bodies,

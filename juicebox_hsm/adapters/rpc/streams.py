@@ -280,5 +280,8 @@ class FramedStream:
 def describe(error: BaseException) -> str:
     """Return one line for an error of a byte stream; Trio's own message is often empty or only says where."""
     cause = error.__cause__ or error.__context__
-    text = str(cause) if cause is not None else str(error)
-    return text or type(error).__name__
+    said = error if cause is None else cause
+    while isinstance(said, BaseExceptionGroup):  # several addresses of one name: the first stands for all
+        said = said.exceptions[0]
+    text = said.strerror if isinstance(said, OSError) and said.strerror else str(said)
+    return text or type(said).__name__

@@ -46,7 +46,7 @@ def test_a_role_declares_what_it_counts(role: str, catalogue: Catalogue) -> None
 
 def test_every_metric_is_documented() -> None:
     """`docs/metrics.md` names every metric in the code and none that is gone."""
-    text = (ROOT / "docs" / "metrics.md").read_text()
+    text = (ROOT / "docs" / "metrics.md").read_text().split("## Traces")[0]
     told: set[str] = set()
     for line in text.splitlines():
         last = ""

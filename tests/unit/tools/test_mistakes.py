@@ -1,0 +1,186 @@
+"""What operators get wrong: one line that names it, the documented exit code, and never a traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from juicebox_hsm.adapters.certificates import CaKind, init_ca, issue, issue_edge
+from juicebox_hsm.adapters.hsm_host import generate_keys, init_hsm_dir
+from roles.cli import main
+
+REALM = "00" * 16
+CONFIGURATION = {
+    "realms": [{"id": REALM, "address": "https://127.0.0.1:1/", "public_key": "09" + "00" * 31}],
+    "register_threshold": 1, "recover_threshold": 1, "pin_hashing_mode": "FastInsecure",
+}  # fmt: skip
+AGENT = "--role agent --store sqlite:st.db --cluster-tls tls/agent --hsm-dir hsm --listen 127.0.0.1:0 --allow-loopback"
+LB = (
+    "--role lb --store sqlite:st.db --cluster-tls tls/lb --secrets-file s.json --tls-key edge.key --tls-cert edge.pem "
+    "--listen 127.0.0.1:0 --allow-loopback"
+)
+MANAGER = "--role manager --store sqlite:st.db --cluster-tls tls/manager --listen 127.0.0.1:0 --allow-loopback"
+CLUSTER = "--store sqlite:st.db --cluster-tls tls/operator"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with everything right, and some files that are wrong."""
+    path = tmp_path_factory.mktemp("mistakes")
+    init_ca(path / "ca")
+    init_ca(path / "edge-ca", kind=CaKind.EDGE)
+    for role in ("agent", "lb", "manager", "operator"):
+        issue(path / "ca", role, role, path / "tls" / role)
+    for name in ("edge", "other"):
+        issue_edge(path / "edge-ca", ["localhost"], path / f"{name}.pem", path / f"{name}.key")
+    generate_keys(path / "k", "test")
+    init_hsm_dir(path / "k", path / "hsm")
+    os.chdir(path)
+    for command in ("secrets init-record-id --file s.json", "secrets add-tenant test-acme --file s.json"):
+        with pytest.raises(SystemExit) as ended:
+            main(command.split())
+        assert ended.value.code == 0
+    (path / "bad.toml").write_text("x = [")
+    (path / "unknown.toml").write_text('stroe = "x"')
+    (path / "two.toml").write_text('stroe = "x"\nname = 5\n')
+    (path / "bad.json").write_text("{")
+    (path / "text.db").write_text("this is no database\n" * 100)
+    (path / "client.json").write_text(json.dumps(CONFIGURATION))
+    (path / "directory").mkdir()
+    (path / "token").write_text("garbage")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _inside(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    monkeypatch.delenv("JUICEBOX_CLIENT_JSON", raising=False)
+
+
+TOOLS = [
+    # command, exit code, what is said
+    ("nosuch", 2, "No such command 'nosuch'; see `juicebox-hsm --help`"),
+    ("--role", 2, "'--role' requires an argument"),
+    ("--role nobody", 2, "choose one of agent, lb, manager"),
+    ("--help --role nobody", 2, "choose one of agent, lb, manager"),
+    ("cluster agents", 4, "--cluster-tls DIR is required"),
+    ("cluster agents --cluster-tls tls/operator", 2, "--store URL is required"),
+    ("cluster agents --store nonsense --cluster-tls tls/operator", 1, "expected sqlite:PATH"),
+    ("cluster agents --store sqlite:/nowhere/s.db --cluster-tls tls/operator", 1, "/nowhere does not exist"),
+    ("cluster agents --store sqlite:st.db --cluster-tls nodir", 4, "nodir/ca.pem: No such file"),
+    ("cluster agents --store sqlite:st.db --cluster-tls tls/agent", 4, "tls/agent/cert.pem: is for role agent"),
+    ("cluster agents --config nofile", 2, "--config nofile: No such file"),
+    ("cluster agents --config directory", 2, "directory"),
+    ("cluster agents --config bad.toml", 2, "--config bad.toml: not TOML"),
+    ("cluster agents --config unknown.toml", 2, "unknown setting 'stroe'"),
+    (f"cluster new-realm {CLUSTER} tls://127.0.0.1:1", 4, "Connection refused"),
+    (f"cluster new-realm {CLUSTER} http://agent", 4, "expected tls://HOST:PORT"),
+    (f"cluster transfer {CLUSTER} --realm zz --source aa --destination bb --start 00 --end 7fff", 2, "'zz'"),
+    (f"cluster transfer {CLUSTER} --realm aa --source aa --destination bb --start 12 --end 7fff", 2, "'12' is short"),
+    (f"cluster rebalance {CLUSTER}", 4, "no cluster manager in discovery"),
+    (f"cluster rebalance {CLUSTER} -c tls://127.0.0.1:1", 4, "Connection refused"),
+    (f"cluster stepdown {CLUSTER} abcd", 3, "no item with that ID"),
+    (f"cluster tenant set-capacity {CLUSTER} bad! 5", 2, "'bad!' is not a tenant name"),
+    (f"cluster tenant set-capacity {CLUSTER} acme x", 2, "'x'"),
+    (f"cluster configuration {CLUSTER} https://x/", 3, "no realm found"),
+    (f"cluster configuration {CLUSTER} not-a-url", 2, "not-a-url: "),
+    (f"cluster auth-token {CLUSTER} -t acme -u u -r aa --secrets-file s.json", 2, "tenants test-... only"),
+    (f"cluster auth-token {CLUSTER} -t test-x -u u -r {REALM} --secrets-file s.json", 3, "no key tenant-test-x"),
+    ("cluster ca init --dir ca", 1, "never overwritten"),
+    ("cluster ca issue --dir nodir --role lb --name x --out o", 1, "cluster ca init"),
+    (f"cluster user-summary {CLUSTER} --start 2026-01-01", 2, "both --start and --end"),
+    (f"cluster plan {CLUSTER} --groups 3", 1, "no HSM found"),
+    (f"cluster drain {CLUSTER} tls://127.0.0.1:1", 4, "tls://127.0.0.1:1"),
+    (f"cluster discovery remove {CLUSTER} foo", 3, "not registered"),
+    (f"tokens create -u u -t bad! -r {REALM} -k 00 -a HS256", 2, "bad!"),
+    (f"tokens create -u u -t acme -r {REALM} -k zz -a HS256", 2, "-k: not an even number"),
+    (f"tokens create -u u -t acme -r {REALM} -a HS256 --key-file nofile", 1, "--key-file nofile: No such file"),
+    (f"tokens create -u u -t acme -r {REALM}", 2, "give exactly one of"),
+    ("secrets lint nofile", 1, "nofile: No such file"),
+    ("secrets add-tenant Bad! --file s.json", 2, "Bad!"),
+    ("secrets add-tenant test-acme --file s.json", 1, "secrets rotate test-acme"),
+    ("secrets rotate nobody --file s.json", 3, "secrets add-tenant nobody"),
+    ("secrets init-record-id --file /nowhere/s.json", 1, "--file /nowhere/s.json"),
+    ("hsm keygen --out k", 1, "never overwritten"),
+    ("hsm init --keys nofile --dir h9", 1, "nofile: No such file"),
+    ("hsm init --keys k --dir hsm", 1, "exists already"),
+    ("hsm info --dir nodir", 1, "hsm init"),
+    ("hsm public-key", 2, "give one of --keys FILE and --dir DIR"),
+    ("store check --store sqlite:nostore.db", 1, "no such file"),
+    ("store backup --store sqlite:nostore.db x", 1, "no such file"),
+    ("store restore --store sqlite:new.db nofile", 1, "no such file"),
+    ("check --secrets-file s.json", 2, "give --configuration"),
+    ("check --configuration @nofile --secrets-file s.json", 2, "@nofile: No such file"),
+    ("check --configuration @bad.json --secrets-file s.json", 2, "not JSON"),
+    ("check --configuration @client.json --secrets-file nofile --tenant test-acme", 1, "--secrets-file nofile"),
+    ("check --configuration @client.json --secrets-file s.json --tenant acme", 2, "only tenants test-..."),
+    ("check --configuration @client.json --secrets-file s.json --tls-certificate k", 2, "--tls-certificate k"),
+    ("bench client --configuration @client.json", 2, "--secrets-file"),
+    ("tenant-log serve --store sqlite:st.db", 2, "--secrets-file"),
+    ("tenant-log tail --url foo --token x", 2, "--url foo"),
+    ("tenant-log tail --url http://127.0.0.1:1 --token x", 4, "Connection refused"),
+    ("tenant-log tail --url http://127.0.0.1:1", 2, "--token"),
+    ("tenant-log tail --url http://127.0.0.1:1 --token-file nofile", 2, "--token-file nofile"),
+    ("demo --agents 0", 2, "--agents 0"),
+    ("demo --state-dir text.db", 2, "'text.db' is a file"),
+    ("chaos --only nothing --plan-only", 2, "'nothing'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("command", "code", "said"), TOOLS, ids=[command for command, _, _ in TOOLS])
+def test_tools(command: str, code: int, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A tool says in one line of stderr what is wrong, and exits with the code of the table in the guide."""
+    with pytest.raises(SystemExit) as ended:
+        main(command.split())
+    errors = capsys.readouterr().err
+    assert said in errors
+    assert ended.value.code == code
+    lines = [line for line in errors.splitlines() if not line.startswith("warning: ")]
+    assert len(lines) == 1, errors
+    assert lines[0].startswith("juicebox-hsm: ")
+
+
+@pytest.fixture(scope="module")
+def busy() -> Iterator[int]:
+    """A port on which somebody listens."""
+    with closing(socket.create_server(("127.0.0.1", 0))) as server:
+        yield server.getsockname()[1]
+
+
+ROLES = [
+    (AGENT.replace(" --store sqlite:st.db", ""), 2, "'--store'"),
+    (f"{AGENT} --hsm-dir nodir", 78, "--hsm-dir nodir: no such directory"),
+    (f"{AGENT} --store sqlite:directory", 78, "directory"),
+    (f"{AGENT} --cluster-tls tls/lb", 78, "tls/lb/cert.pem: is for role lb, agent is needed"),
+    (f"{AGENT} --config two.toml", 78, "unknown setting 'stroe'"),
+    (f"{AGENT} --listen 127.0.0.1:BUSY --http-listen 127.0.0.1:0", 78, "--listen: cannot listen on 127.0.0.1:BUSY"),
+    (f"{MANAGER} --store sqlite:text.db", 78, "not an SQLite database"),
+    (f"{MANAGER} --http-listen 127.0.0.1:BUSY", 78, "--http-listen: cannot listen on 127.0.0.1:BUSY"),
+    (f"{MANAGER} --log-level loud", 78, "'loud' is unknown"),
+    (f"{LB} --listen 127.0.0.1:BUSY --http-listen 127.0.0.1:0", 78, "--listen: cannot listen on 127.0.0.1:BUSY"),
+    (f"{LB} --tls-key other.key", 78, "other.key does not match"),
+    (f"{LB} --secrets-file bad.json", 78, "bad.json"),
+    (f"{LB} --idle-timeout 5", 2, "'5' is not a duration"),
+    (f"{LB} --advertise 0.0.0.0:1", 78, "--advertise 0.0.0.0:1"),
+]
+
+
+@pytest.mark.parametrize(("command", "code", "said"), ROLES, ids=[f"{n}" for n in range(len(ROLES))])
+def test_roles(command: str, code: int, said: str, busy: int) -> None:
+    """A service that cannot start says so in one line of stderr, with a code that keeps a supervisor from trying."""
+    ended = subprocess.run(
+        [sys.executable, "-m", "roles", *command.replace("BUSY", str(busy)).split()],
+        capture_output=True, text=True, timeout=60, check=False,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
+    )  # fmt: skip
+    assert said.replace("BUSY", str(busy)) in ended.stderr
+    assert ended.returncode == code
+    assert len(ended.stderr.splitlines()) == 1, ended.stderr
