@@ -313,8 +313,8 @@ def _parse_plan(text: str) -> list[str]:
     type=ConnectionsType(),
     help="Shared HTTP connections, or `new`: new ones for every operation. Default: as many as --concurrency.",
 )
-@click.option("--user-prefix", default="mario", show_default=True)
-@click.option("--user-start", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--user-prefix", default="mario", show_default=True, help="Users are called this and a number.")
+@click.option("--user-start", type=click.IntRange(0), default=0, show_default=True, help="Number of the first user.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Also write a result file.")
 def command(
     configuration: str | None,

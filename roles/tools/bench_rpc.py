@@ -67,7 +67,12 @@ async def measure(tls: ClusterTls | None, calls: int, parallel: int, size_bytes:
     "--size", "size_bytes", default=2048, show_default=True, type=click.IntRange(0, 1 << 19), help="Bytes each way."
 )
 @click.option(
-    "--parallel", multiple=True, default=(1, 8, 32, 128), type=click.IntRange(1, 4096), help="Callers; repeatable."
+    "--parallel",
+    multiple=True,
+    default=(1, 8, 32, 128),
+    type=click.IntRange(1, 4096),
+    show_default=True,
+    help="Callers; repeatable.",
 )
 def command(calls: int, size_bytes: int, parallel: tuple[int, ...]) -> None:
     """Print microseconds per RPC round trip over loopback, plain and with mutual TLS."""

@@ -141,9 +141,24 @@ async def _round(
 
 @click.command("bench-store")
 @click.option("--leaves", default=100_000, show_default=True, type=click.IntRange(1), help="Records in the tree.")
-@click.option("--batch", "batches", multiple=True, default=(1, 16), type=click.IntRange(1, 100), help="Repeatable.")
+@click.option(
+    "--batch",
+    "batches",
+    multiple=True,
+    default=(1, 16),
+    type=click.IntRange(1, 100),
+    show_default=True,
+    help="Entries per append; repeatable.",
+)
 @click.option("--rounds", default=200, show_default=True, type=click.IntRange(1), help="Batches of each size.")
-@click.option("--value", "value_bytes", default=790, show_default=True, type=click.IntRange(0, 65_535), help="Bytes.")
+@click.option(
+    "--value",
+    "value_bytes",
+    default=790,
+    show_default=True,
+    type=click.IntRange(0, 65_535),
+    help="Size of a record in bytes.",
+)
 @click.option("--directory", type=click.Path(path_type=Path), help="Where to make the file; default a temporary one.")
 def command(leaves: int, batches: tuple[int, ...], rounds: int, value_bytes: int, directory: Path | None) -> None:
     """Print CPU and wall-clock time of appends and proof reads of a new SQLite store."""

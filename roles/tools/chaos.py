@@ -59,8 +59,8 @@ class Settings:
 @click.option("--duration", type=click.FloatRange(5, 86_400), default=60, show_default=True, help="Seconds of load.")
 @click.option("--agents", type=click.IntRange(1, 9), default=3, show_default=True, help="Agents, each with an HSM.")
 @click.option("--groups", type=click.IntRange(1, 8), default=1, show_default=True, help="Groups of the realm.")
-@click.option("--managers", type=click.IntRange(1, 4), default=2, show_default=True)
-@click.option("--load-balancers", type=click.IntRange(1, 4), default=2, show_default=True)
+@click.option("--managers", type=click.IntRange(1, 4), default=2, show_default=True, help="Managers.")
+@click.option("--load-balancers", type=click.IntRange(1, 4), default=2, show_default=True, help="Load balancers.")
 @click.option("--users", type=click.IntRange(1, 1000), default=16, show_default=True, help="Users that call at once.")
 @click.option(
     "--pause", "pause_ms", type=click.IntRange(0), default=60, show_default=True, help="Between calls, in ms."

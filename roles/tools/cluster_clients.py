@@ -226,7 +226,13 @@ def _parse_added(text: str) -> dict[str, str]:
 )
 @click.option("--register-threshold", type=click.IntRange(1), help="Realms a registration needs; default all.")
 @click.option("--recover-threshold", type=click.IntRange(1), help="Realms a recovery needs; default all.")
-@click.option("--pin-hashing-mode", type=click.Choice(PIN_HASHING_MODES), default=PIN_HASHING_MODES[0])
+@click.option(
+    "--pin-hashing-mode",
+    type=click.Choice(PIN_HASHING_MODES),
+    default=PIN_HASHING_MODES[0],
+    show_default=True,
+    help="How clients stretch PINs; FastInsecure is for tests.",
+)
 @with_connection
 def configuration(
     connection: Connection,
@@ -256,7 +262,14 @@ def configuration(
 @click.option("-t", "--tenant", "tenant_name", required=True, help="Tenant; must start with test-.")
 @click.option("-u", "--user", required=True, help="User id.")
 @click.option("-r", "--realm", required=True, help="Realm id or a prefix of it.")
-@click.option("-s", "--scope", type=click.Choice(["user", "audit"]), default="user", show_default=True)
+@click.option(
+    "-s",
+    "--scope",
+    type=click.Choice(["user", "audit"]),
+    default="user",
+    show_default=True,
+    help="What the token admits to: the realm, or the tenant log.",
+)
 @click.option(
     "--secrets-file",
     required=True,

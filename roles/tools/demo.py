@@ -38,8 +38,10 @@ SIGNAL_STATUS: Final = 128
 @click.option("--realms", type=int, default=1, show_default=True, help="Realms, each with its own keys.")
 @click.option("--agents", type=int, default=3, show_default=True, help="Agents, each with an HSM, per realm.")
 @click.option("--groups", type=int, default=1, show_default=True, help="Groups that share the key space of a realm.")
-@click.option("--load-balancers", type=int, default=1, show_default=True)
-@click.option("--managers", type=int, default=1, show_default=True)
+@click.option(
+    "--load-balancers", type=int, default=1, show_default=True, help="Load balancers, each serves all realms."
+)
+@click.option("--managers", type=int, default=1, show_default=True, help="Managers of the cluster.")
 @click.option(
     "--store",
     type=click.Choice(["sqlite", "bigtable"]),

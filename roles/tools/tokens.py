@@ -104,7 +104,14 @@ _key_options = (
     click.option("--key-file", type=click.Path(path_type=Path, dir_okay=False), help="File with the key in hex."),
     click.option("--secrets-file", type=click.Path(path_type=Path, dir_okay=False), help="Secrets file with the key."),
     click.option("-a", "--algorithm", type=click.Choice(list(ALGORITHMS)), help="Algorithm of a key in hex."),
-    click.option("-v", "--version", type=click.IntRange(0, VERSION_MAX), default=1, show_default=True),
+    click.option(
+        "-v",
+        "--version",
+        type=click.IntRange(0, VERSION_MAX),
+        default=1,
+        show_default=True,
+        help="Version of the tenant's key.",
+    ),
     click.option("-r", "--realm", required=True, help="Realm id, 32 hex digits."),
     click.option("-t", "--tenant", required=True, help="Tenant."),
     click.option("-u", "--user", required=True, help="User id."),
@@ -119,8 +126,17 @@ def _with_key_options(function: Any) -> Any:
 
 @click.command("create")
 @_with_key_options
-@click.option("-s", "--scope", type=click.Choice(["user", "audit"]), default="user", show_default=True)
-@click.option("--lifetime", type=DurationType(), default="10m", show_default=True, help="At most 24h.")
+@click.option(
+    "-s",
+    "--scope",
+    type=click.Choice(["user", "audit"]),
+    default="user",
+    show_default=True,
+    help="What the token admits to: the realm, or the tenant log.",
+)
+@click.option(
+    "--lifetime", type=DurationType(), default="10m", show_default=True, help="How long it is valid; at most 24h."
+)
 def create_command(
     key: str | None,
     key_file: Path | None,
@@ -237,7 +253,7 @@ def draw_keys(algorithm: str) -> tuple[bytes, bytes | None]:
 
 
 @click.command("random")
-@click.option("-a", "--algorithm", required=True, type=click.Choice(list(ALGORITHMS)))
+@click.option("-a", "--algorithm", required=True, type=click.Choice(list(ALGORITHMS)), help="Kind of key.")
 @click.option("--json", "as_json", is_flag=True, help="Print payloads ready for the secrets store.")
 def random_command(algorithm: str, *, as_json: bool) -> None:
     """Draw a key: a shared one for HS256, a pair for RS256 (4096 bits) and EdDSA."""

@@ -1,0 +1,62 @@
+"""`docs/command-reference.md` is what the program says of itself, for every role, tool and flag."""
+
+from __future__ import annotations
+
+import importlib.util
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+ROOT = Path(__file__).parents[3]
+
+
+def _load() -> Any:
+    loader = SourceFileLoader("reference", str(ROOT / "scripts" / "reference"))
+    spec = importlib.util.spec_from_loader("reference", loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
+
+
+REFERENCE = _load()
+COMMANDS = dict(REFERENCE.commands())
+
+
+def test_the_page_is_current() -> None:
+    """The page in docs/ is the one the program makes."""
+    page = (ROOT / "docs" / "command-reference.md").read_text()
+    assert page == REFERENCE.reference(), "run scripts/reference > docs/command-reference.md"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_everything_is_explained(name: str) -> None:
+    """Every command and flag has a sentence, and `--help` shows every default the page shows."""
+    command: click.Command = COMMANDS[name]
+    assert command.help
+    context = click.Context(command, info_name=name, max_content_width=10_000, terminal_width=10_000)
+    text = " ".join(command.get_help(context).split())
+    for option in command.params:
+        if not isinstance(option, click.Option) or option.hidden or option.name == "help":
+            continue
+        said = " ".join((option.help or "").split())
+        assert said, option.opts
+        assert said.endswith((".", "]")), (option.opts, said)
+        assert said in text, (option.opts, said)
+        default = REFERENCE.shown_default(option)
+        if default.startswith("`"):
+            shown = default.replace("`", "")
+            assert f"default: {shown}" in text, (option.opts, shown)
+
+
+def test_every_tool_is_there() -> None:
+    """The walk reaches the services, the groups and their members."""
+    assert {
+        "juicebox-hsm --role agent", "juicebox-hsm --role lb", "juicebox-hsm --role manager", "juicebox-hsm check",
+        "juicebox-hsm cluster tenant set-capacity", "juicebox-hsm cluster experimental transfer",
+        "juicebox-hsm store restore", "juicebox-hsm tokens validate", "juicebox-hsm tenant-log tail",
+    } <= set(COMMANDS)  # fmt: skip
+    assert len(COMMANDS) > 60
