@@ -49,6 +49,16 @@ class _H1Request(Request):
         return await self._session.read_body(limit)
 
 
+def _is_ambiguous(request: _H1Request, version: bytes) -> bool:
+    """Tell whether a proxy before us may have seen another end of this request than we do (RFC 9112 6.1).
+
+    h11 refuses lengths that differ and encodings other than chunked, but takes the chunks where both are given.
+    """
+    if request.header(b"transfer-encoding") is None:
+        return False
+    return version != b"1.1" or request.header(b"content-length") is not None
+
+
 class H1Session:
     """One HTTP/1.1 connection."""
 
@@ -89,6 +99,9 @@ class H1Session:
         self._processing = True
         self._body_complete = False
         request = _H1Request(self, head)
+        if _is_ambiguous(request, head.http_version):
+            await self._refuse(400)
+            return False
         began_ns = time.perf_counter_ns()
         try:
             response = await self._handler(request)

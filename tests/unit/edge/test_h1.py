@@ -231,6 +231,49 @@ async def test_a_failing_handler_harms_one_client_only(identity: Identity, nurse
     assert (await other.request("GET", "/good")).body == b"fine"
 
 
+_HEAD = b"POST /req HTTP/1.1\r\nhost: x\r\n"
+_HIDDEN = b"0\r\n\r\nGET /hidden HTTP/1.1\r\nhost: x\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        _HEAD + b"content-length: 5\r\ntransfer-encoding: chunked\r\n\r\n" + _HIDDEN,
+        _HEAD + b"Transfer-Encoding: Chunked\r\nContent-Length: %d\r\n\r\n" % len(_HIDDEN) + _HIDDEN,
+        _HEAD + b"transfer-encoding: chunked, chunked\r\n\r\n" + _HIDDEN,
+        _HEAD + b"transfer-encoding: identity\r\ncontent-length: 0\r\n\r\n" + _HIDDEN,
+        _HEAD + b"transfer-encoding : chunked\r\ncontent-length: 0\r\n\r\n" + _HIDDEN,
+        _HEAD + b"content-length: 0\r\ncontent-length: %d\r\n\r\n" % len(_HIDDEN) + _HIDDEN,
+        _HEAD + b"content-length: 0, 5\r\n\r\n" + _HIDDEN,
+        _HEAD + b"content-length: +5\r\n\r\n" + _HIDDEN,
+        b"POST /req HTTP/1.0\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n" + _HIDDEN,
+    ],
+)
+async def test_no_request_can_be_smuggled(identity: Identity, nursery: trio.Nursery, raw: bytes) -> None:
+    """Where two readers may see different ends of a request it is refused unheard, and nothing behind it is read."""
+    heard: list[bytes] = []
+
+    async def handler(request: Request) -> Response:
+        heard.append(request.path.encode())
+        return Response(200, b"")
+
+    edge = EdgeFixture(identity, nursery, handler)
+    client = H1Client(await edge.connect())
+    await client.send(raw)
+    answer = await client.answer()
+    assert (answer.status, answer.headers["connection"]) == (400, "close")
+    assert heard == []
+
+
+async def test_a_length_said_twice_alike_counts_once(identity: Identity, nursery: trio.Nursery) -> None:
+    """The same length repeated leaves no doubt (RFC 9112 6.3): one request, and the next one is the client's."""
+    edge = EdgeFixture(identity, nursery)
+    client = H1Client(await edge.connect())
+    await client.send(_HEAD + b"content-length: 2\r\ncontent-length: 2\r\n\r\nhi")
+    assert (await client.answer()).body == b"POST /req hi"
+    assert (await client.request("GET", "/next")).body == b"GET /next "
+
+
 async def test_http_1_0_closes(identity: Identity, nursery: trio.Nursery) -> None:
     """An HTTP/1.0 request is answered and the connection closed."""
     edge = EdgeFixture(identity, nursery)
