@@ -13,10 +13,10 @@ from typing import Final
 
 import click
 import trio
-from hypercorn.config import Config
 from hypercorn.trio import serve as serve_asgi
 
 from juicebox_hsm import __version__
+from juicebox_hsm.adapters.http.containment import ContainedConfig
 from juicebox_hsm.adapters.http.probes import listen, serve_probes
 from juicebox_hsm.adapters.logging import configure, get_logger, report_suppressed
 from juicebox_hsm.adapters.metrics import Metrics
@@ -26,13 +26,15 @@ from juicebox_hsm.adapters.supervision import ExitCode, handle_signals, notify, 
 from juicebox_hsm.errors import DecodingError, InvariantViolation, LocalError, RealmError
 from juicebox_hsm.ids import RealmId, parse_id
 from juicebox_hsm.ports import Store, StoreUnavailable
-from roles.options import HTTP_PORT_OFFSET, Address, AddressType, config_option, store_option
+from roles.options import HTTP_PORT_OFFSET, Address, AddressType, config_option
+from roles.store_options import store_option
 from roles.tools.tenant_log_service import WAIT_S, Realms, TenantLogService
 
 KEEP_ALIVE_S: Final = 60  # own
 READ_S: Final = 3 * WAIT_S  # own: a connection is read during a waiting call too, so longer than the wait
 GRACE_S: Final = 3.0  # own: waiting calls are released at once; the rest is sending
 BACKLOG: Final = 256
+CONNECTIONS_MAX: Final = 1024  # own: every tenant keeps a few waiting calls
 REPORT_S: Final = 1.0
 
 _log = get_logger("tenant-log")
@@ -159,8 +161,8 @@ async def run(options: ServeOptions) -> None:
     _log.info("tenant log stopped")
 
 
-def _server_config(options: ServeOptions) -> Config:
-    config = Config()
+def _server_config(options: ServeOptions) -> ContainedConfig:
+    config = ContainedConfig(CONNECTIONS_MAX)
     config.accesslog = None
     config.errorlog = stdlib.getLogger("hypercorn.error")
     config.include_server_header = False

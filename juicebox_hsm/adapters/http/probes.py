@@ -12,14 +12,13 @@ from collections.abc import Awaitable, Callable
 from typing import Final
 
 import trio
-from hypercorn.config import Config
 from hypercorn.trio import serve
 from hypercorn.typing import ASGISendCallable
 from quart import Request, Response
 from quart_trio import QuartTrio
 from quart_trio.asgi import TrioASGIHTTPConnection
 
-from juicebox_hsm.adapters.http.containment import contain_connections
+from juicebox_hsm.adapters.http.containment import ContainedConfig, contain_connections
 from juicebox_hsm.adapters.metrics import Metrics
 from juicebox_hsm.errors import LocalError, RealmError
 
@@ -74,7 +73,7 @@ async def serve_probes(
     app = make_app(name, livez=livez, readyz=readyz, metrics=metrics)
     if app_hook is not None:
         app_hook(app)
-    config = Config()
+    config = ContainedConfig()
     config.accesslog = None
     config.errorlog = stdlib.getLogger("hypercorn.error")
     config.include_server_header = False

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import pytest
 import trio
+import trio.lowlevel
 import trio.testing
 from quart_trio import QuartTrio
 
 from juicebox_hsm.adapters.http import probes
+from juicebox_hsm.adapters.http.containment import ContainedConfig
 from juicebox_hsm.adapters.http.probes import serve_probes
 from juicebox_hsm.adapters.metrics import Metrics
 from juicebox_hsm.errors import LocalError, RealmError
@@ -25,16 +27,19 @@ class Health:
         self.error: Exception | None = None
         self.hang = False
         self.running = self.most = 0
+        self.entered, self.left = trio.Event(), trio.Event()
 
     async def __call__(self) -> tuple[bool, str]:
         """Answer."""
         self.running += 1
         self.most = max(self.most, self.running)
+        self.entered.set()
         try:
             if self.hang:
                 await trio.sleep_forever()
         finally:
             self.running -= 1
+            self.left.set()
         if self.error is not None:
             raise self.error
         return self.ok, "hsm id: 00"
@@ -199,3 +204,56 @@ async def test_bytes_after_a_refused_upgrade_end_their_connection_only() -> None
                     except trio.BrokenResourceError:
                         pass
         assert (await get(port, "/livez"))[0] == 200
+
+
+async def test_a_crowd_does_not_lock_anybody_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Above the bound the connection idle longest makes room, half a request counts as idle, a working one stays."""
+    monkeypatch.setattr(probes, "ContainedConfig", lambda: ContainedConfig(4))
+    monkeypatch.setattr(probes, "PROBE_S", 30.0)
+    live = Health()
+    live.hang = True
+    async with serving(live, Health()) as port:
+        busy = await trio.open_tcp_stream("127.0.0.1", port)
+        await busy.send_all(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+        with trio.fail_after(5):
+            while not live.running:
+                await trio.lowlevel.checkpoint()
+        crowd = []
+        for _ in range(8):
+            crowd.append(await trio.open_tcp_stream("127.0.0.1", port))
+            await crowd[-1].send_all(b"GET /readyz HTTP/1.1\r\nHo")
+        with trio.fail_after(5):
+            for stream in crowd[:5]:
+                assert await stream.receive_some() == b""
+        assert (await get(port, "/readyz"))[0] == 200
+        assert live.running == 1, "the request in progress was not evicted"
+        for stream in (busy, *crowd):
+            await trio.aclose_forcefully(stream)
+
+
+async def test_beyond_the_bound_all_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a request in progress on every connection a further one is closed at once, and the port goes on after."""
+    monkeypatch.setattr(probes, "ContainedConfig", lambda: ContainedConfig(1))
+    monkeypatch.setattr(probes, "PROBE_S", 30.0)
+    live = Health()
+    live.hang = True
+    async with serving(live, Health()) as port:
+        busy = await trio.open_tcp_stream("127.0.0.1", port)
+        await busy.send_all(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+        with trio.fail_after(5):
+            while not live.running:
+                await trio.lowlevel.checkpoint()
+            other = await trio.open_tcp_stream("127.0.0.1", port)
+            with suppress(trio.BrokenResourceError):
+                assert await other.receive_some() == b""
+            await other.aclose()
+            await trio.aclose_forcefully(busy)
+            while live.running:
+                await trio.lowlevel.checkpoint()
+        with trio.fail_after(5):
+            while True:  # the place is free a moment after the client has gone
+                try:
+                    assert (await get(port, "/readyz"))[0] == 200
+                except (OSError, trio.BrokenResourceError, IndexError):
+                    continue
+                break
