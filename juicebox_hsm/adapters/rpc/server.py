@@ -4,8 +4,9 @@ Handler isolation: a body runs in the server's own nursery. Neither a lost strea
 it, because once the HSM was asked for a log entry the entry must reach the log (agent.md 2). `shutdown` lets bodies
 end; only cancelling the server itself cancels them.
 
-Bounds: streams, calls in flight per stream, bodies over all streams (a peer that reconnects does not get new room
-while its old bodies run), time for TLS handshake and hello. Everything refused is answered or closed, and counted.
+Bounds: streams of proven peers, TLS handshakes at a time, calls in flight per stream, bodies over all streams (a peer
+that reconnects does not get new room while its old bodies run), time for TLS handshake and hello. Everything refused
+is answered or closed, and counted.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any, Final
 
 import trio
 
-from juicebox_hsm.adapters.cluster_tls import ClusterTls, peer_identity
+from juicebox_hsm.adapters.cluster_tls import ClusterTls, PeerIdentity, peer_identity
 from juicebox_hsm.adapters.logging import get_logger
 from juicebox_hsm.adapters.metrics import Counter, Gauge, Metrics, Timer
 from juicebox_hsm.adapters.rpc import frames
@@ -33,6 +34,7 @@ from juicebox_hsm.wire.rpc import Method, PeerRole, RpcCode
 IN_FLIGHT_MAX: Final = 1024  # agent.md 2: per stream
 BODIES_MAX: Final = 8192  # own: eight full streams; about 10 kB each
 STREAMS_MAX: Final = 1024  # own: every role of a large cluster several times over
+HANDSHAKES_MAX: Final = 128  # own: unproven peers at a time; beyond, the oldest goes, so nobody is locked out
 HANDSHAKE_S: Final = 5.0  # own: TLS handshake and hello together
 BACKLOG: Final = 128
 
@@ -173,6 +175,7 @@ class RpcServer:
         self._traces = traces
         self._connections: set[_Connection] = set()
         self._streams = 0
+        self._handshakes: dict[trio.CancelScope, None] = {}  # oldest first
         self._next_connection = 0
         self._idle = trio.Event()
         self.stop_accepting = trio.CancelScope()
@@ -209,38 +212,58 @@ class RpcServer:
 
     async def handle_tcp(self, stream: trio.SocketStream) -> None:
         """Serve one accepted connection until it ends. Raises nothing but `Cancelled`."""
-        if self._streams >= STREAMS_MAX:
-            self._broken.add()
-            _log.warning("too many connections", limit=STREAMS_MAX)
-            await trio.aclose_forcefully(stream)
-            return
-        self._streams += 1
-        try:
-            await self._admit(stream)
-        finally:
-            self._streams -= 1
-
-    async def _admit(self, tcp: trio.SocketStream) -> None:
         address = "unknown"
         try:
-            peer = tcp.socket.getpeername()
+            peer = stream.socket.getpeername()
             address = f"{peer[0]}:{peer[1]}"
         except OSError:
             pass  # it has gone already; the next read will tell
         if self._tls is None:
-            await self.serve_stream(SocketStream(tcp), None, address)
+            await self._serve_counted(stream, SocketStream(stream), None, address)
             return
-        stream = TlsStream(SocketStream(tcp), self._tls.server_context, server_side=True)
-        try:
-            with trio.fail_after(HANDSHAKE_S):
-                await stream.handshake()
-            identity = peer_identity(stream)
-        except (trio.BrokenResourceError, trio.TooSlowError, ssl.SSLError, PeerError) as error:
+        secured = TlsStream(SocketStream(stream), self._tls.server_context, server_side=True)
+        identity = await self._shake_hands(stream, secured, address)
+        if identity is not None:
+            await self._serve_counted(
+                stream, secured, identity.role, f"{identity.role.value}/{identity.name} {address}"
+            )
+
+    async def _serve_counted(
+        self, tcp: trio.SocketStream, stream: ByteStream, role: PeerRole | None, name: str
+    ) -> None:
+        """Serve a stream if there is room for it. Peers that have proved nothing cannot take that room."""
+        if self._streams >= STREAMS_MAX:
             self._broken.add()
-            _log.warning("connection refused", peer=address, error=describe(error))
+            _log.warning("too many connections", limit=STREAMS_MAX, peer=name)
             await trio.aclose_forcefully(tcp)
             return
-        await self.serve_stream(stream, identity.role, f"{identity.role.value}/{identity.name} {address}")
+        self._streams += 1
+        try:
+            await self.serve_stream(stream, role, name)
+        finally:
+            self._streams -= 1
+
+    async def _shake_hands(self, tcp: trio.SocketStream, stream: TlsStream, address: str) -> PeerIdentity | None:
+        """Return who the peer proved to be; None if it was refused, which is done. Bounded in time and in number."""
+        if len(self._handshakes) >= HANDSHAKES_MAX:
+            oldest = next(iter(self._handshakes))
+            del self._handshakes[oldest]
+            oldest.cancel()
+        scope = trio.CancelScope(deadline=trio.current_time() + HANDSHAKE_S)
+        self._handshakes[scope] = None
+        reason = "no TLS handshake in time"
+        try:
+            with scope:
+                await stream.handshake()
+                return peer_identity(stream)
+        except (trio.BrokenResourceError, ssl.SSLError, PeerError) as error:
+            reason = describe(error)
+        finally:
+            self._handshakes.pop(scope, None)
+        self._broken.add()
+        _log.warning("connection refused", peer=address, error=reason)
+        await trio.aclose_forcefully(tcp)
+        return None
 
     async def serve_stream(self, stream: ByteStream | trio.abc.Stream, role: PeerRole | None, name: str) -> None:
         """Serve frames on a stream whose peer is known. `role` None admits every method. Closes the stream."""

@@ -308,6 +308,28 @@ async def test_half_open_handshake_ends(
     assert metrics.counter("rpc.server.connections.errors").value == 2
 
 
+async def test_unfinished_handshakes_lock_nobody_out(
+    identities: dict[str, ClusterTls], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Peers that never finish TLS take no stream's room; beyond their bound the oldest of them makes room."""
+    monkeypatch.setattr(server_module, "HANDSHAKES_MAX", 4)
+    monkeypatch.setattr(server_module, "STREAMS_MAX", 1)
+    metrics = Metrics()
+    async with (
+        listening(identities["agent"], {"echo": echo}, metrics=metrics) as (server, url),
+        pool_of(identities["agent"]) as pool,
+    ):
+        crowd = [await trio.open_tcp_stream("127.0.0.1", server.port) for _ in range(12)]
+        with trio.fail_after(5):
+            for stream in crowd[:8]:
+                assert await stream.receive_some() == b""
+        assert await pool.call(url, ECHO, body(), timeout_s=5) == AppOk(b"hello")
+        crowd += [await trio.open_tcp_stream("127.0.0.1", server.port) for _ in range(12)]
+        assert await pool.call(url, ECHO, body(), timeout_s=5) == AppOk(b"hello"), "a proven stream stays"
+        for stream in crowd:
+            await trio.aclose_forcefully(stream)
+
+
 @pytest.mark.parametrize("data", [b"GET / HTTP/1.1\r\n\r\n", bytes(100), frames.encode_hello("plain")])
 async def test_plaintext_to_a_tls_port(identities: dict[str, ClusterTls], data: bytes) -> None:
     """What is no TLS is closed and counted; the server goes on."""
