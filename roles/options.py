@@ -20,6 +20,7 @@ import click
 from juicebox_hsm.adapters.cluster_tls import ClusterTls
 from juicebox_hsm.errors import LocalError
 from juicebox_hsm.wire.rpc import PeerRole
+from roles.store_options import store_option
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -184,17 +185,6 @@ def config_option(function: F) -> F:
     )(function)
 
 
-def store_option(function: F) -> F:
-    """Add --store URL."""
-    return click.option(
-        "--store",
-        "store_url",
-        required=True,
-        metavar="URL",
-        help="Store: sqlite:PATH or bigtable:PROJECT/INSTANCE.",
-    )(function)
-
-
 def cluster_tls_options(function: F) -> F:
     """Add --cluster-tls DIR and --insecure-rpc."""
     function = click.option(
@@ -235,7 +225,7 @@ def role_options(default_listen: str) -> Callable[[F], F]:
         decorated = cluster_tls_options(store_option(config_option(decorated)))
         for parameter in decorated.__click_params__:
             # click's own rule names the variable after the parameter, which need not be called like its flag
-            parameter.envvar = variable_of(parameter)
+            parameter.envvar = [variable_of(parameter), *([parameter.envvar] if parameter.envvar else [])]
             parameter.allow_from_autoenv = False
         return cast("F", decorated)
 

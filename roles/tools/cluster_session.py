@@ -22,6 +22,8 @@ import click
 from juicebox_hsm.errors import LocalError, RealmError
 from juicebox_hsm.wire.rpc import MANAGER_METHODS, PeerRole, Refused, RpcCode
 from roles.options import ENVIRONMENT_PREFIX
+from roles.store_options import NAMES as BIGTABLE_NAMES
+from roles.store_options import STORE_HELP, VARIABLES, bigtable_flags, store_url_of
 
 T = TypeVar("T")
 
@@ -117,11 +119,14 @@ def _over(below: Connection, above: Connection) -> Connection:
 
 
 def _from_environment() -> Connection:
-    """Read JUICEBOX_HSM_STORE, JUICEBOX_HSM_CLUSTER_TLS and JUICEBOX_HSM_INSECURE_RPC (operator-tools.md 11)."""
+    """Read the variables of store and identity: ours, and JB_GCP_PROJECT and JB_BIGTABLE (operator-tools.md 11)."""
     directory = os.environ.get(f"{ENVIRONMENT_PREFIX}_CLUSTER_TLS")
     insecure = os.environ.get(f"{ENVIRONMENT_PREFIX}_INSECURE_RPC", "").strip().lower()
     return Connection(
-        store_url=os.environ.get(f"{ENVIRONMENT_PREFIX}_STORE") or None,
+        store_url=store_url_of(
+            os.environ.get(f"{ENVIRONMENT_PREFIX}_STORE") or None,
+            {name: os.environ.get(variable) for name, variable in VARIABLES.items()},
+        ),
         cluster_tls=Path(directory) if directory else None,
         insecure_rpc=insecure in _TRUE,
     )
@@ -141,16 +146,20 @@ def _merge(before: _Given, values: dict[str, Any]) -> _Given:
             cluster_tls=None if directory is None else config.parent / directory,
             insecure_rpc=bool(settings.get("insecure_rpc")),
         )
-    flags = Connection(values.pop("store_url"), values.pop("cluster_tls"), values.pop("insecure_rpc"))
+    given = {name: values.pop(name) for name in BIGTABLE_NAMES}
+    try:
+        store_url = store_url_of(values.pop("store_url"), given)
+    except ValueError as error:
+        raise ToolFailure(str(error), ExitCode.USAGE) from None
+    flags = Connection(store_url, values.pop("cluster_tls"), values.pop("insecure_rpc"))
     return _Given(_over(before.flags, flags), _over(before.file, file))
 
 
 def _flags(function: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(
         (
-            click.option(
-                "--store", "store_url", metavar="URL", help="Store: sqlite:PATH or bigtable:PROJECT/INSTANCE."
-            ),
+            *bigtable_flags(hidden=True),
+            click.option("--store", "store_url", metavar="URL", help=STORE_HELP),
             click.option(
                 "--cluster-tls",
                 type=click.Path(path_type=Path, file_okay=False),
@@ -168,7 +177,7 @@ def _flags(function: Callable[..., Any]) -> Callable[..., Any]:
     ):
         # the environment is read once for group and subcommand together, so that it never hides a flag of the group
         function = option(function)
-    for parameter in function.__click_params__[-4:]:  # type: ignore[attr-defined]  # click keeps them there
+    for parameter in function.__click_params__[-4 - len(BIGTABLE_NAMES) :]:  # type: ignore[attr-defined]  # click keeps them there
         parameter.allow_from_autoenv = False
     return function
 

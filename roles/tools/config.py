@@ -20,6 +20,7 @@ from juicebox_hsm.adapters.supervision import ExitCode
 from roles.durations import DurationType, format_seconds
 from roles.lazy import LazyCommand, LazyGroup
 from roles.options import Address, BadSettings, CommonOptions, flag_of, take_common
+from roles.store_options import take_store
 from roles.tools.cluster_output import print_json, print_table
 
 ROLES: Final = ("agent", "lb", "manager")
@@ -89,10 +90,16 @@ def parse_role(role: str, arguments: list[str]) -> Parsed:
                 values[parameter.name or ""] = None if unset else value
     own = {**_STAND_INS, **values}
     try:
+        own["store_url"] = take_store(dict(own))
+    except ValueError as error:
+        problems.append(str(error))
+        own["store_url"] = ""
+    store_url = own["store_url"]
+    try:
         common = take_common(role, own)
     except ValueError as error:
         problems.append(str(error))
-        own = {**_STAND_INS, **values, "http_listen": _ANY_PORT}
+        own = {**_STAND_INS, **values, "store_url": store_url, "http_listen": _ANY_PORT}
         common = take_common(role, own)
     parameters = [parameter for parameter in command.params if parameter.name not in _NOT_SETTINGS]
     settings = tuple(_setting(context, parameter, values, common) for parameter in parameters)

@@ -738,7 +738,23 @@ async def test_errors_pass_through_unchanged(backend: BigtableBackend) -> None:
     assert scope.cancelled_caught
 
 
-@pytest.mark.parametrize("rest", ["", "p", "p/", "/i", "p/i/x", "P/i", "p/i?", "p/i?x=1", "p/i?emulator=nowhere"])
+@pytest.mark.parametrize(
+    "rest",
+    [
+        "",
+        "p",
+        "p/",
+        "/i",
+        "p/i/x",
+        "P/i",
+        "p/i?",
+        "p/i?x=1",
+        "p/i?emulator=nowhere",
+        "p/i?timeout=5",
+        "p/i?timeout=0s",
+        "p/i?keepalive-while-idle=no",
+    ],
+)
 def test_addresses_that_are_none(rest: str) -> None:
     """Anything but PROJECT/INSTANCE with known settings is refused in one line."""
     with pytest.raises(LocalError) as caught:

@@ -1,6 +1,8 @@
 """Open a Bigtable instance as a `ports.Store` (storage.md 9; operator-tools.md 10).
 
-`bigtable:PROJECT/INSTANCE`, optionally with `?emulator=HOST:PORT` and `&app-profile=ID`. Without an explicit emulator
+`bigtable:PROJECT/INSTANCE`, optionally with `?emulator=HOST:PORT`, `&app-profile=ID`, and the time-outs of requests and
+connections: `&timeout=20s`, `&connect-timeout=20s`, `&keepalive-interval=4s`, `&keepalive-timeout=3s` and
+`&keepalive-while-idle=off`, which the command line makes of its `--bigtable-...` flags. Without an explicit emulator
 the variable BIGTABLE_EMULATOR_HOST counts, as for Google's own clients.
 """
 
@@ -10,7 +12,7 @@ import os
 import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 from urllib.parse import parse_qsl
 
@@ -19,7 +21,7 @@ import trio
 from juicebox_hsm.adapters.bigtable import codec
 from juicebox_hsm.adapters.bigtable.accounting import BigtableAccounting
 from juicebox_hsm.adapters.bigtable.auth import ApplicationDefault, Authorization, NoAuthorization
-from juicebox_hsm.adapters.bigtable.channel import ChannelTransport
+from juicebox_hsm.adapters.bigtable.channel import DEFAULT_CHANNEL_TUNING, ChannelTransport, ChannelTuning
 from juicebox_hsm.adapters.bigtable.cluster import (
     BigtableDiscovery,
     BigtableLeases,
@@ -49,18 +51,24 @@ CLOSING_S: Final = 8.0
 """How long closing waits for deferred deletions (5 s after their append) and the last settled indexes."""
 
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9.:_-]{0,62}")
+_SECONDS: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?)(s|ms)")
 _PROFILE: Final = re.compile(r"[A-Za-z0-9_.-]{1,50}")
 _TARGET: Final = re.compile(r"(\[[0-9a-fA-F:]+\]|[A-Za-z0-9.-]+):[0-9]{1,5}")
 
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Which instance, and how to reach it; `emulator` is HOST:PORT or "" for the service."""
+    """Which instance, and how to reach it; `emulator` is HOST:PORT or "" for the service.
+
+    `call_s` is the longest time of a request, None for the default.
+    """
 
     project: str
     instance: str
     emulator: str = ""
     profile: str = ""
+    call_s: float | None = None
+    channel: ChannelTuning = DEFAULT_CHANNEL_TUNING
 
     @property
     def path(self) -> str:
@@ -93,6 +101,7 @@ def parse_address(rest: str, variable: str | None) -> Address:
     settings = dict(parse_qsl(query, keep_blank_values=True))
     emulator = settings.pop("emulator", variable or "")
     profile = settings.pop("app-profile", "")
+    call_s, channel = _parse_times(settings)
     is_named = slash and _NAME.fullmatch(project) and _NAME.fullmatch(instance)
     if not is_named or settings or (question and not query):
         raise LocalError(
@@ -103,7 +112,31 @@ def parse_address(rest: str, variable: str | None) -> Address:
         raise LocalError(f"the Bigtable emulator's address is HOST:PORT, not {emulator!r}")
     if profile and not _PROFILE.fullmatch(profile):
         raise LocalError(f"not an application profile: {profile!r}")
-    return Address(project, instance, emulator, profile)
+    return Address(project, instance, emulator, profile, call_s, channel)
+
+
+def _parse_times(settings: dict[str, str]) -> tuple[float | None, ChannelTuning]:
+    """Take the time-outs out of `settings`; raises `LocalError` naming the one that is wrong."""
+
+    def seconds(key: str) -> float | None:
+        text = settings.pop(key, "")
+        found = _SECONDS.fullmatch(text)
+        if text and (found is None or not float(found[1])):
+            raise LocalError(f"not a time for Bigtable: {key}={text}; expected a number and s or ms, like 20s")
+        return None if found is None else float(found[1]) / (1000 if found[2] == "ms" else 1)
+
+    given = {
+        "connect_timeout_s": seconds("connect-timeout"),
+        "keepalive_interval_s": seconds("keepalive-interval"),
+        "keepalive_timeout_s": seconds("keepalive-timeout"),
+    }
+    idle = settings.pop("keepalive-while-idle", "on")
+    if idle not in {"on", "off"}:
+        raise LocalError(f"keepalive-while-idle={idle}: expected on or off")
+    channel = ChannelTuning(
+        **{key: value for key, value in given.items() if value is not None}, keepalive_while_idle=idle == "on"
+    )
+    return seconds("timeout"), channel
 
 
 @asynccontextmanager
@@ -116,12 +149,17 @@ async def open_bigtable(
     Leaving runs deferred deletions, at most 8 s; no operation may be started after that.
     """
     address = parse_address(rest, os.environ.get(EMULATOR_VARIABLE))
+    if address.call_s is not None:
+        tuning = replace(tuning, call_s=address.call_s)
     authorization: Authorization = NoAuthorization() if address.emulator else await ApplicationDefault.find()
     driver = Driver()
     await driver.start()
     try:
-        data = ChannelTransport(driver, address.emulator or DATA_TARGET, insecure=bool(address.emulator))
-        admin = ChannelTransport(driver, address.emulator or ADMIN_TARGET, insecure=bool(address.emulator))
+        insecure = bool(address.emulator)
+        data, admin = (
+            ChannelTransport(driver, address.emulator or target, insecure=insecure, tuning=address.channel)
+            for target in (DATA_TARGET, ADMIN_TARGET)
+        )
         await data.open()
         await admin.open()
         try:

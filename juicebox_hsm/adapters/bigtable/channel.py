@@ -8,6 +8,7 @@ write would report its own success as a conflict), no message limit of ours.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any, Final
 
 import grpc
@@ -30,13 +31,35 @@ OPTIONS: Final = (
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2_000),
 )
-KEEP_ALIVE: Final = (
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_pings_without_data", 0),
-)
-"""Only for the service: the emulator takes pings without calls for an attack and closes the connection."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelTuning:
+    """Time-outs of connections in seconds (operator-tools.md 1)."""
+
+    connect_timeout_s: float = 20.0
+    keepalive_interval_s: float = 4.0
+    keepalive_timeout_s: float = 3.0
+    keepalive_while_idle: bool = True
+
+    def options(self, *, insecure: bool) -> list[tuple[str, int]]:
+        """Return the channel's options.
+
+        Pings only for the service: the emulator takes those without calls for an attack and closes the connection.
+        """
+        options = [*OPTIONS, ("grpc.min_reconnect_backoff_ms", round(self.connect_timeout_s * 1000))]
+        if insecure:
+            return options
+        return [
+            *options,
+            ("grpc.keepalive_time_ms", round(self.keepalive_interval_s * 1000)),
+            ("grpc.keepalive_timeout_ms", round(self.keepalive_timeout_s * 1000)),
+            ("grpc.keepalive_permit_without_calls", int(self.keepalive_while_idle)),
+            ("grpc.http2.max_pings_without_data", 0),
+        ]
+
+
+DEFAULT_CHANNEL_TUNING: Final = ChannelTuning()
 
 _log = get_logger("bigtable.channel")
 
@@ -44,11 +67,12 @@ _log = get_logger("bigtable.channel")
 class _Open:
     """One channel and its multicallables; lives on the asyncio thread."""
 
-    def __init__(self, target: str, *, insecure: bool) -> None:
+    def __init__(self, target: str, tuning: ChannelTuning, *, insecure: bool) -> None:
+        options = tuning.options(insecure=insecure)
         self.channel = (
-            grpc.aio.insecure_channel(target, options=OPTIONS)
+            grpc.aio.insecure_channel(target, options=options)
             if insecure
-            else grpc.aio.secure_channel(target, grpc.ssl_channel_credentials(), options=(*OPTIONS, *KEEP_ALIVE))
+            else grpc.aio.secure_channel(target, grpc.ssl_channel_credentials(), options=options)
         )
         self._unary: dict[str, Any] = {}
         self._stream: dict[str, Any] = {}
@@ -79,8 +103,11 @@ class _Open:
 class ChannelTransport:
     """A `Transport` over one channel at a time to one `host:port`."""
 
-    def __init__(self, driver: Driver, target: str, *, insecure: bool) -> None:
+    def __init__(
+        self, driver: Driver, target: str, *, insecure: bool, tuning: ChannelTuning = DEFAULT_CHANNEL_TUNING
+    ) -> None:
         self._driver = driver
+        self._tuning = tuning
         self._target = target
         self._insecure = insecure
         self._current: _Open | None = None
@@ -91,7 +118,7 @@ class ChannelTransport:
 
     async def _make(self) -> _Open:
         async def make() -> _Open:
-            return _Open(self._target, insecure=self._insecure)
+            return _Open(self._target, self._tuning, insecure=self._insecure)
 
         return await self._driver.run(make)
 
@@ -118,7 +145,7 @@ class ChannelTransport:
 
     async def rotate(self, warm: Callable[[ChannelTransport], Awaitable[None]]) -> None:
         """Replace the channel by a new one that `warm` used first; the old one closes after its calls ended."""
-        fresh = ChannelTransport(self._driver, self._target, insecure=self._insecure)
+        fresh = ChannelTransport(self._driver, self._target, insecure=self._insecure, tuning=self._tuning)
         await fresh.open()
         try:
             with trio.fail_after(WARM_S):

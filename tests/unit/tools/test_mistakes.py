@@ -75,6 +75,7 @@ TOOLS = [
     ("cluster agents --cluster-tls tls/operator", 2, "--store URL is required"),
     ("cluster agents --store nonsense --cluster-tls tls/operator", 1, "expected sqlite:PATH"),
     ("cluster agents --store sqlite:/nowhere/s.db --cluster-tls tls/operator", 1, "/nowhere does not exist"),
+    ("cluster agents --cluster-tls tls/operator --bigtable-url grpc://h", 2, "--bigtable-url grpc://h: expected http"),
     ("cluster agents --store sqlite:st.db --cluster-tls nodir", 4, "nodir/ca.pem: No such file"),
     ("cluster agents --store sqlite:st.db --cluster-tls tls/agent", 4, "tls/agent/cert.pem: is for role agent"),
     ("cluster agents --config nofile", 2, "--config nofile: No such file"),
@@ -156,7 +157,7 @@ def busy() -> Iterator[int]:
 
 
 ROLES = [
-    (AGENT.replace(" --store sqlite:st.db", ""), 2, "'--store'"),
+    (AGENT.replace(" --store sqlite:st.db", ""), 2, "--store is required"),
     (f"{AGENT} --hsm-dir nodir", 78, "--hsm-dir nodir: no such directory"),
     (f"{AGENT} --store sqlite:directory", 78, "directory"),
     (f"{AGENT} --cluster-tls tls/lb", 78, "tls/lb/cert.pem: is for role lb, agent is needed"),
