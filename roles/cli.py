@@ -130,3 +130,9 @@ def main(arguments: list[str] | None = None) -> None:
         # the reader of our output (head, a pager) went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:
+        # a directory this user may not enter, a full disk: the operator's to mend, also where no code foresaw it
+        if role is not None:
+            raise
+        place = "" if error.filename is None else f"{error.filename}: "
+        _fail(f"{place}{error.strerror or error}", 1)

@@ -39,6 +39,8 @@ _OTHERS: Final = 0o007
 def all_problems(parsed: Parsed) -> list[str]:
     """Return every mistake beyond the flags' own form, one line each."""
     problems = _common_problems(parsed.role, parsed.common)
+    if any("'--cluster-tls'" in problem for problem in parsed.problems):  # it is given, but not usable
+        problems = [problem for problem in problems if not problem.startswith("--cluster-tls DIR is required")]
     if parsed.role == "agent":
         directory = path_of(parsed, "hsm_dir")
         problems += [] if directory is None else hsm_problems(directory)

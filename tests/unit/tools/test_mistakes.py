@@ -12,10 +12,11 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from juicebox_hsm.adapters.certificates import CaKind, init_ca, issue, issue_edge
 from juicebox_hsm.adapters.hsm_host import generate_keys, init_hsm_dir
-from roles.cli import main
+from roles.cli import cli, main
 
 REALM = "00" * 16
 CONFIGURATION = {
@@ -132,6 +133,18 @@ TOOLS = [
     ("tenant-log tail --url http://127.0.0.1:1 --token-file nofile", 2, "--token-file nofile"),
     ("demo --agents 0", 2, "--agents 0"),
     ("demo --state-dir text.db", 2, "'text.db' is a file"),
+    # a place that cannot be: like a directory this user may not enter
+    ("cluster ca init --dir text.db/ca", 1, "text.db/ca"),
+    ("cluster ca issue --dir ca --role lb --name x --out text.db/tls", 1, "text.db"),
+    ("demo --state-dir text.db/demo", 1, "text.db/demo"),
+    ("chaos --duration 5 --state-dir text.db/chaos", 1, "text.db/chaos"),
+    ("hsm keygen --out text.db/k", 1, "text.db/k"),
+    ("hsm init --keys k --dir text.db/h", 1, "text.db"),
+    ("hsm info --dir text.db/h", 1, "text.db/h"),
+    ("store init --store sqlite:text.db/s.db", 1, "text.db"),
+    ("store check --store sqlite:text.db/s.db", 1, "text.db/s.db"),
+    ("secrets init-record-id --file text.db/s.json", 1, "text.db/s.json"),
+    ("cluster agents --store sqlite:st.db --cluster-tls text.db/tls", 4, "text.db/tls"),
     ("chaos --only nothing --plan-only", 2, "'nothing'"),
 ]  # fmt: skip
 
@@ -147,6 +160,12 @@ def test_tools(command: str, code: int, said: str, capsys: pytest.CaptureFixture
     lines = [line for line in errors.splitlines() if not line.startswith("warning: ")]
     assert len(lines) == 1, errors
     assert lines[0].startswith("juicebox-hsm: ")
+
+
+def test_a_directory_that_cannot_be_used_is_told_once() -> None:
+    """A flag whose value is wrong is not also reported as missing."""
+    ended = CliRunner().invoke(cli, ["config", "check", "--role", "manager", "--cluster-tls", "text.db"])
+    assert sum("--cluster-tls" in line for line in ended.stdout.splitlines()) == 1, ended.stdout
 
 
 @pytest.fixture(scope="module")
