@@ -25,7 +25,7 @@ PROGRAM: Final = "juicebox-hsm"
 ROLES: Final = ("agent", "lb", "manager")
 
 TOOLS: Final = {
-    "bench": LazyCommand("roles.tools.bench", "Measure: client, tree, store, rpc."),
+    "bench": LazyCommand("roles.tools.bench", "Measure: client, hsm, tree, store, rpc; compare."),
     "chaos": LazyCommand("roles.tools.chaos", "Break a real realm under load and check that each guess counted once."),
     "check": LazyCommand("roles.tools.check", "Register, recover and delete against a realm, once or for ever."),
     "cluster": LazyCommand("roles.tools.cluster", "See and change a cluster: realms, groups, leaders, certificates."),

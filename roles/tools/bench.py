@@ -11,6 +11,8 @@ from roles.lazy import LazyCommand, LazyGroup
     cls=LazyGroup,
     lazy={
         "client": LazyCommand("roles.tools.bench_client", "Register, recover and delete against a running realm."),
+        "compare": LazyCommand("roles.tools.bench_compare", "Say whether a measurement became worse than a saved one."),
+        "hsm": LazyCommand("roles.tools.bench_hsm", "Start a realm here and measure it end to end."),
         "tree": LazyCommand(
             "roles.tools.bench_tree", "Verify and insert in the Merkle tree: C against the model.", "bench_tree"
         ),

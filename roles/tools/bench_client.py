@@ -26,6 +26,7 @@ from juicebox_hsm.errors import RealmError
 from juicebox_hsm.ids import RealmId
 from juicebox_hsm.tenant_secrets import SecretAlgorithm, TenantSecret, parse_file, tenant_secret_name
 from juicebox_hsm.tokens import create
+from roles.durations import DurationType
 from roles.tools.cluster_session import ExitCode, ToolFailure, end, run
 
 if TYPE_CHECKING:
@@ -50,13 +51,14 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How much to ask. `connections` 0 opens new ones for every operation."""
+    """How much to ask. `connections` 0 opens new ones for every operation; `report_s` is the time between reports."""
 
     count: int
     concurrency: int
     connections: int
     user_prefix: str
     user_start: int
+    report_s: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,13 +163,28 @@ async def measure(op: str, target: Target, load: Load, tokens: list[dict[RealmId
     gc.collect()
     gc.freeze()  # what was imported and minted is not looked at again while the clock runs
     begun = time.perf_counter()
-    async with trio.open_nursery() as nursery:
-        for _ in range(load.concurrency):
-            nursery.start_soon(worker, numbers)
+    async with trio.open_nursery() as reporting:
+        if load.report_s < math.inf:
+            reporting.start_soon(_report, op, load, times_ns)
+        async with trio.open_nursery() as nursery:
+            for _ in range(load.concurrency):
+                nursery.start_soon(worker, numbers)
+        reporting.cancel_scope.cancel()
     elapsed_s = time.perf_counter() - begun
     if shared is not None:
         await shared.aclose()
     return summarize(op, load, times_ns, errors, elapsed_s), problems
+
+
+async def _report(op: str, load: Load, times_ns: list[int]) -> None:
+    """Say on stderr how far a long step is, until cancelled."""
+    before = 0
+    while True:
+        await trio.sleep(load.report_s)
+        done = len(times_ns)
+        rate = (done - before) / load.report_s
+        click.echo(f"{op}: {done:,} of {load.count:,} done, {rate:.1f}/s lately", err=True)
+        before = done
 
 
 def mint(target: Target, load: Load, *, bad: bool = False) -> list[dict[RealmId, str]]:
@@ -315,6 +332,14 @@ def _parse_plan(text: str) -> list[str]:
 )
 @click.option("--user-prefix", default="mario", show_default=True, help="Users are called this and a number.")
 @click.option("--user-start", type=click.IntRange(0), default=0, show_default=True, help="Number of the first user.")
+@click.option(
+    "--reporting-interval",
+    "report_s",
+    type=DurationType(),
+    default="10m",
+    show_default=True,
+    help="Time between lines that say how far a long step is.",
+)
 @click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Also write a result file.")
 def command(
     configuration: str | None,
@@ -327,6 +352,7 @@ def command(
     connections: int | None,
     user_prefix: str,
     user_start: int,
+    report_s: float,
     json_file: Path | None,
 ) -> None:
     """Register, recover and delete many users against a running realm and print times. Exit 1 on any error."""
@@ -337,7 +363,9 @@ def command(
         target = target_from_client_json(Path(os.environ[ENVIRONMENT]))
     else:
         raise ToolFailure(f"set {ENVIRONMENT} (see `juicebox-hsm demo`) or give --configuration", ExitCode.USAGE)
-    load = Load(count, concurrency, concurrency if connections is None else connections, user_prefix, user_start)
+    load = Load(
+        count, concurrency, concurrency if connections is None else connections, user_prefix, user_start, report_s
+    )
     results = run(lambda: run_plan(target, load, plan))
     if json_file is not None:
         json_file.write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n", encoding="utf-8")
