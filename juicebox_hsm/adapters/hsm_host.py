@@ -23,6 +23,7 @@ from juicebox_hsm.adapters.key_bundle import BACKEND as KEY_BACKEND
 from juicebox_hsm.adapters.key_bundle import KeyBundle, read_bundle, write_bundle
 from juicebox_hsm.adapters.metrics import Metrics
 from juicebox_hsm.adapters.nvram import FileNvram, NvramFailed, read_nvram, sync_directory
+from juicebox_hsm.adapters.unpacked import remove_unpacked_library
 from juicebox_hsm.consensus.nvram import PersistentState, decode_state
 from juicebox_hsm.errors import LocalError
 from juicebox_hsm.hsm.core import Hsm
@@ -39,6 +40,8 @@ from juicebox_hsm.hsm.messages import (
 )
 from juicebox_hsm.hsm.state import Poisoned
 from juicebox_hsm.ports import HsmGone
+
+remove_unpacked_library()
 
 KEYS_FILE: Final = "keys.json"
 WRAPPING_KEY_FILE: Final = "wrapping.key"

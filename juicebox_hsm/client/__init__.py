@@ -8,6 +8,7 @@
 the computations between requests, `transport` the HTTP connections.
 """
 
+from juicebox_hsm.adapters.unpacked import remove_unpacked_library
 from juicebox_hsm.client.configuration import Configuration, ConfigurationError, Realm
 from juicebox_hsm.client.errors import (
     AssertionFailed,
@@ -22,6 +23,8 @@ from juicebox_hsm.client.errors import (
 from juicebox_hsm.client.flows import Client
 from juicebox_hsm.client.transport import HttpTransport, Transport, TransportError
 from juicebox_hsm.crypto.pin import PinHashingMode
+
+remove_unpacked_library()
 
 __all__ = [
     "AssertionFailed",
