@@ -43,12 +43,22 @@ TOOLS: Final = {
 }
 
 
+def _show_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:  # noqa: ARG001, FBT001 - click's
+    if value:
+        from juicebox_hsm.adapters import build_info
+
+        click.echo(f"{PROGRAM} {__version__}\n{build_info.block()}")
+        ctx.exit()
+
+
 @click.group(
     cls=LazyGroup,
     lazy=TOOLS,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
-@click.version_option(__version__, prog_name="juicebox-hsm")
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_show_version, help="Show version and build."
+)
 @click.option(
     "--role",
     type=click.Choice(ROLES),

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from juicebox_hsm.adapters import build_info
 from juicebox_hsm.errors import RealmError
 from juicebox_hsm.ports import ServiceKind
 from roles.agent.service import hsm_status
@@ -45,7 +46,7 @@ async def livez(agent: Agent) -> tuple[bool, str]:
         return False, f"not yet registered\n{agent.config.build}"
     if await hsm_status(agent) is None:
         return False, f"the HSM does not answer\n{agent.config.build}"
-    return True, f"hsm id: {agent.hsm_id.hex()}\n{agent.config.build}"
+    return True, f"hsm id: {agent.hsm_id.hex()}\n{build_info.block(absent='(none)')}"
 
 
 async def readyz(agent: Agent) -> tuple[bool, str]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import platform
-import ssl
 from collections.abc import Awaitable, Callable
 from typing import Final
 
 import trio
 
 from juicebox_hsm import __version__
+from juicebox_hsm.adapters import build_info
 from juicebox_hsm.adapters.http.drain import DrainController, LifePhase
 from juicebox_hsm.adapters.http.exchange import BodyTooLarge, Handler, Request, Response
 from juicebox_hsm.wire.client import BODY_BYTES_MAX
@@ -34,18 +33,13 @@ PREFLIGHT: Final = Response(
         (b"access-control-max-age", b"600"),
     ),
 )
+ABSENT: Final = "(none)"  # operator-tools.md 9.4
 SHUTTING_DOWN: Final = "Shutting down"
 
 
 def livez_text(name: str) -> str:
     """Return the body of `/livez` while live. Ingress health checks look for how it begins."""
-    return (
-        f"Juicebox load balancer: {__version__}\n"
-        f"name: {name}\n"
-        f"version: {__version__}\n"
-        f"python: {platform.python_version()}\n"
-        f"openssl: {ssl.OPENSSL_VERSION}\n"
-    )
+    return f"Juicebox load balancer: {__version__}\nname: {name}\n{build_info.block(absent=ABSENT, public=True)}\n"
 
 
 class Routes:

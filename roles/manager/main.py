@@ -10,6 +10,7 @@ import click
 import trio
 
 from juicebox_hsm import __version__
+from juicebox_hsm.adapters import build_info
 from juicebox_hsm.adapters.cluster_tls import ClusterTls
 from juicebox_hsm.adapters.dogstatsd import send_metrics
 from juicebox_hsm.adapters.faults import FaultSwitch
@@ -180,7 +181,7 @@ class _Manager:
 
     async def _livez(self) -> tuple[bool, str]:
         if self.registered.is_set():
-            return True, f"ok\nversion: {__version__}"
+            return True, f"ok\n{build_info.block(absent='(none)')}"
         return False, f"not yet registered with service discovery\nversion: {__version__}"
 
     async def _say_ready(self) -> None:
