@@ -31,6 +31,11 @@ def commit() -> dict[str, str]:
     return {name: found[name] for name in _COMMIT if isinstance(found, dict) and isinstance(found.get(name), str)}
 
 
+def tag() -> str:
+    """Return what metrics call this version: the commit, else the version."""
+    return commit().get("hash", __version__)
+
+
 @functools.cache
 def libraries() -> dict[str, str]:
     """Return the versions of the libraries that matter for security and durability."""

@@ -15,6 +15,7 @@ import click
 import trio
 
 from juicebox_hsm import __version__
+from juicebox_hsm.adapters import build_info
 from juicebox_hsm.adapters.cluster_tls import ClusterTls
 from juicebox_hsm.adapters.dogstatsd import send_metrics
 from juicebox_hsm.adapters.faults import FaultSwitch
@@ -45,6 +46,7 @@ from roles.agent.context import Agent, AgentConfig
 from roles.agent.leader import hand_over, lead
 from roles.agent.registration import deregister, livez, readyz, register
 from roles.agent.service import FATAL, AgentService, hsm_status
+from roles.cloud_options import CloudOptions, pubsub_options, with_bus
 from roles.options import CommonOptions, load_identity, role_options
 
 REPORT_S: Final = 1.0
@@ -61,6 +63,7 @@ class AgentOptions:
     hsm_dir: Path
     nodes: NodeTuning
     default_rate_limit: int
+    pubsub: CloudOptions
 
 
 class _Phase:
@@ -105,6 +108,7 @@ class _Phase:
     show_default=True,
     help="Requests per second of a tenant without configuration.",
 )
+@pubsub_options
 def command(
     common: CommonOptions,
     hsm_dir: Path,
@@ -112,12 +116,13 @@ def command(
     merkle_large_read_permits: int,
     merkle_large_read_limit: int,
     default_rate_limit: int,
+    pubsub: CloudOptions,
 ) -> None:
     """Run an agent: the process in front of one HSM, which runs inside it."""
     configure(common.log_level)
     forbid_dumps()
     nodes = NodeTuning(merkle_cache_size, merkle_large_read_permits, merkle_large_read_limit)
-    options = AgentOptions(common, hsm_dir, nodes, default_rate_limit)
+    options = AgentOptions(common, hsm_dir, nodes, default_rate_limit, pubsub)
     phase = _Phase()
     traces = open_traces("agent", __version__)
     try:
@@ -142,7 +147,10 @@ async def run_agent(options: AgentOptions, phase: _Phase, traces: Traces | None 
     platform = await trio.to_thread.run_sync(open_hsm_dir, options.hsm_dir)
     try:
         hsm = await trio.to_thread.run_sync(_start_hsm, platform)
-        async with open_store(common.store_url, node_tuning=options.nodes) as store:
+        async with (
+            open_store(common.store_url, node_tuning=options.nodes) as opened,
+            with_bus(opened, common.store_url, options.pubsub) as store,
+        ):
             faults = FaultSwitch.from_environment(common.name)
             await _serve(options, phase, tls, hsm, with_faults(store, faults), faults, traces)
     finally:
@@ -193,7 +201,7 @@ async def _serve(
         http_port: int = await nursery.start(_serve_probes, common, agent, metrics)
         service.start()
         nursery.start_soon(_report, agent, CacheGauges(store, metrics, trio.current_time()))
-        nursery.start_soon(send_metrics, metrics, {"service": "agent", "version": __version__})
+        nursery.start_soon(send_metrics, metrics, {"service": "agent", "version": build_info.tag()})
         with trio.CancelScope() as registering:
             # A store that is down must not keep us from stopping.
             nursery.start_soon(_cancel_on, stop, registering)

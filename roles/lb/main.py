@@ -16,6 +16,7 @@ import click
 import trio
 
 from juicebox_hsm import __version__
+from juicebox_hsm.adapters import build_info
 from juicebox_hsm.adapters.cluster_tls import ClusterTls
 from juicebox_hsm.adapters.dogstatsd import send_metrics
 from juicebox_hsm.adapters.faults import FaultSwitch
@@ -252,7 +253,13 @@ class LoadBalancer:
         """Serve on `listener` until a stop signal and the drain after it."""
         options, common = self._options, self._options.common
         await nursery.start(handle_signals, self._on_stop, self._reload)
-        rpc = RpcPool(nursery, self._cluster_tls, build=__version__, metrics=self._metrics)
+        rpc = RpcPool(
+            nursery,
+            self._cluster_tls,
+            build=__version__,
+            metrics=self._metrics,
+            passes_trace=self._traces is not None,
+        )
         poller = Poller(
             rpc,
             self._store.discovery,
@@ -260,6 +267,7 @@ class LoadBalancer:
             rng=random.Random(),  # noqa: S311 - jitter of polls
             metrics=self._metrics,
             log=_log,
+            traces=self._traces,
         )
         guard = RealmGuard(record_id_key_fingerprint(self._record_key), self._store.settings, poller, _log)
         service = ClientService(
@@ -301,7 +309,7 @@ class LoadBalancer:
         async with self._registered(f"https://{address}", nursery):
             nursery.start_soon(self._report)
             nursery.start_soon(self._feed_watchdog)
-            nursery.start_soon(send_metrics, self._metrics, {"service": "load_balancer", "version": __version__})
+            nursery.start_soon(send_metrics, self._metrics, {"service": "load_balancer", "version": build_info.tag()})
             _log.info(
                 "Load balancer started",
                 url=f"https://{address}",

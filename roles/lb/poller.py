@@ -14,6 +14,7 @@ from typing import Final
 import trio
 
 from juicebox_hsm.adapters.rpc import RpcError, RpcUnreachable
+from juicebox_hsm.adapters.tracing import Traces, active
 from juicebox_hsm.errors import RealmError
 from juicebox_hsm.ids import OwnedRange, RealmId, RecordId
 from juicebox_hsm.ports import Discovery, ServiceKind
@@ -69,7 +70,9 @@ class Poller:
         rng: random.Random,
         metrics: Meter,
         log: Log,
+        traces: Traces | None = None,
     ) -> None:
+        self._traces = traces
         self.table = RoutingTable()
         self._rpc = rpc
         self._discovery = discovery
@@ -118,11 +121,13 @@ class Poller:
         try:
             await trio.sleep(max(0.0, self._forced_at + FORCED_EVERY_S - trio.current_time()))
             self._forced_at = began = trio.current_time()
+            span = None if self._traces is None else self._traces.background("refresh")
             with trio.move_on_after(patience_s):
-                await self._discover()
-                async with trio.open_nursery() as nursery:
-                    for agent in list(self._agents.values()):
-                        nursery.start_soon(self._ask, agent)
+                await self._discover()  # outside of the span: the polls it begins go on for ever
+                with active(span):
+                    async with trio.open_nursery() as nursery:
+                        for agent in list(self._agents.values()):
+                            nursery.start_soon(self._ask, agent)
             self._metrics.timing("load_balancer.refresh.time.ns", int((trio.current_time() - began) * 1e9))
         finally:
             self._forced = None

@@ -163,7 +163,7 @@ class _Manager:
         nursery.start_soon(self._say_ready)
         nursery.start_soon(self._report)
         nursery.start_soon(_feed_watchdog)
-        nursery.start_soon(send_metrics, self.metrics, {"service": "cluster_manager", "version": __version__})
+        nursery.start_soon(send_metrics, self.metrics, {"service": "cluster_manager", "version": build_info.tag()})
         await self.stop.wait()
         notify("STOPPING=1", f"EXTEND_TIMEOUT_USEC={round(SHUTDOWN_S * 1e6)}")
         with trio.move_on_after(SHUTDOWN_S):

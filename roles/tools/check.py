@@ -24,6 +24,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from juicebox_hsm import __version__
+from juicebox_hsm.adapters import build_info
 from juicebox_hsm.adapters.dogstatsd import drain, send_once, service_check
 from juicebox_hsm.adapters.metrics import Metrics
 from juicebox_hsm.adapters.tracing import Traces, open_traces
@@ -114,7 +115,7 @@ def _print(report: Report, *, as_json: bool) -> None:
 
 def _send(report: Report, metrics: Metrics, environment_name: str) -> None:
     """Report to DogStatsD: the service check and what was measured."""
-    tags = {"service": "service_checker", "version": __version__, "env": environment_name}
+    tags = {"service": "service_checker", "version": build_info.tag(), "env": environment_name}
     packets = [*drain(metrics, tags), service_check(SERVICE_CHECK, tags, ok=report.ok, message=report.error)]
     send_once(packets)
 
