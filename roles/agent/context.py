@@ -160,6 +160,7 @@ class Agent:
         """Tenant -> highest outbox sequence seen, for the hints of intents."""
         self.outbox_full = False
         self.outbox_warning = ""
+        self.bus_warning = ""
         self.outbox_rows = 0
         self.outbox_oldest_s = 0.0
         self.troubles: dict[str, str] = {}

@@ -203,6 +203,10 @@ def note_backlog(agent: Agent, rows: int, age_s: float) -> None:
     agent.outbox_warning = warning
 
 
+class BusTrouble(RealmError):
+    """Events could not be published; the store is not to blame."""
+
+
 class Dispatcher:
     """Publishes outbox rows in order per tenant: bus, accounting, then cursor and counters in one conditional write.
 
@@ -224,11 +228,22 @@ class Dispatcher:
             for realm in agent.groups.realms:
                 try:
                     moved += await self.dispatch(realm)
+                except BusTrouble as error:
+                    self._note_bus(str(error))
                 except RealmError as error:
                     agent.note_trouble("outbox dispatch", error)
                 else:
+                    self._note_bus("")
                     agent.clear_trouble("outbox dispatch")
             await trio.sleep(timings.dispatch_s if moved else timings.dispatch_idle_s)
+
+    def _note_bus(self, why: str) -> None:
+        """Keep the warning about the bus; it makes no agent unready, because clients do not need the bus."""
+        if why and not self._agent.bus_warning:
+            self._agent.log.warning("events not published; they wait in the outbox", reason=why)
+        elif self._agent.bus_warning and not why:
+            self._agent.log.info("events are published again")
+        self._agent.bus_warning = why
 
     async def dispatch(self, realm: RealmId) -> int:
         """Do one round for `realm` if there is work and the lease is ours; returns how many rows were published.
@@ -271,7 +286,10 @@ class Dispatcher:
         if events:
             await self._keep_late(realm, min(row.new.when_ms for row in events))
             if agent.store.bus is not None:
-                await agent.store.bus.publish(realm, tenant, events)
+                try:
+                    await agent.store.bus.publish(realm, tenant, events)
+                except RealmError as error:
+                    raise BusTrouble(str(error)) from error
         for day, rows in by_day(page):
             accounting = [
                 (tenant, row.new.record_id, row.new.when_ms, row.new.accounting == "registered")

@@ -65,4 +65,6 @@ async def readyz(agent: Agent) -> tuple[bool, str]:
     lines = reasons or ["ready"]
     if agent.outbox_warning:
         lines.append(f"warning: {agent.outbox_warning}")
+    if agent.bus_warning:
+        lines.append(f"warning: events are not published: {agent.bus_warning}")
     return not reasons, "\n".join(lines)

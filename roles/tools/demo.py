@@ -50,6 +50,12 @@ SIGNAL_STATUS: Final = 128
     help="bigtable starts Google's emulator, or uses the one BIGTABLE_EMULATOR_HOST names.",
 )
 @click.option(
+    "--bus",
+    type=click.Choice(["embedded", "pubsub"]),
+    help="Where events are published: the store itself, or Pub/Sub's emulator, started or named by"
+    " PUBSUB_EMULATOR_HOST. Default: pubsub with --store bigtable where it is installed.",
+)
+@click.option(
     "--state-dir",
     type=click.Path(path_type=Path, file_okay=False),
     help="Where everything lies; a second run there continues. Default: a new temporary directory.",
@@ -74,6 +80,7 @@ def command(
     load_balancers: int,
     managers: int,
     store: str,
+    bus: str | None,
     state_dir: Path | None,
     port_base: int | None,
     pin_hashing: str,
@@ -105,6 +112,7 @@ def command(
             pin_hashing=pin_hashing,
             rate_limit=rate_limit,
             store=store,
+            bus=bus or "",
             restart=restart,
             tenant_log=tenant_log,
         )

@@ -26,7 +26,7 @@ HOW_TO_GET: Final = (
     "the Bigtable emulator is not installed: apt-get install google-cloud-cli-bigtable-emulator (or gcloud components"
     " install bigtable), or set BIGTABLE_EMULATOR_HOST to one that runs"
 )
-_SDK_ROOTS: Final = ("/usr/lib/google-cloud-sdk", "/usr/share/google-cloud-sdk", "/opt/google-cloud-sdk")
+SDK_ROOTS: Final = ("/usr/lib/google-cloud-sdk", "/usr/share/google-cloud-sdk", "/opt/google-cloud-sdk")
 _RUNNING: Final = re.compile(rb"running on ([^\s:]+:[0-9]+)")
 
 
@@ -35,7 +35,7 @@ def find_emulator() -> Path | None:
     found = shutil.which(PROGRAM)
     if found is not None:
         return Path(found)
-    roots = [Path(root) for root in _SDK_ROOTS]
+    roots = [Path(root) for root in SDK_ROOTS]
     gcloud = shutil.which("gcloud")
     if gcloud is not None:
         roots.insert(0, Path(gcloud).resolve().parent.parent)

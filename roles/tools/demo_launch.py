@@ -54,6 +54,7 @@ from roles.tools.demo_layout import (
     write_file,
 )
 from roles.tools.demo_processes import OrphanGuard, RunningService, describe_exit, stop_all, watch
+from roles.tools.demo_pubsub import demo_bus
 
 READY_S: Final = 60.0
 POLL_S: Final = 0.03
@@ -293,14 +294,15 @@ async def launch(
     """Start a cluster, hand it over ready, and stop it afterwards. Raises `ToolFailure` and `LocalError`."""
     path = options.state_dir.resolve()
     path.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with demo_store(options.store, path) as used:
-        async with _launched(options, StateDir(path, used.url), used.pid, on_exit) as cluster:
+    with demo_store(options.store, path) as used, demo_bus(options.bus, options.store) as bus:
+        pids = [pid for pid in (used.pid, bus.pid) if pid]
+        async with _launched(options, StateDir(path, used.url, bus.flags), pids, on_exit) as cluster:
             yield cluster
 
 
 @asynccontextmanager
 async def _launched(
-    options: DemoOptions, state: StateDir, emulator_pid: int, on_exit: Callable[[RunningService], None]
+    options: DemoOptions, state: StateDir, emulators: Sequence[int], on_exit: Callable[[RunningService], None]
 ) -> AsyncIterator[Cluster]:
     """Start the services on a store that runs."""
     failure: BaseException | None = None
@@ -313,8 +315,8 @@ async def _launched(
             await store.discovery.deregister(entry.kind, entry.url)  # left over from a run that was killed
         await store.tenants.put(TENANT, TenantLimits(options.rate_limit))
         guard = OrphanGuard()
-        if emulator_pid:
-            guard.watch(emulator_pid)
+        for pid in emulators:
+            guard.watch(pid)
         cluster = Cluster(options, state, session, found, guard)
         try:
             for running in cluster.processes:

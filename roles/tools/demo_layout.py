@@ -45,7 +45,10 @@ EDGE_HOSTS: Final = ("localhost", "127.0.0.1", "::1")
 
 @dataclass(frozen=True, slots=True)
 class DemoOptions:
-    """What to start. `port_base` None picks free ports; `rate_limit` is operations per second of tenant test-acme."""
+    """What to start. `port_base` None picks free ports; `rate_limit` is operations per second of tenant test-acme.
+
+    `bus` is "embedded", "pubsub", or "" for what goes with the store. `extra_flags` are by role or by name.
+    """
 
     state_dir: Path
     realms: int = 1
@@ -57,6 +60,7 @@ class DemoOptions:
     pin_hashing: str = "Standard2019"
     rate_limit: int = RATE_LIMIT_DEFAULT
     store: str = "sqlite"
+    bus: str = ""
     restart: bool = False
     tenant_log: bool = True
     extra_flags: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -110,10 +114,14 @@ class Service:
 
 @dataclass(frozen=True, slots=True)
 class StateDir:
-    """Where everything of a demo lies. `bigtable` is the store's URL if that is not the file here."""
+    """Where everything of a demo lies. `bigtable` is the store's URL if that is not the file here.
+
+    `bus` are the flags of agents and tenant log that name the bus, none for the store's own.
+    """
 
     path: Path
     bigtable: str = ""
+    bus: tuple[str, ...] = ()
 
     @property
     def store_url(self) -> str:
@@ -187,7 +195,7 @@ def services(options: DemoOptions, state: StateDir) -> list[Service]:
         names += [("agent", f"agent{realm * options.agents + index + 1}", realm) for index in range(options.agents)]
     names += [("manager", f"manager{index + 1}", None) for index in range(options.managers)]
     names += [("lb", f"lb{index + 1}", None) for index in range(options.load_balancers)]
-    if options.tenant_log and not state.bigtable:  # that back end has no bus yet
+    if options.tenant_log:
         names.append((TENANT_LOG, f"{TENANT_LOG}1", None))
     ports = _choose_ports(options, state, [name for _, name, _ in names])
     found = []
@@ -208,6 +216,7 @@ def _argv(options: DemoOptions, state: StateDir, role: str, name: str, port: int
             "--http-listen", f"{HOST}:{http_port}",
             "--store", state.store_url,
             "--secrets-file", str(state.secrets_file),
+            *state.bus,
             *options.extra_flags.get(role, ()),
         )  # fmt: skip
     common = [
@@ -220,7 +229,7 @@ def _argv(options: DemoOptions, state: StateDir, role: str, name: str, port: int
         "--allow-loopback",
     ]  # fmt: skip
     special: dict[str, list[str]] = {
-        "agent": ["--hsm-dir", str(state.hsm(name))],
+        "agent": ["--hsm-dir", str(state.hsm(name)), *state.bus],
         "manager": [],
         "lb": [
             "--tls-cert", str(state.path / "edge" / "cert.pem"),

@@ -26,6 +26,7 @@ from juicebox_hsm.adapters.supervision import ExitCode, handle_signals, notify, 
 from juicebox_hsm.errors import DecodingError, InvariantViolation, LocalError, RealmError
 from juicebox_hsm.ids import RealmId, parse_id
 from juicebox_hsm.ports import Store, StoreUnavailable
+from roles.cloud_options import CloudOptions, pubsub_options, with_bus
 from roles.options import HTTP_PORT_OFFSET, Address, AddressType, config_option
 from roles.store_options import store_option
 from roles.tools.tenant_log_service import WAIT_S, Realms, TenantLogService
@@ -52,6 +53,7 @@ class ServeOptions:
     secrets_file: Path
     tls: tuple[Path, Path] | None
     name: str
+    pubsub: CloudOptions
 
 
 class RealmIdType(click.ParamType[RealmId]):
@@ -86,6 +88,7 @@ class RealmIdType(click.ParamType[RealmId]):
 @click.option("--tls-key", type=_FILE, help="PEM private key of --tls-cert.")
 @click.option("--name", "-n", default="tenant-log", show_default=True, help="Name in logs and probes.")
 @click.option("--log-level", help="error, warning, info, debug or trace; default $LOGLEVEL or info.")
+@pubsub_options
 def serve(
     store_url: str,
     realms: tuple[RealmId, ...],
@@ -97,6 +100,7 @@ def serve(
     tls_key: Path | None,
     name: str,
     log_level: str | None,
+    pubsub: CloudOptions,
 ) -> None:
     """Serve tenants their events: GET /, POST /tenant_log, POST /tenant_log/ack. Runs until SIGTERM or Ctrl-C."""
     try:
@@ -109,7 +113,7 @@ def serve(
                 raise LocalError(f"--port {port} + {HTTP_PORT_OFFSET} is no port; give --http-listen")
             http_listen = Address("127.0.0.1", probes_port)
         tls = (tls_cert, tls_key) if tls_cert is not None and tls_key is not None else None
-        options = ServeOptions(store_url, realms, Address(host, port), http_listen, secrets_file, tls, name)
+        options = ServeOptions(store_url, realms, Address(host, port), http_listen, secrets_file, tls, name, pubsub)
         trio.run(run, options)
     except StoreUnavailable as error:
         _log.error("store unavailable at start", error=str(error))
@@ -121,7 +125,10 @@ def serve(
 async def run(options: ServeOptions) -> None:
     """Start, serve until a stop signal, release waiting calls. Raises `LocalError` and `StoreUnavailable` at start."""
     metrics = Metrics()
-    async with open_store(options.store_url) as store:
+    async with (
+        open_store(options.store_url) as opened,
+        with_bus(opened, options.store_url, options.pubsub) as store,
+    ):
         if store.bus is None:
             raise LocalError(f"--store {options.store_url}: this store has no tenant event log")
         secrets = SecretsFile(options.secrets_file, metrics=metrics, log=_log)

@@ -1,12 +1,14 @@
-"""Shared by the emulator suites: shown values of failed assertions, and one Bigtable emulator per session."""
+"""Shared by the emulator suites: shown values of failed assertions, and one emulator of each kind per session."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import NoReturn
 
 import pytest
 
+from roles.tools import demo_pubsub
 from roles.tools.demo_emulator import EMULATOR_VARIABLE, HOW_TO_GET, Emulator, find_emulator
 
 pytest.register_assert_rewrite(
@@ -17,6 +19,13 @@ pytest.register_assert_rewrite(
 )
 
 
+def missing(what: str) -> NoReturn:
+    """Skip where an emulator is not installed; fail in CI, where that would hide the whole suite."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(what, pytrace=False)
+    pytest.skip(what)
+
+
 @pytest.fixture(scope="session")
 def bigtable_emulator() -> Iterator[str]:
     """Start the emulator once, or use the one the environment names; return its HOST:PORT."""
@@ -25,11 +34,26 @@ def bigtable_emulator() -> Iterator[str]:
         yield given
         return
     if find_emulator() is None:
-        if os.environ.get("CI") == "true":
-            pytest.fail(HOW_TO_GET, pytrace=False)
-        pytest.skip(HOW_TO_GET)
+        missing(HOW_TO_GET)
     emulator = Emulator()
     try:
+        yield emulator.address
+    finally:
+        emulator.stop()
+
+
+@pytest.fixture(scope="session")
+def pubsub_emulator() -> Iterator[str]:
+    """Start the Pub/Sub emulator once, or use the one the environment names; return its HOST:PORT."""
+    given = os.environ.get(demo_pubsub.EMULATOR_VARIABLE)
+    if given:
+        yield given
+        return
+    if demo_pubsub.find_emulator() is None:
+        missing(demo_pubsub.HOW_TO_GET)
+    emulator = demo_pubsub.PubSubEmulator()
+    try:
+        emulator.wait_started()
         yield emulator.address
     finally:
         emulator.stop()

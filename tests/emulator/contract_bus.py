@@ -50,7 +50,18 @@ async def pull(store: Store, count: int, tenant: str = "acme") -> list[BusEvent]
 
 
 class BusContract:
-    """`event_bus.EventBus`."""
+    """`event_bus.EventBus`.
+
+    `orders_users` tells whether events of different users come in sequence order, too, which nobody is promised.
+    """
+
+    orders_users = True
+    redelivery_s = 0.0  # how long another reader waits for what is out
+
+    def seqs(self, events: list[BusEvent]) -> list[int]:
+        """Return sequence numbers in the order of delivery as far as the bus keeps it."""
+        found = [each.seq for each in events]
+        return found if self.orders_users else sorted(found)
 
     async def test_only_published_events_with_a_body(self, store: Store) -> None:
         """Rows without an event and rows that wait for the dispatcher are not delivered; the fields are the row's."""
@@ -64,16 +75,16 @@ class BusContract:
         assert await _bus(store).pull(REALM, "nobody", 10, 0) == []
 
     async def test_in_order_and_no_more_than_asked(self, store: Store) -> None:
-        """Events of different users come in sequence order, page by page, each once while its delivery is out."""
+        """Events come page by page, each once while its delivery is out, in sequence order where that is kept."""
         await publish(store, [user_event(number, number) for number in range(1, 8)])
         first, second = await pull(store, 3), await pull(store, 4)
-        assert [each.seq for each in first + second] == list(range(1, 8))
+        assert self.seqs(first + second) == list(range(1, 8))
         assert len({each.id for each in first + second}) == 7
 
     async def test_a_user_is_out_once(self, store: Store) -> None:
         """While an event of a user waits for its acknowledgement later ones of that user stay, others go on."""
         await publish(store, [user_event(1, 1), user_event(2, 2), user_event(3, 1), user_event(4, 3)])
-        assert [each.seq for each in await pull(store, 2)] == [1, 2]
+        assert self.seqs(await pull(store, 2)) == [1, 2]
         assert [each.seq for each in await _bus(store).pull(REALM, "acme", 10, 0)] == [4]
 
     async def test_acknowledged_events_are_gone(self, backend: Backend, store: Store) -> None:
@@ -84,7 +95,8 @@ class BusContract:
         await _bus(store).acknowledge(REALM, "acme", [first.ack])
         assert [each.seq for each in await pull(store, 1)] == [2]
         async with backend.open() as again:
-            assert [each.seq for each in await pull(again, 1)] == [2]
+            page = await _bus(again).pull(REALM, "acme", 1, self.redelivery_s + PULL_S)
+            assert [each.seq for each in page] == [2]
 
     async def test_tenants_are_apart(self, store: Store) -> None:
         """A tenant sees and acknowledges only its own events; a foreign or invented acknowledgement takes nothing."""

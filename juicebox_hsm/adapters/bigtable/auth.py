@@ -6,7 +6,7 @@ Credentials are not attached to the channel: that costs a thread per call. The e
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, Protocol
 
 import trio
@@ -79,20 +79,24 @@ class ApplicationDefault:
         self._lock = trio.Lock()
 
     @classmethod
-    async def find(cls) -> ApplicationDefault:
+    async def find(
+        cls,
+        scopes: Sequence[str] = SCOPES,
+        service: str = "Bigtable",
+        otherwise: str = ", or BIGTABLE_EMULATOR_HOST for the emulator",
+    ) -> ApplicationDefault:
         """Find credentials and get the first token. Raises `LocalError` when there are none or they are refused."""
         import google.auth
         import google.auth.exceptions
         import google.auth.transport.requests
 
         try:
-            credentials, _ = await trio.to_thread.run_sync(lambda: google.auth.default(scopes=SCOPES))
+            credentials, _ = await trio.to_thread.run_sync(lambda: google.auth.default(scopes=list(scopes)))
             found = cls(credentials, google.auth.transport.requests.Request())
             await found.refresh()
         except google.auth.exceptions.GoogleAuthError as error:
             raise LocalError(
-                f"no credentials for Bigtable: {error}; set GOOGLE_APPLICATION_CREDENTIALS, or"
-                " BIGTABLE_EMULATOR_HOST for the emulator"
+                f"no credentials for {service}: {error}; set GOOGLE_APPLICATION_CREDENTIALS{otherwise}"
             ) from None
         return found
 

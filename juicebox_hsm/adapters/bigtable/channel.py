@@ -130,7 +130,7 @@ class ChannelTransport:
 
     def _channel(self) -> _Open:
         if self._current is None:
-            raise CallFailed("UNAVAILABLE", "the store is closed")
+            raise CallFailed("UNAVAILABLE", "the channel is closed")
         return self._current
 
     async def unary(self, method: str, request: bytes, metadata: Metadata, timeout_s: float) -> bytes:

@@ -64,9 +64,9 @@ class _Job(Generic[T]):
 class Driver:
     """One asyncio loop on one thread, for one Trio run."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "bigtable") -> None:
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._main, name="bigtable", daemon=True)
+        self._thread = threading.Thread(target=self._main, name=name, daemon=True)
         self._token: trio.lowlevel.TrioToken | None = None
         self._finished: deque[_Job[Any]] = deque()
         self._started = threading.Event()
