@@ -87,21 +87,22 @@ def discovery_list(connection: Connection, *, as_json: bool) -> None:
 
 @click.command("remove")
 @click.argument("url")
+@click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 @with_connection
-def discovery_remove(connection: Connection, url: str) -> None:
+def discovery_remove(connection: Connection, url: str, *, dry_run: bool) -> None:
     """Remove a registration, for instance of a service that is gone for good. A living one registers again."""
     from juicebox_hsm.adapters.store import open_store
 
     async def main() -> int:
         async with open_store(connection.store) as store:
             entries = [entry for entry in await store.discovery.list(_now_ms()) if entry.url == url]
-            for entry in entries:
+            for entry in () if dry_run else entries:
                 await store.discovery.deregister(entry.kind, entry.url)
             return len(entries)
 
     if not run(main):
         raise ToolFailure(f"{url} is not registered; `cluster discovery list` shows what is", ExitCode.ID)
-    click.echo(f"Removed {url}")
+    click.echo(f"Would remove {url}" if dry_run else f"Removed {url}")
 
 
 @click.group(

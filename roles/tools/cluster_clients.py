@@ -70,8 +70,9 @@ async def reload_tenants(session: Session) -> list[tuple[str, str]]:
 @click.command("set-capacity")
 @click.argument("tenant")
 @click.argument("ops", type=click.IntRange(0, 1_000_000_000))
+@click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 @with_connection
-def set_capacity(connection: Connection, tenant: str, ops: int) -> None:
+def set_capacity(connection: Connection, tenant: str, ops: int, *, dry_run: bool) -> None:
     """Let TENANT run OPS operations per second; 0 blocks it.
 
     An operation is up to 3 HTTP requests, so OPS 10 admits 30 requests/s. The agents' --default-rate-limit for
@@ -80,6 +81,9 @@ def set_capacity(connection: Connection, tenant: str, ops: int) -> None:
     _check_tenant(tenant)
 
     async def body(session: Session) -> None:
+        if dry_run:
+            click.echo(f"Would limit tenant {tenant} to {ops} operations/s")
+            return
         await session.store.tenants.put(tenant, TenantLimits(ops))
         for url, text in await reload_tenants(session):
             click.echo(f"agent {url} {text}")
@@ -89,12 +93,16 @@ def set_capacity(connection: Connection, tenant: str, ops: int) -> None:
 
 @click.command("unset")
 @click.argument("tenant")
+@click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 @with_connection
-def unset(connection: Connection, tenant: str) -> None:
+def unset(connection: Connection, tenant: str, *, dry_run: bool) -> None:
     """Remove a tenant's limit; the agents' default applies again."""
     _check_tenant(tenant)
 
     async def body(session: Session) -> None:
+        if dry_run:
+            click.echo(f"Would remove the limit of tenant {tenant}")
+            return
         await session.store.tenants.remove(tenant)
         for url, text in await reload_tenants(session):
             click.echo(f"agent {url} {text}")

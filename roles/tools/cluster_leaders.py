@@ -182,8 +182,9 @@ def drain(connection: Connection, manager: str | None, agent: str, *, dry_run: b
 
 @click.command()
 @click.argument("agent")
+@click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 @with_connection
-def undrain(connection: Connection, agent: str) -> None:
+def undrain(connection: Connection, agent: str, *, dry_run: bool) -> None:
     """Let a drained HSM lead again: AGENT is an agent's URL or an HSM id."""
 
     async def body(session: Session) -> None:
@@ -193,6 +194,9 @@ def undrain(connection: Connection, agent: str) -> None:
         else:
             drained = [bytes.fromhex(name.removeprefix(DRAIN_PREFIX)) for name in known]
             hsm = HsmId(resolve_id(agent, drained, "drained HSM"))
+        if dry_run:
+            click.echo(f"Would let HSM {hsm.hex()} lead again")
+            return
         await session.store.settings.remove(f"{DRAIN_PREFIX}{hsm.hex()}")
         click.echo(f"HSM {hsm.hex()} may lead again")
 

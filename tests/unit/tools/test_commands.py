@@ -118,6 +118,10 @@ def test_tenant_limits(tmp_path: Path) -> None:
     listed = json.loads(_run("cluster", "tenant", "list", "--json", *flags).output)
     assert listed == {"tenants": [{"tenant": "acme", "capacity_ops_per_s": 7}]}
     assert "21 requests/s" in _run("cluster", "tenant", "get", "acme", *flags).output
+    for change in (("set-capacity", "acme", "9"), ("unset", "acme")):
+        tried = _run("cluster", "tenant", *change, "--dry-run", *flags)
+        assert tried.output.startswith("Would ")
+    assert "21 requests/s" in _run("cluster", "tenant", "get", "acme", *flags).output
     assert _run("cluster", "tenant", "unset", "acme", *flags).exit_code == 0
     assert _run("cluster", "tenant", "get", "acme", *flags).exit_code == 3
     assert _run("cluster", "tenant", "set-capacity", "a:b", "7", *flags).exit_code == 2

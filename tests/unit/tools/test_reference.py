@@ -60,3 +60,33 @@ def test_every_tool_is_there() -> None:
         "juicebox-hsm store restore", "juicebox-hsm tokens validate", "juicebox-hsm tenant-log tail",
     } <= set(COMMANDS)  # fmt: skip
     assert len(COMMANDS) > 60
+
+
+CHANGING = {
+    "new-realm", "join-realm", "new-group", "transfer", "stepdown", "rebalance", "drain", "undrain", "plan",
+    "tenant set-capacity", "tenant unset", "discovery remove", "experimental assimilate", "experimental transfer",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(CHANGING))
+def test_what_changes_a_cluster_can_be_tried(name: str) -> None:
+    """Every command that changes the cluster has --dry-run."""
+    assert "--dry-run" in [
+        flag for parameter in COMMANDS[f"juicebox-hsm cluster {name}"].params for flag in parameter.opts
+    ]
+
+
+def test_listings_have_json() -> None:
+    """Every command that shows something of the cluster has --json; the others are the ones known to change it."""
+    shown = (
+        {
+            name.removeprefix("juicebox-hsm cluster ")
+            for name, command in COMMANDS.items()
+            if name.startswith("juicebox-hsm cluster ") and not isinstance(command, click.Group)
+        }
+        - CHANGING
+        - {"auth-token", "configuration", "ca init", "ca issue"}
+    )
+    for name in shown:
+        flags = [flag for parameter in COMMANDS[f"juicebox-hsm cluster {name}"].params for flag in parameter.opts]
+        assert "--json" in flags, name
