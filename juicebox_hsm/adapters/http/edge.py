@@ -175,6 +175,7 @@ class Edge:
         finally:
             with trio.move_on_after(self._limits.close_timeout_s):
                 await stream.aclose()
+            connection.session = None  # a cycle: without it the collector would keep dead connections for long
             self._table.remove(connection)
             self._drain.leave()
             self._metrics.gauge("load_balancer.connections.active", self._drain.connections)

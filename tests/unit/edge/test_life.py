@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import errno
+import gc
 import shutil
 import ssl
 from collections.abc import Callable
@@ -20,10 +21,13 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from juicebox_hsm.adapters.http.edge import open_edge_listener
-from juicebox_hsm.adapters.http.edge_connection import ConnectionTable
+from juicebox_hsm.adapters.http.edge_connection import Connection, ConnectionTable
+from juicebox_hsm.adapters.http.edge_h1 import H1Session
+from juicebox_hsm.adapters.http.edge_h2 import H2Session
 from juicebox_hsm.adapters.http.edge_tls import EdgeTls, load_edge_context
 from juicebox_hsm.adapters.http.exchange import Request, Response
 from juicebox_hsm.adapters.http.limits import FILES_RESERVED, EdgeLimits, fit_connections
+from juicebox_hsm.adapters.streams import TlsStream
 from juicebox_hsm.errors import LocalError
 from tests.unit.edge.harness import EdgeFixture, H1Client, H2Client, Identity, MemoryStream, make_identity
 
@@ -397,3 +401,29 @@ def test_listener_in_use_is_a_clear_error() -> None:
         await listener.aclose()
 
     trio.run(main)
+
+
+@pytest.mark.parametrize("end", ["client", "idle", "handshake"])
+@pytest.mark.parametrize("protocol", ["h2", "http/1.1"])
+async def test_nothing_of_a_connection_waits_for_the_collector(
+    identity: Identity, nursery: trio.Nursery, autojump_clock: object, protocol: str, end: str
+) -> None:
+    """What a connection held goes with it: cycles would pile up until the collector, which services run seldom."""
+    edge = EdgeFixture(identity, nursery, limits=EdgeLimits(handshake_timeout_s=2.0, idle_timeout_s=2.0))
+    await edge.start()
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            if end == "handshake":
+                edge.dial()
+                continue
+            stream = await edge.connect(protocol)
+            if end == "client":
+                await trio.aclose_forcefully(stream)
+        await trio.sleep(20)
+        assert edge.drain.connections == 0
+        kinds = (Connection, H1Session, H2Session, TlsStream)
+        assert [type(each) for each in gc.get_objects() if isinstance(each, kinds)] == []
+    finally:
+        gc.enable()
