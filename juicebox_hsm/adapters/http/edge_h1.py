@@ -132,6 +132,8 @@ class H1Session:
             elif isinstance(event, h11.Request):
                 connection.set_busy()
                 connection.deadline = math.inf
+                if reads == 0:  # pipelined: others get their turn before the next of what may be hundreds
+                    await trio.lowlevel.checkpoint()
                 return event
             else:  # ConnectionClosed; PAUSED cannot follow start_next_cycle
                 return None

@@ -36,6 +36,12 @@ LOOK_S: Final = 1.0
 WINDOW_UPDATE_BYTES: Final = 16_384
 """The connection's window is given back in steps of this size."""
 
+READ_BYTES: Final = 4096
+"""Read size: more than an honest request, and no more frames at a time than 5 ms of work."""
+
+EVENTS_PER_TURN: Final = 16
+"""After a read with more events than this others get their turn."""
+
 _CONTROL_EVENTS: Final = (
     h2.events.PingReceived,
     h2.events.PingAckReceived,
@@ -189,7 +195,7 @@ class H2Session:
         self._h2.initiate_connection()
         await self._flush()
         while not (self._connection.stopping and self._running == 0):
-            data = await self._stream.receive_some()
+            data = await self._stream.receive_some(READ_BYTES)
             if not data:
                 return
             try:
@@ -204,6 +210,8 @@ class H2Session:
             if any(isinstance(event, h2.events.ConnectionTerminated) for event in events):
                 return
             await self._flush()
+            if len(events) > EVENTS_PER_TURN:
+                await trio.lowlevel.checkpoint()  # reading what TLS has already decrypted is none
 
     def _within_bounds(self, size_bytes: int, events: list[h2.events.Event]) -> bool:
         now = trio.current_time()

@@ -40,8 +40,8 @@ class EdgeLimits:
     h2_streams_max: int = 100
     h2_header_list_bytes_max: int = 4096
     h2_silent_bytes_max: int = 131_072
-    h2_resets_max: int = 200
-    h2_control_frames_max: int = 1000
+    h2_resets_max: int = 100
+    h2_control_frames_max: int = 300
     h2_flood_window_s: float = 10.0
 
 
