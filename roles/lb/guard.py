@@ -50,6 +50,8 @@ class RealmGuard:
             except RealmError as error:
                 self._log.warning("cannot check the record-id key of a realm", realm=realm.hex(), error=str(error))
                 return False
+            if realm in self.allowed or realm in self.refused:
+                continue  # somebody else looked at the same time, and has said so
             if standing == self._fingerprint:
                 self.allowed.add(realm)
                 self._log.info("serving realm", realm=realm.hex())

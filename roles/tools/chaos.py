@@ -65,7 +65,9 @@ class Settings:
 @click.option(
     "--pause", "pause_ms", type=click.IntRange(0), default=60, show_default=True, help="Between calls, in ms."
 )
-@click.option("--only", help="Comma-separated kinds of trouble; default all. See the plan for their names.")
+@click.option(
+    "--only", "--actions", "only", help="Comma-separated kinds of trouble; default all. See the plan for their names."
+)
 @click.option("--plan-only", is_flag=True, help="Print the plan and do nothing.")
 @click.option("--state-dir", type=click.Path(path_type=Path, file_okay=False), help="Keep everything here.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write the report there.")

@@ -19,6 +19,8 @@ import pytest
 import roles.agent.main
 import roles.lb.main
 import roles.manager.main
+import roles.tools.check
+import roles.tools.tenant_log_serve
 from juicebox_hsm.adapters.certificates import CaKind, init_ca, issue, issue_edge
 from juicebox_hsm.adapters.hsm_host import generate_keys, init_hsm_dir
 from juicebox_hsm.adapters.supervision import ExitCode
@@ -33,6 +35,12 @@ COMMANDS = {
     "lb": roles.lb.main.command,
     "manager": roles.manager.main.command,
 }
+TOOLS = {
+    "tenant-log": (roles.tools.tenant_log_serve.serve, ("tenant-log", "serve")),
+    "check": (roles.tools.check.command, ("check", "--forever")),
+}
+ROLE_UNITS = [path for path in UNITS if path.stem.removeprefix("juicebox-").rstrip("@") in COMMANDS]
+TOOL_UNITS = [path for path in UNITS if path not in ROLE_UNITS]
 WATCHDOG_S = 0.4
 WAIT_S = 20.0
 
@@ -158,11 +166,25 @@ def _unit(path: Path) -> dict[str, list[str]]:
 
 
 def test_there_is_a_unit_for_each_role() -> None:
-    """Every role has its template."""
-    assert {path.stem.removeprefix("juicebox-").rstrip("@") for path in UNITS} == set(COMMANDS)
+    """Every role and every tool that runs for ever has its template."""
+    assert {path.stem.removeprefix("juicebox-").rstrip("@") for path in UNITS} == {*COMMANDS, *TOOLS}
 
 
-@pytest.mark.parametrize("path", UNITS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", TOOL_UNITS, ids=lambda path: path.stem)
+def test_units_of_tools_fit_them(path: Path) -> None:
+    """The command line is one the tool takes, and it is restarted unless that is wrong."""
+    command, words = TOOLS[path.stem.removeprefix("juicebox-")]
+    unit = _unit(path)
+    given = unit["ExecStart"][0].split()[1:]
+    assert tuple(given[: len(words)]) == words
+    flags = {f"--{flag_of(parameter)}" for parameter in command.params if isinstance(parameter, click.Option)}
+    assert {word for word in given if word.startswith("--")} <= flags
+    assert unit["Restart"] == ["always"]
+    assert str(int(ExitCode.USAGE)) in unit["RestartPreventExitStatus"][0].split()
+    assert unit["NoNewPrivileges"] == ["yes"]
+
+
+@pytest.mark.parametrize("path", ROLE_UNITS, ids=lambda path: path.stem)
 def test_units_fit_the_program(path: Path) -> None:
     """Start command, exit codes, notification and time-outs agree with what the role does."""
     role = path.stem.removeprefix("juicebox-").rstrip("@")
