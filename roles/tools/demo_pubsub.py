@@ -86,6 +86,10 @@ class PubSubEmulator:
     def _output(self) -> bytes:
         return os.pread(self._said.fileno(), 1 << 16, 0)
 
+    def signal(self, number: int) -> None:
+        """Send it a signal, SIGSTOP for one."""
+        self._process.send_signal(number)
+
     def stop(self) -> None:
         """End it; what it held is gone."""
         self._process.kill()
