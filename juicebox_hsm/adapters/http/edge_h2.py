@@ -36,8 +36,8 @@ LOOK_S: Final = 1.0
 WINDOW_UPDATE_BYTES: Final = 16_384
 """The connection's window is given back in steps of this size."""
 
-READ_BYTES: Final = 4096
-"""Read size: more than an honest request, and no more frames at a time than 5 ms of work."""
+READ_BYTES: Final = 2048
+"""Read size: about an honest request, and no more frames at a time than 5 ms of work."""
 
 EVENTS_PER_TURN: Final = 16
 """After a read with more events than this others get their turn."""
