@@ -7,6 +7,7 @@ import trio
 
 from juicebox_hsm.adapters.http.exchange import Request, Response
 from juicebox_hsm.adapters.http.limits import EdgeLimits
+from juicebox_hsm.adapters.streams import lean
 from tests.unit.edge.harness import EdgeFixture, H1Client, Identity
 
 
@@ -292,3 +293,32 @@ async def test_target_forms(identity: Identity, nursery: trio.Nursery, target: b
     client = H1Client(await edge.connect())
     await client.send(b"GET %s HTTP/1.1\r\nhost: x\r\n\r\n" % target)
     assert (await client.answer()).body == b"GET %s " % path
+
+
+async def test_pipelined_requests_leave_turns_to_others(identity: Identity, nursery: trio.Nursery) -> None:
+    """Hundreds of requests sent in one piece are not answered in one turn: who asks meanwhile is served between."""
+    heard: list[str] = []
+
+    async def handler(request: Request) -> Response:
+        heard.append(request.path)
+        return Response(200, b"")
+
+    edge = EdgeFixture(identity, nursery, handler)
+
+    async def connect() -> H1Client:
+        """Connect over a real socket: unlike streams in memory it takes answers without giving others a turn."""
+        ours, theirs = trio.socket.socketpair()
+        nursery.start_soon(edge.edge.serve_stream, lean(trio.SocketStream(theirs)))
+        context = identity.client_context()
+        stream = trio.SSLStream(trio.SocketStream(ours), context, server_hostname="localhost", https_compatible=True)
+        await stream.do_handshake()
+        return H1Client(stream)
+
+    crowd, other = await connect(), await connect()
+    await other.request("GET", "/first")
+    await crowd.send(b"GET /crowd HTTP/1.1\r\nhost: x\r\n\r\n" * 300)
+    await other.request("GET", "/other")
+    assert "/other" in heard
+    assert len(heard) < 150, "most of the crowd was answered first"
+    for client in (crowd, other):
+        await trio.aclose_forcefully(client.stream)
