@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 import click
 
+from juicebox_hsm.adapters.secrets_file import HeldSecrets, SecretsFile, SecretsLog, SecretsMetrics
 from juicebox_hsm.errors import LocalError
 from juicebox_hsm.ports import Store
 from roles.durations import DurationType
@@ -141,8 +142,11 @@ def secrets_options(function: F) -> F:
     @functools.wraps(function)
     def wrapper(**values: Any) -> Any:
         cloud = take_cloud(SECRETS, values)
-        values["secrets"] = SecretsOptions(values.pop("secrets_file"), cloud, raw=values.pop("raw_secrets"))
-        return function(**values)
+        secrets = SecretsOptions(values.pop("secrets_file"), cloud, raw=values.pop("raw_secrets"))
+        problem = secrets.problem(values["common"].store_url if "common" in values else values["store_url"])
+        if problem:
+            raise click.UsageError(problem, click.get_current_context())
+        return function(**values, secrets=secrets)
 
     decorated: Any = wrapper
     for option in reversed(
@@ -174,13 +178,18 @@ class SecretsOptions:
 
     def problem(self, store_url: str) -> str:
         """Return why these flags name no source of secrets, "" when they do."""
-        if self.file is not None:
-            if self.cloud.is_given:
-                return "--secrets-file and --secrets-manager-project exclude each other"
-            return "--raw-secrets is for Secret Manager, not for --secrets-file" if self.raw else ""
-        if self.cloud.project or store_project(store_url):
-            return ""
-        return "--secrets-file FILE is required, or --secrets-manager-project for secrets in the cloud"
+        return secrets_problem(self.file, self.cloud.project, self.cloud.url, store_url, raw=self.raw)
+
+
+def secrets_problem(file: Path | None, project: str | None, url: str | None, store_url: str, *, raw: bool) -> str:
+    """Return why flags name no source of secrets, "" when they do."""
+    if file is not None:
+        if project or url:
+            return "--secrets-file and --secrets-manager-project exclude each other"
+        return "--raw-secrets is for Secret Manager, not for --secrets-file" if raw else ""
+    if project or store_project(store_url):
+        return ""
+    return "--secrets-file FILE is required, or --secrets-manager-project for secrets in the cloud"
 
 
 @asynccontextmanager
@@ -194,3 +203,21 @@ async def with_bus(store: Store, store_url: str, pubsub: CloudOptions) -> AsyncI
 
     async with open_pubsub(pubsub.access(store_url, HOST, PUBSUB)) as bus:
         yield replace(store, bus=bus)
+
+
+@asynccontextmanager
+async def open_secrets(
+    options: SecretsOptions, store_url: str, *, metrics: SecretsMetrics, log: SecretsLog
+) -> AsyncIterator[HeldSecrets]:
+    """Read all secrets from where the flags say. Raises `LocalError`, and `StoreUnavailable` for the cloud."""
+    if options.file is not None:
+        held = SecretsFile(options.file, metrics=metrics, log=log)
+        await held.load()
+        yield held
+        return
+    from juicebox_hsm.adapters.secret_manager import HOST, open_secret_manager
+
+    access = options.cloud.access(store_url, HOST, SECRETS)
+    async with open_secret_manager(access, raw=options.raw, metrics=metrics, log=log) as cloud:
+        await cloud.load()
+        yield cloud

@@ -6,13 +6,14 @@ warning names the entry, never its data.
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, Protocol
 
 import trio
 
-from juicebox_hsm.errors import LocalError
+from juicebox_hsm.errors import LocalError, RealmError
 from juicebox_hsm.tenant_secrets import (
     TENANT_NAME_PREFIX,
     TenantSecret,
@@ -51,19 +52,18 @@ class SecretsMetrics(Protocol):
         ...
 
 
-class SecretsFile:
-    """All secrets of one file. `load` first (failure is the caller's end), then keep `refresh_forever` running."""
+class HeldSecrets(abc.ABC):
+    """All secrets of one source, held in memory. `load` first, then keep `refresh_forever` running."""
 
-    def __init__(self, path: Path, *, metrics: SecretsMetrics, log: SecretsLog) -> None:
-        self.path = path
+    refresh_s: float = REFRESH_S
+
+    def __init__(self, *, metrics: SecretsMetrics, log: SecretsLog) -> None:
         self._metrics = metrics
         self._log = log
-        self._content = b""
         self._secrets: Mapping[str, Versions] = {}
         self._keys: dict[tuple[str, int], TokenKey] = {}
         self._loaded_at = 0.0
         self._failure = ""
-        self._others_warned = False
 
     def versions(self, name: str) -> Versions:
         """Return the enabled versions of a secret, none for an unknown name."""
@@ -74,52 +74,30 @@ class SecretsFile:
         return self._keys.get((tenant, version))
 
     def age_s(self) -> float:
-        """Return the seconds since the file was last read and found good."""
+        """Return the seconds since the source was last read and found good."""
         return trio.current_time() - self._loaded_at
 
+    @abc.abstractmethod
     async def load(self) -> None:
-        """Read the file; raises `LocalError` that names file and entry, and keeps what was there before."""
-        content, mode = await trio.to_thread.run_sync(self._read)
-        if content != self._content or not self._secrets:
-            try:
-                secrets = parse_file(content)
-            except LocalError as error:
-                raise LocalError(f"secrets file {self.path}: {error}") from None
-            self._take(secrets)
-            self._content = content
-        if mode & _OTHERS_READ and not self._others_warned:
-            self._log.warning("secrets file is readable by others; restrict it to this user", path=str(self.path))
-        self._others_warned = bool(mode & _OTHERS_READ)
-        self._loaded_at = trio.current_time()
+        """Read the source; raises `RealmError` that names it, and keeps what was there before."""
 
     async def refresh_forever(self) -> None:
-        """Read the file every `REFRESH_S`; failures keep the last good content."""
+        """Read the source every `refresh_s`; failures keep the last good content."""
         while True:
-            await trio.sleep(REFRESH_S)
+            await trio.sleep(self.refresh_s)
             await self.refresh()
 
     async def refresh(self) -> None:
-        """Read the file once; on failure count, warn (once per cause) and keep the last good content."""
+        """Read the source once; on failure count, warn (once per cause) and keep the last good content."""
         try:
             await self.load()
             self._failure = ""
-        except LocalError as error:
+        except RealmError as error:
             self._metrics.count("secrets.refresh.failures")
             if str(error) != self._failure:
                 self._log.warning("secrets not refreshed; the last good ones stay in use", reason=str(error))
             self._failure = str(error)
         self._metrics.gauge("secrets.age_seconds", self.age_s())
-
-    def _read(self) -> tuple[bytes, int]:
-        try:
-            with self.path.open("rb") as file:
-                content = file.read(FILE_BYTES_MAX + 1)
-            mode = self.path.stat().st_mode
-        except OSError as error:
-            raise LocalError(f"--secrets-file: cannot read secrets file {self.path}: {error.strerror}") from None
-        if len(content) > FILE_BYTES_MAX:
-            raise LocalError(f"secrets file {self.path} is larger than {FILE_BYTES_MAX} bytes")
-        return content, mode
 
     def _take(self, secrets: Mapping[str, Mapping[int, TenantSecret]]) -> None:
         keys: dict[tuple[str, int], TokenKey] = {}
@@ -149,3 +127,39 @@ class SecretsFile:
             self._log.warning(
                 "unusable tenant key; its tokens are refused", secret=name, version=version, reason=str(error)
             )
+
+
+class SecretsFile(HeldSecrets):
+    """All secrets of one file."""
+
+    def __init__(self, path: Path, *, metrics: SecretsMetrics, log: SecretsLog) -> None:
+        super().__init__(metrics=metrics, log=log)
+        self.path = path
+        self._content = b""
+        self._others_warned = False
+
+    async def load(self) -> None:
+        """Read the file; raises `LocalError` that names file and entry, and keeps what was there before."""
+        content, mode = await trio.to_thread.run_sync(self._read)
+        if content != self._content or not self._secrets:
+            try:
+                secrets = parse_file(content)
+            except LocalError as error:
+                raise LocalError(f"secrets file {self.path}: {error}") from None
+            self._take(secrets)
+            self._content = content
+        if mode & _OTHERS_READ and not self._others_warned:
+            self._log.warning("secrets file is readable by others; restrict it to this user", path=str(self.path))
+        self._others_warned = bool(mode & _OTHERS_READ)
+        self._loaded_at = trio.current_time()
+
+    def _read(self) -> tuple[bytes, int]:
+        try:
+            with self.path.open("rb") as file:
+                content = file.read(FILE_BYTES_MAX + 1)
+            mode = self.path.stat().st_mode
+        except OSError as error:
+            raise LocalError(f"--secrets-file: cannot read secrets file {self.path}: {error.strerror}") from None
+        if len(content) > FILE_BYTES_MAX:
+            raise LocalError(f"secrets file {self.path} is larger than {FILE_BYTES_MAX} bytes")
+        return content, mode

@@ -29,7 +29,7 @@ from juicebox_hsm.adapters.logging import configure, get_logger, report_suppress
 from juicebox_hsm.adapters.metric_names import LOAD_BALANCER, declare
 from juicebox_hsm.adapters.metrics import Metrics
 from juicebox_hsm.adapters.rpc import RpcPool
-from juicebox_hsm.adapters.secrets_file import SecretsFile
+from juicebox_hsm.adapters.secrets_file import HeldSecrets
 from juicebox_hsm.adapters.store import open_store
 from juicebox_hsm.adapters.store_faults import with_faults
 from juicebox_hsm.adapters.store_metrics import with_metrics
@@ -47,6 +47,7 @@ from juicebox_hsm.ports import ServiceKind, Store, StoreUnavailable
 from juicebox_hsm.tenant_secrets import RECORD_ID_KEY_NAME, record_id_key, record_id_key_fingerprint
 from juicebox_hsm.tokens import RejectionReason
 from juicebox_hsm.wire.rpc import PeerRole
+from roles.cloud_options import SecretsOptions, open_secrets, secrets_options
 from roles.durations import DurationType
 from roles.lb.forward import Forwarder
 from roles.lb.guard import RealmGuard
@@ -77,7 +78,7 @@ class LoadBalancerOptions:
     common: CommonOptions
     tls_key: Path
     tls_cert: Path
-    secrets_file: Path
+    secrets: SecretsOptions
     record_id_key_version: int | None
     shutdown_timeout_s: float
     shutdown_notice_s: float
@@ -109,7 +110,7 @@ _FILE: Final = click.Path(path_type=Path, dir_okay=False)
 @role_options("127.0.0.1:8081")
 @click.option("--tls-key", required=True, type=_FILE, help="PEM private key of the edge (PKCS#8, PKCS#1 or SEC1).")
 @click.option("--tls-cert", required=True, type=_FILE, help="PEM certificate chain of the edge, leaf first.")
-@click.option("--secrets-file", required=True, type=_FILE, help="Secrets: record id key and tenants' token keys.")
+@secrets_options
 @click.option(
     "--record-id-key-version",
     type=click.IntRange(min=0),
@@ -142,7 +143,7 @@ def command(
     common: CommonOptions,
     tls_key: Path,
     tls_cert: Path,
-    secrets_file: Path,
+    secrets: SecretsOptions,
     record_id_key_version: int | None,
     max_connections: int,
     shutdown_timeout: float,
@@ -170,7 +171,7 @@ def command(
         common,
         tls_key,
         tls_cert,
-        secrets_file,
+        secrets,
         record_id_key_version,
         shutdown_timeout,
         min(shutdown_notice_period, shutdown_timeout),
@@ -205,10 +206,11 @@ async def run(options: LoadBalancerOptions, place: WorkerPlace, traces: Traces |
     cluster_tls = load_identity(common, PeerRole.LOAD_BALANCER)
     if common.advertise.is_loopback and not common.allow_loopback:
         _log.warning("advertising a loopback address: only this machine can reach it", address=str(common.advertise))
-    async with open_store(common.store_url) as store:
+    async with (
+        open_store(common.store_url) as store,
+        open_secrets(options.secrets, common.store_url, metrics=metrics, log=_log) as secrets,
+    ):
         await store.realms.create_shared()
-        secrets = SecretsFile(options.secrets_file, metrics=metrics, log=_log)
-        await secrets.load()
         record_key = record_id_key(secrets.versions(RECORD_ID_KEY_NAME), options.record_id_key_version)
         listener = open_edge_listener(common.listen.host, common.listen.port, share_port=options.workers > 1)
         balancer = LoadBalancer(options, place, store, edge_tls, cluster_tls, secrets, record_key, metrics, traces)
@@ -230,7 +232,7 @@ class LoadBalancer:
         store: Store,
         edge_tls: EdgeTls,
         cluster_tls: ClusterTls | None,
-        secrets: SecretsFile,
+        secrets: HeldSecrets,
         record_key: Secret,
         metrics: Metrics,
         traces: Traces | None,
@@ -281,7 +283,13 @@ class LoadBalancer:
             traces=self._traces,
             trace_rate=options.trace_rate,
         )
-        readiness = Readiness(drain=self._drain, poller=poller, guard=guard, secrets_age_s=self._secrets.age_s)
+        readiness = Readiness(
+            drain=self._drain,
+            poller=poller,
+            guard=guard,
+            secrets_age_s=self._secrets.age_s,
+            refresh_s=self._secrets.refresh_s,
+        )
         routes = Routes(
             service.answer,
             drain=self._drain,

@@ -11,8 +11,8 @@ from juicebox_hsm.ids import OwnedRange, RecordId
 from roles.lb.guard import RealmGuard
 from roles.lb.poller import Poller
 
-SECRETS_AGE_S_MAX: Final = 10 * REFRESH_S
-"""Secrets older than ten refresh intervals make a balancer not ready."""
+REFRESHES_MISSED_MAX: Final = 10
+"""Secrets older than so many refresh intervals make a balancer not ready."""
 
 
 def _short(record: RecordId) -> str:
@@ -30,12 +30,19 @@ class Readiness:
     """Judges the balancer: live, at least one realm fully routed, fresh secrets."""
 
     def __init__(
-        self, *, drain: DrainController, poller: Poller, guard: RealmGuard, secrets_age_s: Callable[[], float]
+        self,
+        *,
+        drain: DrainController,
+        poller: Poller,
+        guard: RealmGuard,
+        secrets_age_s: Callable[[], float],
+        refresh_s: float = REFRESH_S,
     ) -> None:
         self._drain = drain
         self._poller = poller
         self._guard = guard
         self._secrets_age_s = secrets_age_s
+        self._age_s_max = REFRESHES_MISSED_MAX * refresh_s
 
     def reasons(self) -> list[str]:
         """Return one reason per line, none when ready."""
@@ -43,7 +50,7 @@ class Readiness:
         if self._drain.phase is not LifePhase.LIVE:
             reasons.append("shutting down")
         age_s = self._secrets_age_s()
-        if age_s > SECRETS_AGE_S_MAX:
+        if age_s > self._age_s_max:
             reasons.append(f"secrets stale for {age_s:.0f}s")
         return reasons + self._unrouted()
 

@@ -26,6 +26,7 @@ from juicebox_hsm.adapters.store import open_store
 from juicebox_hsm.adapters.tracing import endpoint_of
 from juicebox_hsm.consensus.nvram import decode_state
 from juicebox_hsm.errors import RealmError
+from roles.cloud_options import secrets_problem
 from roles.options import Address, CommonOptions, identity_problems
 from roles.tools.cluster_session import first_leaf
 from roles.tools.config import Parsed, path_of
@@ -222,6 +223,10 @@ def _balancer_problems(parsed: Parsed) -> list[str]:
     if key is not None and cert is not None and not missing:
         problems += _edge_problems(key, cert)
     secrets = path_of(parsed, "secrets_file")
+    project, url = (parsed.values.get(f"secrets_manager_{name}") for name in ("project", "url"))
+    raw = bool(parsed.values.get("raw_secrets"))
+    if source := secrets_problem(secrets, project, url, parsed.common.store_url or "", raw=raw):
+        problems.append(source)
     if secrets is not None:
         problems += _secrets_problems(secrets, parsed.values.get("record_id_key_version"))
     workers: Any = parsed.values.get("workers")

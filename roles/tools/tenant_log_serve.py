@@ -20,13 +20,13 @@ from juicebox_hsm.adapters.http.containment import ContainedConfig
 from juicebox_hsm.adapters.http.probes import listen, serve_probes
 from juicebox_hsm.adapters.logging import configure, get_logger, report_suppressed
 from juicebox_hsm.adapters.metrics import Metrics
-from juicebox_hsm.adapters.secrets_file import SecretsFile
+from juicebox_hsm.adapters.secrets_file import HeldSecrets
 from juicebox_hsm.adapters.store import open_store
 from juicebox_hsm.adapters.supervision import ExitCode, handle_signals, notify, report_crash, watchdog_interval_s
 from juicebox_hsm.errors import DecodingError, InvariantViolation, LocalError, RealmError
 from juicebox_hsm.ids import RealmId, parse_id
 from juicebox_hsm.ports import Store, StoreUnavailable
-from roles.cloud_options import CloudOptions, pubsub_options, with_bus
+from roles.cloud_options import CloudOptions, SecretsOptions, open_secrets, pubsub_options, secrets_options, with_bus
 from roles.options import HTTP_PORT_OFFSET, Address, AddressType, config_option
 from roles.store_options import store_option
 from roles.tools.tenant_log_service import WAIT_S, Realms, TenantLogService
@@ -50,7 +50,7 @@ class ServeOptions:
     realms: tuple[RealmId, ...]
     listen: Address
     http_listen: Address
-    secrets_file: Path
+    secrets: SecretsOptions
     tls: tuple[Path, Path] | None
     name: str
     pubsub: CloudOptions
@@ -76,7 +76,7 @@ class RealmIdType(click.ParamType[RealmId]):
     "--id", "realms", multiple=True, type=RealmIdType(), envvar="REALM_ID",
     help="Realm to serve, repeatable; default all realms of the store. Tokens choose by their audience.",
 )  # fmt: skip
-@click.option("--secrets-file", required=True, type=_FILE, help="Secrets file with the tenants' token keys.")
+@secrets_options
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
     "--port", default=8080, show_default=True, type=click.IntRange(0, 65535), envvar="PORT", help="Port to listen on."
@@ -92,7 +92,7 @@ class RealmIdType(click.ParamType[RealmId]):
 def serve(
     store_url: str,
     realms: tuple[RealmId, ...],
-    secrets_file: Path,
+    secrets: SecretsOptions,
     host: str,
     port: int,
     http_listen: Address | None,
@@ -113,7 +113,7 @@ def serve(
                 raise LocalError(f"--port {port} + {HTTP_PORT_OFFSET} is no port; give --http-listen")
             http_listen = Address("127.0.0.1", probes_port)
         tls = (tls_cert, tls_key) if tls_cert is not None and tls_key is not None else None
-        options = ServeOptions(store_url, realms, Address(host, port), http_listen, secrets_file, tls, name, pubsub)
+        options = ServeOptions(store_url, realms, Address(host, port), http_listen, secrets, tls, name, pubsub)
         trio.run(run, options)
     except StoreUnavailable as error:
         _log.error("store unavailable at start", error=str(error))
@@ -128,11 +128,10 @@ async def run(options: ServeOptions) -> None:
     async with (
         open_store(options.store_url) as opened,
         with_bus(opened, options.store_url, options.pubsub) as store,
+        open_secrets(options.secrets, options.store_url, metrics=metrics, log=_log) as secrets,
     ):
         if store.bus is None:
             raise LocalError(f"--store {options.store_url}: this store has no tenant event log")
-        secrets = SecretsFile(options.secrets_file, metrics=metrics, log=_log)
-        await secrets.load()
         config = _server_config(options)
         listener = listen(options.listen.host, options.listen.port, "--port")
         port = int(listener.getsockname()[1])
@@ -189,7 +188,7 @@ def _server_config(options: ServeOptions) -> ContainedConfig:
 async def _probes(
     options: ServeOptions,
     store: Store,
-    secrets: SecretsFile,
+    secrets: HeldSecrets,
     metrics: Metrics,
     *,
     task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED,

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.fakes.secret_manager import SecretManager
 from tests.unit.edge.harness import Identity, make_identity
 
 pytestmark = pytest.mark.processes
@@ -53,10 +54,14 @@ class Balancer:
         path.write_text(json.dumps(content))
         path.chmod(0o600)
 
-    def start(self, *more: str, http_port: int = 0) -> subprocess.Popen[bytes]:
+    def start(self, *more: str, http_port: int = 0, cloud: str = "") -> subprocess.Popen[bytes]:
         arguments = [sys.executable, "-m", "roles", "--role", "lb", "--insecure-rpc", "--allow-loopback"]
         arguments += ["--store", f"sqlite:{self.folder / 'realm.db'}", "--listen", f"127.0.0.1:{self.port}"]
-        arguments += ["--http-listen", f"127.0.0.1:{http_port}", "--secrets-file", str(self.folder / "secrets.json")]
+        arguments += ["--http-listen", f"127.0.0.1:{http_port}"]
+        if cloud:
+            arguments += ["--secrets-manager-project", "prod", "--secrets-manager-url", f"http://{cloud}"]
+        else:
+            arguments += ["--secrets-file", str(self.folder / "secrets.json")]
         arguments += ["--tls-key", str(self.identity.key), "--tls-cert", str(self.identity.cert), *more]
         with (self.folder / "lb.log").open("ab") as log:
             self.process = subprocess.Popen(arguments, stdout=log, stderr=log)
@@ -141,6 +146,23 @@ def test_bad_settings_exit_78(balancer: Balancer, tmp_path: Path, fault: str) ->
     log = (balancer.folder / "lb.log").read_text()
     assert name in log
     assert "Traceback" not in log
+
+
+def test_secrets_from_the_cloud(balancer: Balancer) -> None:
+    """Without a file the balancer reads Secret Manager; a project without a record id key ends the start with 78."""
+    manager = SecretManager("prod")
+    try:
+        assert balancer.start(cloud=manager.address).wait(START_S) == 78
+        assert "record-id-randomization: no enabled version" in (balancer.folder / "lb.log").read_text()
+        payload = json.dumps(SECRETS["record-id-randomization"]["1"])
+        manager.put("record-id-randomization", "1", payload, kind="record_id_randomization_key")
+        process = balancer.start("--shutdown-notice-period", "0s", cloud=manager.address)
+        balancer.wait_until_live()
+        process.terminate()
+        assert process.wait(START_S) == 0
+    finally:
+        manager.stop()
+    assert "32-bytes" not in (balancer.folder / "lb.log").read_text()
 
 
 def test_reload_over_hup(balancer: Balancer) -> None:
