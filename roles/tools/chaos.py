@@ -52,6 +52,7 @@ class Settings:
     state_dir: Path
     plan: list[Action]
     verbose: bool
+    store: str = "sqlite"
 
 
 @click.command()
@@ -61,6 +62,10 @@ class Settings:
 @click.option("--groups", type=click.IntRange(1, 8), default=1, show_default=True, help="Groups of the realm.")
 @click.option("--managers", type=click.IntRange(1, 4), default=2, show_default=True, help="Managers.")
 @click.option("--load-balancers", type=click.IntRange(1, 4), default=2, show_default=True, help="Load balancers.")
+@click.option(
+    "--store", type=click.Choice(["sqlite", "bigtable"]), default="sqlite", show_default=True,
+    help="Store; bigtable is Google's emulator.",
+)  # fmt: skip
 @click.option("--users", type=click.IntRange(1, 1000), default=16, show_default=True, help="Users that call at once.")
 @click.option(
     "--pause", "pause_ms", type=click.IntRange(0), default=60, show_default=True, help="Between calls, in ms."
@@ -79,6 +84,7 @@ def command(
     groups: int,
     managers: int,
     load_balancers: int,
+    store: str,
     users: int,
     pause_ms: int,
     only: str | None,
@@ -102,7 +108,7 @@ def command(
     if plan_only:
         return
     directory = state_dir or Path(tempfile.mkdtemp(prefix="juicebox-chaos-"))
-    settings = Settings(seed, duration, shape, users, pause_ms / 1000, directory, plan, not quiet)
+    settings = Settings(seed, duration, shape, users, pause_ms / 1000, directory, plan, not quiet, store)
     keep = state_dir is not None
     try:
         report = run(lambda: run_chaos(settings))
@@ -246,6 +252,7 @@ async def _behind_network(settings: Settings, network: Network, nursery: trio.Nu
         load_balancers=shape.load_balancers,
         port_base=port_base,
         pin_hashing="FastInsecure",
+        store=settings.store,
         tenant_log=False,
         extra_flags=flags,
     )

@@ -85,6 +85,7 @@ class Realms:
         self._known = list(given)
         self._list_realms = list_realms
         self._asked_at = float("-inf")
+        self._asking = trio.Lock()
 
     async def known(self) -> list[RealmId]:
         """Return the realms, asking the store when there are none yet. Raises `StoreUnavailable`."""
@@ -103,10 +104,10 @@ class Realms:
         return realm if realm in self._known else None
 
     async def _ask(self) -> None:
-        now = trio.current_time()
-        if not self._fixed and now - self._asked_at >= REALMS_AGAIN_S:
-            self._asked_at = now
-            self._known = await self._list_realms()
+        async with self._asking:  # who comes meanwhile waits for the answer; only an answer spares the next question
+            if not self._fixed and trio.current_time() - self._asked_at >= REALMS_AGAIN_S:
+                self._known = await self._list_realms()
+                self._asked_at = trio.current_time()
 
 
 class BadRequest(Exception):

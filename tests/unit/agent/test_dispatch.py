@@ -11,6 +11,8 @@ from typing import Any, ClassVar, cast
 import pytest
 import trio
 
+from juicebox_hsm.adapters.embedded_bus import EmbeddedBus
+from juicebox_hsm.adapters.logging import get_logger
 from juicebox_hsm.adapters.metrics import Metrics
 from juicebox_hsm.adapters.store import open_store
 from juicebox_hsm.ids import RealmId
@@ -144,3 +146,52 @@ async def test_events_stay_7_days_after_publication(store: Store) -> None:
     assert await tick(27, 6) == [4, 5, 6]
     assert clock.ms < NOW_MS + int(20.1 * DAY_MS) + KEPT_MS
     assert await tick(27.2, 7) == [6, 7]
+
+
+class BrokenBus(EmbeddedBus):
+    """A bus that is down for one tenant, until told otherwise."""
+
+    down = True
+
+    async def publish(self, realm: RealmId, tenant: str, rows: Sequence[OutboxEvent]) -> None:
+        """Fail, or do what the embedded bus does."""
+        await trio.lowlevel.checkpoint()
+        if self.down and tenant == "a":
+            raise StoreUnavailable("pubsub Publish: UNAVAILABLE")
+
+
+async def test_a_bus_that_is_down_is_a_warning(store: Store) -> None:
+    """While the bus fails rows wait and readiness warns, other tenants go on; afterwards all is published."""
+    bus = BrokenBus(cast("Any", None))
+    agent = SimpleNamespace(
+        store=replace(store, bus=bus),
+        now_ms=Clock(),
+        metrics=Metrics(),
+        config=SimpleNamespace(name="one"),
+        log=get_logger("test"),
+        groups=SimpleNamespace(realms=[REALM]),
+        timings=SimpleNamespace(dispatch_s=0.001, dispatch_idle_s=0.001),
+        bus_warning="",
+        clear_trouble=lambda what: None,
+        note_trouble=lambda what, error: pytest.fail(f"{what}: {error}"),
+    )
+    for tenant in "ab":
+        await store.outbox.record(REALM, [made(1, EventKind.RECOVER2, tenant)], {})
+
+    async def published(wanted: dict[str, int]) -> bool:
+        while {each.tenant: each.published for each in await store.outbox.cursors(REALM)} != wanted:
+            await trio.sleep(0.001)
+        return True
+
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(Dispatcher(cast("Any", agent)).run)
+            assert await published({"a": 0, "b": 1})
+            while not agent.bus_warning:  # noqa: ASYNC110 - the dispatcher tells nobody
+                await trio.sleep(0.001)
+            assert agent.bus_warning == "pubsub Publish: UNAVAILABLE"
+            bus.down = False
+            assert await published({"a": 1, "b": 1})
+            while agent.bus_warning:  # noqa: ASYNC110 - same
+                await trio.sleep(0.001)
+            nursery.cancel_scope.cancel()

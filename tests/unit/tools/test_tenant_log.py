@@ -105,6 +105,37 @@ def make_token(
     return create(KEY, tenant=tenant, version=1, user="auditor", realm=realm, now_s=now_s, scope=scope)
 
 
+async def test_realms_are_asked_for_once() -> None:
+    """Who comes while the realms are being listed waits for the answer; a store that failed is asked again at once."""
+    asked: list[int] = []
+    begun, go = trio.Event(), trio.Event()
+
+    async def list_realms() -> list[RealmId]:
+        asked.append(1)
+        if len(asked) == 1:
+            raise StoreUnavailable("down")
+        begun.set()
+        await go.wait()
+        return [REALM]
+
+    realms = Realms((), list_realms)
+    with pytest.raises(StoreUnavailable):
+        await realms.find(REALM.hex())
+    found: list[RealmId | None] = []
+
+    async def find() -> None:
+        found.append(await realms.find(REALM.hex()))
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(3):
+            nursery.start_soon(find)
+        await begun.wait()
+        await trio.testing.wait_all_tasks_blocked()
+        go.set()
+    assert found == [REALM] * 3
+    assert len(asked) == 2
+
+
 async def test_index_names_the_realm() -> None:
     """GET / is the liveness answer existing clients know; with several realms all are listed."""
     answer = await Caller(Bus()).client.get("/")
