@@ -258,7 +258,8 @@ class Dispatcher:
             try:
                 moved += await self._dispatch_tenant(realm, cursor)
             except RealmError as error:
-                trouble = error
+                if trouble is None or not isinstance(error, BusTrouble):
+                    trouble = error
         if moved:
             await agent.store.outbox.remove_published(realm, await self._removal_ms(realm), REMOVE_ROWS)
         if trouble is not None:
