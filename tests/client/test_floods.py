@@ -29,6 +29,10 @@ def test_floods_in_short(tmp_path: Path) -> None:
     """Honest clients are served during every flood, memory stays bounded, and all of it ends with the flood."""
     command = [sys.executable, "-m", "roles", "demo", "--pin-hashing", "FastInsecure", "--agents", "1"]
     command += ["--state-dir", str(tmp_path), "--", str(FLOOD), "--seconds", "2", "--connections", "600"]
+    command += [
+        "--p99-ms",
+        "2000",
+    ]  # tests share their machine; the program judges latencies where it has one of its own
     settings = {**os.environ, "JUICEBOX_HSM_MAX_CONNECTIONS": "400"}  # the crowds must be evicted, too
     done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False, env=settings)
     assert done.returncode == 0, done.stdout + done.stderr
