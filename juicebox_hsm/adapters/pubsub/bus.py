@@ -39,6 +39,8 @@ READ_RETRY: Final = RetryProfile(first_s=0.05, most_s=1.0, attempts_max=8, total
 BATCH_MAX: Final = 100
 """Messages per request (operator-tools.md 6.1)."""
 PUBLISHING_MAX: Final = 16  # own: users whose events are on the way at once
+PULL_MAX: Final = 100
+"""Own: the service's ids are long, and a reader must be able to acknowledge a page in one request of 32 KiB."""
 MISSING_MAX: Final = 3  # own: how often one request may find nothing although it was just made
 
 _log = get_logger("pubsub")
@@ -83,7 +85,7 @@ class PubSubBus:
 
     async def pull(self, realm: RealmId, tenant: str, limit: int, wait_s: float) -> list[BusEvent]:
         """Return what the subscription delivers. What is lost with a cancelled call comes again after 10 s."""
-        names = Names(self._project, realm, tenant)
+        names, limit = Names(self._project, realm, tenant), min(limit, PULL_MAX)
         deadline = trio.current_time() + wait_s
         while True:
             left_s = deadline - trio.current_time()
