@@ -32,6 +32,7 @@ AGENT: Final = Catalogue(
         "agent.outbox.retry", "agent.outbox.unknown", "agent.replicate.undecodable",
         "agent.start_app_request.exhausted", "agent.start_app_request.missing_node",
         "agent.start_app_request.stale_proof", "agent.tenants.failed", "agent.watchdog.crash", "bigtable.append.retry",
+        "pubsub.publish_msg.exhausted_errors", "pubsub.publish_msg.fatal_errors",
     ),
     gauges=(
         "agent.accounting.batch_size", "agent.commit.log.index", "agent.compaction.compact_index",
@@ -41,6 +42,7 @@ AGENT: Final = Catalogue(
     timers=(
         "agent.catchup", "agent.commit.latency", "agent.handle_become_leader.hsm_request",
         "agent.handle_become_leader.read_log_entry", "agent.start_app_request", "bigtable.append.time",
+        "pubsub.publish_msg.time",
     ),
     known=(
         ("agent.catchup.jump", "result", ("ok", "retry")),

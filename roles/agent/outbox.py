@@ -7,6 +7,7 @@ without a row become `unknown`, so an auditor sees "one request of unconfirmed o
 
 from __future__ import annotations
 
+import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -286,11 +287,7 @@ class Dispatcher:
         events = [row for row in page if row.new.event is not None]
         if events:
             await self._keep_late(realm, min(row.new.when_ms for row in events))
-            if agent.store.bus is not None:
-                try:
-                    await agent.store.bus.publish(realm, tenant, events)
-                except RealmError as error:
-                    raise BusTrouble(str(error)) from error
+            await self._hand_over(realm, tenant, events)
         for day, rows in by_day(page):
             accounting = [
                 (tenant, row.new.record_id, row.new.when_ms, row.new.accounting == "registered")
@@ -305,6 +302,22 @@ class Dispatcher:
                 return published
             published = rows[-1].seq
         return published
+
+    async def _hand_over(self, realm: RealmId, tenant: str, events: Sequence[OutboxEvent]) -> None:
+        """Give events to the bus, if there is one. Raises `BusTrouble`."""
+        agent = self._agent
+        if agent.store.bus is None:
+            return
+        began_ns = time.perf_counter_ns()
+        try:
+            await agent.store.bus.publish(realm, tenant, events)
+        except RealmError as error:
+            if error.retryable:
+                agent.metrics.count("pubsub.publish_msg.exhausted_errors")
+            else:
+                agent.metrics.count("pubsub.publish_msg.fatal_errors")
+            raise BusTrouble(str(error)) from error
+        agent.metrics.timing("pubsub.publish_msg.time", time.perf_counter_ns() - began_ns)
 
     async def _keep_late(self, realm: RealmId, oldest_ms: int) -> None:
         """Put off the removal of events that are published late: readers have 7 days from now, not from their time."""

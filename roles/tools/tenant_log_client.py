@@ -27,6 +27,8 @@ ANSWER_BYTES_MAX: Final = 4 << 20
 COLUMNS: Final = ("id", "when", "event", "num_guesses", "guess_count", "user_id")
 
 Event = dict[str, Any]
+SINCE_PAGE: Final = 100
+"""Own: a tenant log on Pub/Sub returns no larger pages, so that a page which is not full is the last."""
 
 
 class LogClient:
@@ -132,7 +134,9 @@ def _tenant_of(token: str) -> str:
 @click.command()
 @_client_options
 @click.option(
-    "--page", type=click.IntRange(1, PAGE_MAX), help=f"Events per request.  [default: 1; {PAGE_MAX} with --since-user]"
+    "--page",
+    type=click.IntRange(1, PAGE_MAX),
+    help=f"Events per request.  [default: 1; {SINCE_PAGE} with --since-user]",
 )
 @click.option("--ack", "with_ack", is_flag=True, help="Acknowledge what was printed; it does not come again.")
 @click.option("--watch", is_flag=True, help="Go on until Ctrl-C. Without --ack the same events come again every 10 s.")
@@ -157,7 +161,7 @@ def tail(
     One page, or with --since-user all pages there are at the moment; with --watch for ever.
     """
     token = _read_token(token, token_file)
-    page = page or (1 if since_user is None else PAGE_MAX)
+    page = page or (1 if since_user is None else SINCE_PAGE)
     wanted = None if since_user is None else event_user_id(_tenant_of(token), since_user)
     acks: list[str] = []
     with closing(LogClient(url, token, ca)) as client:

@@ -190,6 +190,7 @@ async def test_a_bus_that_is_down_is_a_warning(store: Store) -> None:
             while not agent.bus_warning:  # noqa: ASYNC110 - the dispatcher tells nobody
                 await trio.sleep(0.001)
             assert agent.bus_warning == "pubsub Publish: UNAVAILABLE"
+            assert agent.metrics.counter("pubsub.publish_msg.exhausted_errors").value > 0
             bus.down = False
             assert await published({"a": 1, "b": 1})
             while agent.bus_warning:  # noqa: ASYNC110 - same
