@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import AsyncIterator, Callable, MutableMapping
+import re
+from collections.abc import AsyncIterator, Callable, Mapping, MutableMapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 PUBSUB: Final = "pubsub"
 SECRETS: Final = "secrets-manager"
+_PROJECT: Final = re.compile(r"[a-z0-9][a-z0-9.:_-]{0,62}")
 _TIMES: Final = {
     "timeout": (20.0, "Longest time of one request to {}."),
     "connect-timeout": (20.0, "Longest time to connect to {}."),
@@ -59,6 +61,8 @@ class CloudOptions:
         project = self.project or store_project(store_url)
         if project is None:
             raise LocalError(f"--{flag}-project is required: a store that is not on Bigtable names no project")
+        if not _PROJECT.fullmatch(project):
+            raise LocalError(f"--{flag}-project {project}: not the name of a project")
         tuning = ChannelTuning(
             self.connect_timeout_s, self.keepalive_interval_s, self.keepalive_timeout_s, self.keepalive_while_idle
         )
@@ -70,6 +74,20 @@ def store_project(store_url: str) -> str | None:
     """Return the project of `bigtable:PROJECT/INSTANCE`, None for other stores."""
     scheme, _, rest = store_url.partition(":")
     return rest.partition("/")[0] or None if scheme == "bigtable" else None
+
+
+def pubsub_problem(values: Mapping[str, Any], store_url: str) -> str:
+    """Return why the `--pubsub-...` flags among `values` cannot work, "" when they can or none is given."""
+    pubsub = take_cloud(PUBSUB, dict(values))
+    if not pubsub.is_given:
+        return ""
+    from juicebox_hsm.adapters.pubsub.bus import HOST
+
+    try:
+        pubsub.access(store_url, HOST, PUBSUB)
+    except LocalError as error:
+        return str(error)
+    return ""
 
 
 def _flags(prefix: str, service: str, project_help: str) -> list[Callable[[Any], Any]]:
@@ -102,14 +120,16 @@ def _flags(prefix: str, service: str, project_help: str) -> list[Callable[[Any],
 def take_cloud(prefix: str, values: MutableMapping[str, Any]) -> CloudOptions:
     """Remove the flags of one service from `values` and return them."""
     words = prefix.replace("-", "_")
+    times = [float(values.pop(f"{words}_{name.replace('-', '_')}", default)) for name, (default, _) in _TIMES.items()]
+    timeout_s, connect_s, interval_s, wait_s = times
     return CloudOptions(
-        values.pop(f"{words}_project"),
-        values.pop(f"{words}_url"),
-        values.pop(f"{words}_timeout"),
-        values.pop(f"{words}_connect_timeout"),
-        values.pop(f"{words}_http_keepalive_interval"),
-        values.pop(f"{words}_http_keepalive_timeout"),
-        values.pop(f"{words}_http_keepalive_while_idle"),
+        values.pop(f"{words}_project", None),
+        values.pop(f"{words}_url", None),
+        timeout_s,
+        connect_s,
+        interval_s,
+        wait_s,
+        bool(values.pop(f"{words}_http_keepalive_while_idle", True)),
     )
 
 

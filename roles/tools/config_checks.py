@@ -26,7 +26,7 @@ from juicebox_hsm.adapters.store import open_store
 from juicebox_hsm.adapters.tracing import endpoint_of
 from juicebox_hsm.consensus.nvram import decode_state
 from juicebox_hsm.errors import RealmError
-from roles.cloud_options import secrets_problem
+from roles.cloud_options import pubsub_problem, secrets_problem
 from roles.options import Address, CommonOptions, identity_problems
 from roles.tools.cluster_session import first_leaf
 from roles.tools.config import Parsed, path_of
@@ -47,6 +47,8 @@ def all_problems(parsed: Parsed) -> list[str]:
         problems += [] if directory is None else hsm_problems(directory)
     if parsed.role == "lb":
         problems += _balancer_problems(parsed)
+    if parsed.role == "agent" and (problem := pubsub_problem(parsed.values, parsed.common.store_url or "")):
+        problems.append(problem)
     return [" ".join(problem.split()) for problem in problems]
 
 
