@@ -35,7 +35,8 @@ def sdist_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (copy / name).write_bytes(source.read_bytes())
     out = tmp_path_factory.mktemp("sdist")
     with tarfile.open(_build("sdist", copy, out)) as archive:
-        archive.extractall(out, filter="data")
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)  # 3.11.3 and older have no such argument
+        archive.extractall(out)
     return next(path for path in out.iterdir() if path.is_dir())
 
 
