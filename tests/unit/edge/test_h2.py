@@ -209,6 +209,7 @@ async def test_oversized_header_list(identity: Identity, nursery: trio.Nursery) 
     while await client.read():
         pass
     assert _goaway(client) is not None
+    await trio.testing.wait_all_tasks_blocked()
     assert edge.drain.connections == 0
 
 
@@ -218,6 +219,7 @@ async def test_continuation_flood(identity: Identity, nursery: trio.Nursery) -> 
     client = await _client(edge)
     await client.stream.send_all(HeadersFrame(1, b"\x00" * 10).serialize())
     assert await _sent_before_hangup(client, ContinuationFrame(1, b"\x00" * 10).serialize(), 200) is not None
+    await trio.testing.wait_all_tasks_blocked()
     assert edge.drain.connections == 0
 
 
