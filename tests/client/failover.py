@@ -73,7 +73,7 @@ async def measure(options: argparse.Namespace, directory: Path) -> int:
         environment = Environment.load(cluster.state.client_json)
         driver_of = official_driver if options.client == "official" else own_driver
         async with driver_of(environment.ca) as driver, trio.open_nursery() as nursery:
-            users = [_user(environment, driver, number) for number in range(options.users)]
+            users = [new_user(environment, driver, number) for number in range(options.users)]
             for user in users:
                 result = await user.register(PIN, user.name.encode(), 5)
                 if result.error is not None:
@@ -108,7 +108,7 @@ async def measure(options: argparse.Namespace, directory: Path) -> int:
     return 1 if tally.wrong or max(gaps) > 2 or statistics.median(gaps) > 1 else 0
 
 
-def _user(environment: Environment, driver: Driver, number: int) -> User:
+def new_user(environment: Environment, driver: Driver, number: int) -> User:
     name = f"failover-{time.time_ns()}-{number}"
     return User(driver, name, environment.configuration, environment.tokens(name))
 
