@@ -70,7 +70,8 @@ def check(connection: Connection, hsm_dirs: tuple[Path, ...], *, as_json: bool) 
 
     Works beside running agents and changes nothing. Without --hsm-dir damage is found, but not every forgery.
     """
-    from juicebox_hsm.adapters.sqlite.check import Report, check_file
+    from juicebox_hsm.adapters.sqlite.check import check_file
+    from juicebox_hsm.adapters.store_check import Report
 
     path = _sqlite_path(connection)
     with _expected_errors():

@@ -7,57 +7,21 @@ the MACs themselves, which find forgery. Without the key somebody who writes che
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
-from itertools import pairwise
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
 
 import apsw
 
-from juicebox_hsm.adapters.sqlite.check_logs import GroupTail, check_log
+from juicebox_hsm.adapters.sqlite.check_logs import check_log
 from juicebox_hsm.adapters.sqlite.check_outbox import check_outbox
 from juicebox_hsm.adapters.sqlite.check_trees import TreeWalk
 from juicebox_hsm.adapters.sqlite.layout import rows_of_realm
 from juicebox_hsm.adapters.sqlite.reads import fetch, fetch_one
 from juicebox_hsm.adapters.sqlite.rows import entries_size
 from juicebox_hsm.adapters.sqlite.snapshot import open_snapshot
+from juicebox_hsm.adapters.store_check import GroupTail, Progress, Report, check_ranges, trees_of
 from juicebox_hsm.consensus.macs import Macs
-from juicebox_hsm.consensus.types import Partition, TransferringOut
 from juicebox_hsm.ids import GroupId, RealmId
-
-FINDINGS_MAX: Final = 1_000
-"""Findings that are kept; a destroyed file has millions, and the first tell enough."""
-
-Progress = Callable[[str, int, int], None]
-"""Called now and then with the phase, how much of it is done, and the whole (0: unknown)."""
-
-
-@dataclass(slots=True)
-class Report:
-    """What was looked at and what is wrong. `garbage` counts nodes that no root leads to: harmless, only space."""
-
-    realms: int = 0
-    groups: int = 0
-    entries: int = 0
-    verified_macs: int = 0
-    records: int = 0
-    nodes: int = 0
-    garbage: int = 0
-    events: int = 0
-    findings: list[str] = field(default_factory=list)
-    more_findings: int = 0
-
-    def add(self, where: str, what: str) -> None:
-        """Keep a finding."""
-        if len(self.findings) < FINDINGS_MAX:
-            self.findings.append(f"{where}: {what}")
-        else:
-            self.more_findings += 1
-
-    def counts(self) -> dict[str, int]:
-        """Return the numbers without the findings."""
-        return {name: value for name, value in asdict(self).items() if isinstance(value, int)}
 
 
 def check_file(path: Path, macs: Mapping[RealmId, Macs], progress: Progress) -> Report:
@@ -91,40 +55,15 @@ def _check_realm(
         report.groups += 1
         if tail is not None:
             tails[GroupId(group)] = tail
-    _check_ranges(realm, tails, report)
+    check_ranges(realm, tails, report)
     walk = TreeWalk(db, number, report, progress)
     before = report.nodes
     for group, tail in tails.items():
-        for partition, kind in _trees(group, tail, tails):
+        for partition, kind in trees_of(group, tail, tails):
             walk.check(f"realm {realm.hex()}, group {group.hex()}, {kind}", partition)
     stored = _stored_nodes(db, number)
     report.garbage += max(0, stored - (report.nodes - before))
     check_outbox(db, number, realm, {grp: num for num, grp in groups}, report, progress)
-
-
-def _trees(group: GroupId, tail: GroupTail, tails: Mapping[GroupId, GroupTail]) -> list[tuple[Partition, str]]:
-    """Return the trees that a group's last entry answers for: what it owns, and what it gave and nobody took yet."""
-    trees = []
-    entry = tail.entry
-    if entry.partition is not None:
-        trees.append((entry.partition, "owned tree"))
-    marker = entry.transferring
-    if isinstance(marker, TransferringOut):
-        taken = tails.get(marker.destination)
-        consumed = dict(taken.entry.consumed) if taken is not None else {}
-        if consumed.get(group, 0) < marker.at:
-            trees.append((marker.partition, f"tree on its way to group {marker.destination.hex()}"))
-    return trees
-
-
-def _check_ranges(realm: RealmId, tails: Mapping[GroupId, GroupTail], report: Report) -> None:
-    owned = sorted(
-        ((tail.entry.partition.range, group) for group, tail in tails.items() if tail.entry.partition is not None),
-        key=lambda item: item[0].start,
-    )
-    for (first, one), (second, other) in pairwise(owned):
-        if first.overlaps(second):
-            report.add(f"realm {realm.hex()}", f"groups {one.hex()} and {other.hex()} own overlapping ranges")
 
 
 def _stored_nodes(db: apsw.Connection, realm: int) -> int:

@@ -2,42 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final
 
 import apsw
 
 from juicebox_hsm.adapters.sqlite.reads import fetch, fetch_one
 from juicebox_hsm.adapters.sqlite.rows import checksum, decode_certificate, decode_entries, decode_intents
 from juicebox_hsm.adapters.sqlite.schema import INDEX_BITS, INDEX_MAX
+from juicebox_hsm.adapters.store_check import GroupTail, Progress, Report, check_certificate, check_link
 from juicebox_hsm.consensus.macs import Macs
-from juicebox_hsm.consensus.types import ZERO_MAC, LogEntry
+from juicebox_hsm.consensus.types import LogEntry
 from juicebox_hsm.ids import GroupId, RealmId
 from juicebox_hsm.ports import StoreInvalid
 
 PROGRESS_ROWS: Final = 500
 _ROWS: Final = "SELECT id, last, mac, entries, intents, sum FROM log WHERE id BETWEEN ? AND ? ORDER BY id"
 _ROW_OF: Final = "SELECT entries FROM log WHERE id BETWEEN ? AND ? AND last >= ? ORDER BY id LIMIT 1"
-
-
-class LogReport(Protocol):
-    """A part of `check.Report`."""
-
-    entries: int
-    verified_macs: int
-
-    def add(self, where: str, what: str) -> None:
-        """Keep a finding."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class GroupTail:
-    """Where a group's log begins and ends: the first index still there, and the last entry."""
-
-    first: int
-    entry: LogEntry
 
 
 def group_bounds(number: int) -> tuple[int, int]:
@@ -51,8 +31,8 @@ def check_log(
     group: GroupId,
     number: int,
     macs: Macs | None,
-    report: LogReport,
-    progress: Callable[[str, int, int], None],
+    report: Report,
+    progress: Progress,
 ) -> GroupTail | None:
     """Check one group's log and certificate; return its ends, None when it has no readable entry."""
     where = f"realm {realm.hex()}, group {group.hex()}"
@@ -76,7 +56,7 @@ def check_log(
         if asked is not None and len(asked) != len(entries):
             report.add(where, f"the row of entries {row & INDEX_MAX} to {last} has {len(asked)} intents")
         for entry in entries:
-            _check_link(where, before, entry, report)
+            check_link(where, before, entry, report)
             if macs is not None:
                 report.verified_macs += 1
                 if not macs.verify_log_entry(realm, group, entry):
@@ -97,17 +77,6 @@ def check_log(
     return tail
 
 
-def _check_link(where: str, before: LogEntry | None, entry: LogEntry, report: LogReport) -> None:
-    """Check that an entry follows the one before it; before the first readable one stands the certificate."""
-    if before is None:
-        if entry.index == 1 and entry.prev_mac != ZERO_MAC:
-            report.add(where, "entry 1 was altered: it follows something")
-    elif entry.index != before.index + 1:
-        report.add(where, f"entries {before.index + 1} to {entry.index - 1} are missing")
-    elif entry.prev_mac != before.entry_mac:
-        report.add(where, f"entry {entry.index} does not follow entry {before.index}: one of them was altered")
-
-
 def _check_certificate(
     db: apsw.Connection,
     where: str,
@@ -116,9 +85,9 @@ def _check_certificate(
     number: int,
     tail: GroupTail,
     macs: Macs | None,
-    report: LogReport,
+    report: Report,
 ) -> None:
-    """Check the newest certificate: it covers what was compacted and speaks of entries that are there."""
+    """Check the newest certificate; there is one if anything was compacted."""
     newest = fetch(db, "SELECT idx, data FROM certificates WHERE grp = ? ORDER BY idx DESC LIMIT 1", (number,))
     if not newest:
         if tail.first > 1:
@@ -130,20 +99,7 @@ def _check_certificate(
     except StoreInvalid as error:
         report.add(where, f"the commit certificate at {index} is damaged: {error}")
         return
-    if index < tail.first:
-        report.add(where, f"entries {index} to {tail.first - 1} are missing: the commit certificate is at {index}")
-    if not certificate.captures or len({captured.hsm for captured in certificate.captures}) < len(certificate.captures):
-        report.add(where, f"the commit certificate at {index} does not name different HSMs")
-    for captured in certificate.captures:
-        if captured.index < index:
-            report.add(where, f"the commit certificate at {index} has a capture at {captured.index}")
-        elif captured.index > tail.entry.index:
-            lost = f"entries {tail.entry.index + 1} to {captured.index} are missing"
-            report.add(where, f"{lost}: HSM {captured.hsm.hex()} captured them")
-        elif captured.mac != (_mac_at(db, number, captured.index) or captured.mac):
-            report.add(where, f"entry {captured.index} is not the one that HSM {captured.hsm.hex()} captured")
-        if macs is not None and not macs.verify_captured(captured):
-            report.add(where, f"the commit certificate at {index} has a forged capture of HSM {captured.hsm.hex()}")
+    check_certificate(where, certificate, tail, lambda at: _mac_at(db, number, at), macs, report)
 
 
 def _mac_at(db: apsw.Connection, number: int, index: int) -> bytes | None:

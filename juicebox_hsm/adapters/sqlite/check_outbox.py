@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Final, Protocol
+from collections.abc import Mapping
+from typing import Final
 
 import apsw
 
 from juicebox_hsm.adapters.sqlite.reads import fetch, fetch_one
 from juicebox_hsm.adapters.sqlite.rows import checksum, decode_event
+from juicebox_hsm.adapters.store_check import Progress, Report
 from juicebox_hsm.ids import GroupId, RealmId
 from juicebox_hsm.ports import StoreInvalid
 
@@ -17,23 +18,13 @@ _TENANTS: Final = "SELECT number, tenant, tail, published, removed FROM outbox_t
 _ROWS: Final = "SELECT seq, grp, idx, when_ms, bare, data, sum FROM outbox WHERE tenant = ? ORDER BY seq"
 
 
-class OutboxReport(Protocol):
-    """A part of `check.Report`."""
-
-    events: int
-
-    def add(self, where: str, what: str) -> None:
-        """Keep a finding."""
-        ...
-
-
 def check_outbox(
     db: apsw.Connection,
     realm_number: int,
     realm: RealmId,
     groups: Mapping[bytes, int],
-    report: OutboxReport,
-    progress: Callable[[str, int, int], None],
+    report: Report,
+    progress: Progress,
 ) -> None:
     """Check all tenants of a realm. `groups` maps the realm's groups to their numbers."""
     by_number = {number: GroupId(group) for group, number in groups.items()}
@@ -79,7 +70,7 @@ def _check_row(
     bare: int,
     data: bytes,
     total: int | None,
-    report: OutboxReport,
+    report: Report,
 ) -> None:
     if group is None:
         report.add(where, f"event {seq} is of a group that is not in this realm")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Final, Protocol
+from typing import Final
 
 import apsw
 
@@ -19,36 +18,20 @@ from juicebox_hsm.adapters.sqlite.layout import (
 )
 from juicebox_hsm.adapters.sqlite.nodes import decode_page
 from juicebox_hsm.adapters.sqlite.reads import fetch_one
+from juicebox_hsm.adapters.store_check import Progress, Report, branches, is_intact, node_name
 from juicebox_hsm.consensus.types import Partition
 from juicebox_hsm.ids import RECORD_ID_BYTES, OwnedRange, RecordId
-from juicebox_hsm.merkle.kernel import node_hash
-from juicebox_hsm.merkle.nodes import BadEncoding
 from juicebox_hsm.ports import StoreInvalid
 
 PROGRESS_RECORDS: Final = 2_000
 _LENGTH_BYTES: Final = 4
-_LEFT: Final = 1
-_RIGHT: Final = 2
 _PAGES_KEPT: Final = 16  # one of each level: the walk goes through the tree in order
-
-
-class TreeReport(Protocol):
-    """A part of `check.Report`."""
-
-    records: int
-    nodes: int
-
-    def add(self, where: str, what: str) -> None:
-        """Keep a finding."""
-        ...
 
 
 class TreeWalk:
     """Walks through the trees of one realm. Memory: a page per level and the path."""
 
-    def __init__(
-        self, db: apsw.Connection, realm: int, report: TreeReport, progress: Callable[[str, int, int], None]
-    ) -> None:
+    def __init__(self, db: apsw.Connection, realm: int, report: Report, progress: Progress) -> None:
         self._db = db
         self._realm = realm
         self._report = report
@@ -69,7 +52,7 @@ class TreeWalk:
         if encoding is None:
             return
         self._report.nodes += 1
-        waiting = _branches(encoding, 0, 0)  # last in, first out: the left branch is put last
+        waiting = branches(encoding, 0, 0)  # last in, first out: the left branch is put last
         while waiting:
             record, nbits, expected = waiting.pop()
             waiting += self._visit(record, nbits, expected)
@@ -78,7 +61,7 @@ class TreeWalk:
         """Check the node with the first `nbits` bits of `record`; return what it leads to."""
         is_leaf = nbits == LEAF_BITS
         key = record.to_bytes(RECORD_ID_BYTES, "big")
-        name = f"record {key.hex()}" if is_leaf else f"node 0x{key.hex()[: (nbits + 3) // 4]}/{nbits}"
+        name = node_name(record, nbits)
         place: Position = key if is_leaf else position(record, nbits)
         row = leaf_id(self._realm, record) if is_leaf else page_id(self._realm, record, level_of(nbits))
         piece = self._page(row, level_of(nbits)).get(place)
@@ -93,7 +76,7 @@ class TreeWalk:
             return []
         self._report.nodes += 1
         if not is_leaf:
-            return _branches(encoding, record, nbits)
+            return branches(encoding, record, nbits)
         if self._bounds is not None and not self._bounds.contains(RecordId(key)):
             self._report.add(self._where, f"{name} is outside the owned range")
         self._report.records += 1
@@ -123,30 +106,8 @@ class TreeWalk:
     ) -> bytes | None:
         """Return the encoding of a node (stored behind its be32 length) if it has the expected hash."""
         encoding = stored[_LENGTH_BYTES:]
-        try:
-            intact = (
-                int.from_bytes(stored[:_LENGTH_BYTES], "big") == len(encoding)
-                and node_hash(encoding, key, bounds) == expected
-            )
-        except BadEncoding:
-            intact = False
-        if not intact:
+        is_whole = int.from_bytes(stored[:_LENGTH_BYTES], "big") == len(encoding)
+        if not is_whole or not is_intact(encoding, expected, key, bounds):
             self._report.add(self._where, f"{name} was altered: its content does not have its hash")
             return None
         return encoding
-
-
-def _branches(encoding: bytes, record: int, nbits: int) -> list[tuple[int, int, bytes]]:
-    """Return (bits so far as an integer of 256, their number, hash) of the children of an intact node, right first."""
-    found = []
-    at = 2
-    for flag in (_LEFT, _RIGHT):
-        if not encoding[1] & flag:
-            continue
-        length = encoding[at] << 8 | encoding[at + 1]
-        end = at + 2 + ((length + 7) >> 3)
-        prefix = int.from_bytes(encoding[at + 2 : end], "big") >> (-length & 7)
-        below = nbits + length
-        found.append((record | prefix << (LEAF_BITS - below), below, encoding[end : end + HASH_BYTES]))
-        at = end + HASH_BYTES
-    return found[::-1]

@@ -13,7 +13,8 @@ import apsw
 import msgspec
 import pytest
 
-from juicebox_hsm.adapters.sqlite.check import Report, check_file
+from juicebox_hsm.adapters.sqlite.check import check_file
+from juicebox_hsm.adapters.store_check import Report
 from juicebox_hsm.adapters.sqlite.layout import leaf_id
 from juicebox_hsm.adapters.sqlite.rows import checksum, decode_entries, encode_entries
 from juicebox_hsm.adapters.store import open_store
