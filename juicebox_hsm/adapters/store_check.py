@@ -6,17 +6,34 @@ the roots that the logs name, node by node (operator-tools.md 5; hsm.md 4; merkl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
 from itertools import pairwise
+from pathlib import Path
 from typing import Final
 
 from juicebox_hsm.consensus.macs import Macs
 from juicebox_hsm.consensus.types import ZERO_MAC, Certificate, LogEntry, Partition, TransferringOut
-from juicebox_hsm.ids import GroupId, OwnedRange, RealmId
+from juicebox_hsm.errors import LocalError
+from juicebox_hsm.ids import (
+    RECORD_ID_MAX,
+    RECORD_ID_MIN,
+    GroupId,
+    HsmId,
+    OwnedRange,
+    RealmId,
+    RecordId,
+    next_record_id,
+    prev_record_id,
+)
 from juicebox_hsm.merkle.kernel import node_hash
 from juicebox_hsm.merkle.nodes import BadEncoding
 
+SLICE_BITS: Final = 7
+SLICES: Final = 1 << SLICE_BITS
+"""Trees are checked in slices of record ids by their first bits: what is done after each of them can be kept. Seven
+bits are a byte of a row key on Bigtable (storage.md 2.2)."""
 FINDINGS_MAX: Final = 1_000
 """Findings that are kept; a destroyed store has millions, and the first tell enough."""
 HASH_BYTES: Final = 32
@@ -42,6 +59,7 @@ class Report:
     events: int = 0
     findings: list[str] = field(default_factory=list)
     more_findings: int = 0
+    tails: list[LogTail] = field(default_factory=list)
 
     def add(self, where: str, what: str) -> None:
         """Keep a finding."""
@@ -52,7 +70,106 @@ class Report:
 
     def counts(self) -> dict[str, int]:
         """Return the numbers without the findings."""
-        return {name: value for name, value in asdict(self).items() if isinstance(value, int)}
+        return {name: getattr(self, name) for name in _COUNTS}
+
+    def take(self, other: Report) -> None:
+        """Add what another report counted and found."""
+        for name in _COUNTS:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        room = FINDINGS_MAX - len(self.findings)
+        self.findings += other.findings[:room]
+        self.more_findings += max(0, len(other.findings) - room)
+
+
+_COUNTS: Final = tuple(each.name for each in fields(Report) if each.type == "int")
+
+
+@dataclass(frozen=True, slots=True)
+class LogTail:
+    """Where a group's log ends in a store, the MACs of the entries that are there, and the HSMs that wrote those."""
+
+    realm: RealmId
+    group: GroupId
+    last: int
+    macs: dict[int, bytes]
+    writers: frozenset[HsmId]
+
+
+def tail_of(realm: RealmId, group: GroupId, entries: Iterable[LogEntry]) -> LogTail:
+    """Return what a restore, or an HSM's word, is compared with; `entries` in order, perhaps none."""
+    kept = list(entries)
+    macs = {entry.index: entry.entry_mac for entry in kept}
+    return LogTail(realm, group, max(macs, default=0), macs, frozenset(entry.hsm for entry in kept))
+
+
+class Checkpoint:
+    """What was checked of the trees so far, kept in a file after each slice so that a stopped check can go on.
+
+    `trees` is the report of the slices that are done, `nodes` how many nodes of the present realm they have. Without
+    a path nothing is kept. Raises `LocalError` for a file that cannot be read or written, or is of another store.
+    """
+
+    def __init__(self, path: Path | None = None, store: str = "") -> None:
+        self._path = path
+        self._store = store
+        self._at: tuple[str, int] = ("", -1)
+        self.trees = Report()
+        self.nodes = 0
+        if path is not None and path.exists():
+            self._load(path)
+
+    def _load(self, path: Path) -> None:
+        try:
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            self._at = (str(kept["realm"]), int(kept["slice"]))
+            self.nodes = int(kept["nodes"])
+            self.trees = Report(**{name: int(kept["counts"][name]) for name in _COUNTS})
+            self.trees.findings = [str(line) for line in kept["findings"]]
+            store = str(kept["store"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise LocalError(f"{path}: not the position of a check ({error}); remove it to begin anew") from None
+        if store != self._store:
+            raise LocalError(f"{path}: is the position of a check of {store}; remove it to begin anew")
+
+    @property
+    def is_resumed(self) -> bool:
+        """Tell whether an earlier check left something."""
+        return self._at[1] >= 0
+
+    def is_done(self, realm: RealmId, number: int) -> bool:
+        """Tell whether a slice of a realm was checked; realms MUST come in order of their ids."""
+        return (realm.hex(), number) <= self._at
+
+    def done(self, realm: RealmId, number: int) -> None:
+        """Keep that a slice was checked."""
+        self._at = (realm.hex(), number)
+        if self._path is None:
+            return
+        kept = {
+            "store": self._store,
+            "realm": realm.hex(),
+            "slice": number,
+            "nodes": self.nodes,
+            "counts": self.trees.counts(),
+            "findings": self.trees.findings,
+        }
+        part = self._path.with_name(f".{self._path.name}.part")
+        try:
+            part.write_text(json.dumps(kept), encoding="utf-8")
+            part.replace(self._path)
+        except OSError as error:
+            raise LocalError(f"{self._path}: cannot be written: {error.strerror}") from None
+
+    def finish(self) -> None:
+        """Remove the file: the check got to its end."""
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
+
+
+def slice_of(number: int) -> tuple[int, int]:
+    """Return the first and the last record id of a slice, as integers."""
+    first = number << (LEAF_BITS - SLICE_BITS)
+    return first, first + (1 << (LEAF_BITS - SLICE_BITS)) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,14 +224,33 @@ def check_certificate(
 
 
 def check_ranges(realm: RealmId, tails: Mapping[GroupId, GroupTail], report: Report) -> None:
-    """Check that no two groups own the same records."""
-    owned = sorted(
-        ((tail.entry.partition.range, group) for group, tail in tails.items() if tail.entry.partition is not None),
-        key=lambda item: item[0].start,
-    )
+    """Check that every record has one owner: a group, or a transfer that is on its way."""
+    where = f"realm {realm.hex()}"
+    owned = [(tail.entry.partition.range, group) for group, tail in tails.items() if tail.entry.partition is not None]
+    owned.sort(key=lambda item: item[0].start)
     for (first, one), (second, other) in pairwise(owned):
         if first.overlaps(second):
-            report.add(f"realm {realm.hex()}", f"groups {one.hex()} and {other.hex()} own overlapping ranges")
+            report.add(where, f"groups {one.hex()} and {other.hex()} own overlapping ranges")
+    trees = [partition.range for group, tail in tails.items() for partition, _ in trees_of(group, tail, tails)]
+    for gap in uncovered(trees):
+        report.add(where, f"no group owns the records from {gap.start.hex()} to {gap.end.hex()}")
+
+
+def uncovered(ranges: Iterable[OwnedRange]) -> list[OwnedRange]:
+    """Return the parts of the key space that none of the ranges has."""
+    gaps = []
+    start: RecordId | None = RECORD_ID_MIN
+    for each in sorted(ranges, key=lambda each: each.start):
+        if start is None:
+            break
+        before = prev_record_id(each.start)
+        if before is not None and start <= before:
+            gaps.append(OwnedRange(start, before))
+        after = next_record_id(each.end)
+        start = None if after is None else max(start, after)
+    if start is not None:
+        gaps.append(OwnedRange(start, RECORD_ID_MAX))
+    return gaps
 
 
 # --- trees -------------------------------------------------------------------------------------------

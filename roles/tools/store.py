@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -27,10 +27,9 @@ from roles.tools.cluster_session import (
 )
 
 if TYPE_CHECKING:
+    from juicebox_hsm.adapters.store_check import Checkpoint, Progress, Report
     from juicebox_hsm.consensus.macs import Macs
     from roles.tools.store_restore import HsmWitness
-
-Progress = Callable[[str, int, int], None]
 
 STATUS_S: Final = 5.0
 MIB: Final = 1 << 20
@@ -64,23 +63,33 @@ def init(connection: Connection) -> None:
     "--hsm-dir", "hsm_dirs", multiple=True, type=_DIRECTORY,
     help="An HSM of the realm, running or not: with its key every entry's MAC is verified. One per realm is enough.",
 )  # fmt: skip
+@click.option(
+    "--resume", type=_FILE,
+    help="Keep in this file how far the trees are checked, and go on from there if an earlier check was stopped.",
+)  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
-def check(connection: Connection, hsm_dirs: tuple[Path, ...], *, as_json: bool) -> None:
+def check(connection: Connection, hsm_dirs: tuple[Path, ...], resume: Path | None, *, as_json: bool) -> None:
     """Verify all of the store: logs, trees, certificates, outboxes. One line per finding; exit 5 if there are any.
 
-    Works beside running agents and changes nothing. Without --hsm-dir damage is found, but not every forgery.
+    Works beside running agents and changes nothing. Without --hsm-dir damage is found, but not every forgery, nor
+    that the end of a log is missing.
     """
-    from juicebox_hsm.adapters.sqlite.check import check_file
-    from juicebox_hsm.adapters.store_check import Report
+    from juicebox_hsm.adapters.store_check import Checkpoint, Report
+    from roles.tools.store_restore import captured_problems
 
-    path = _sqlite_path(connection)
     with _expected_errors():
-        macs = _mac_keys(hsm_dirs)
+        checkpoint = Checkpoint(resume, connection.store)
+        if checkpoint.is_resumed:
+            click.echo(f"going on from {resume}", err=True)
+        macs, witnesses = _hsm_memories(hsm_dirs)
         try:
             with _progress() as progress:
-                report = check_file(path, macs, progress)
+                report = _check(connection, macs, progress, checkpoint)
         except StoreInvalid as error:
             report = Report(findings=[str(error)])
+        for problem in captured_problems(report.tails, witnesses, "the store"):
+            report.add("HSM", problem)
+        checkpoint.finish()
     if as_json:
         click.echo(json.dumps({**report.counts(), "findings": report.findings}, indent=2))
     else:
@@ -178,6 +187,21 @@ def restore(
         click.echo(f"HSM {hsm.hex()} must never run again with a state from before")
 
 
+def _check(connection: Connection, macs: dict[RealmId, Macs], progress: Progress, checkpoint: Checkpoint) -> Report:
+    """Check the store the connection names, whatever its back end."""
+    if connection.store.startswith("bigtable:"):
+        from juicebox_hsm.adapters.bigtable.upkeep import open_upkeep
+
+        async def check_instance() -> Report:
+            async with open_upkeep(connection.store) as upkeep:
+                return await upkeep.check(macs, progress, checkpoint)
+
+        return run(check_instance)
+    from juicebox_hsm.adapters.sqlite.check import check_file
+
+    return check_file(_sqlite_path(connection), macs, progress, checkpoint)
+
+
 def _sqlite_path(connection: Connection) -> Path:
     scheme, _, rest = connection.store.partition(":")
     if scheme != "sqlite" or not rest:
@@ -197,18 +221,23 @@ def _expected_errors() -> Iterator[None]:
         raise for_operator(error) from None
 
 
-def _mac_keys(hsm_dirs: tuple[Path, ...]) -> dict[RealmId, Macs]:
-    """Return the MAC keys of the realms of some HSMs."""
+def _hsm_memories(hsm_dirs: tuple[Path, ...]) -> tuple[dict[RealmId, Macs], list[HsmWitness]]:
+    """Return the MAC keys of the realms of some HSMs, and what these HSMs captured.
+
+    Read before the store is, so that a running HSM cannot have captured what the check does not see.
+    """
     from juicebox_hsm.adapters.hsm_host import read_hsm_dir
     from juicebox_hsm.consensus.macs import Macs
+    from roles.tools.store_restore import witness_in
 
-    keys = {}
+    keys, witnesses = {}, []
     for path in hsm_dirs:
         bundle, state = read_hsm_dir(path)
         if state is None or state.realm is None:
             raise LocalError(f"--hsm-dir {path}: this HSM belongs to no realm yet")
         keys[state.realm.id] = Macs(bundle.keys.mac_key.expose())
-    return keys
+        witnesses.append(witness_in(path, state))
+    return keys, witnesses
 
 
 def _hsm_ids(texts: tuple[str, ...]) -> set[HsmId]:

@@ -11,7 +11,6 @@ import apsw
 import trio
 
 from juicebox_hsm.adapters.sqlite.accounting import DAY_MS
-from juicebox_hsm.adapters.sqlite.check import check_file
 from juicebox_hsm.adapters.sqlite.gc import SLICE_ROWS, START, clean_users
 from juicebox_hsm.adapters.sqlite.reads import fetch_one
 from juicebox_hsm.adapters.sqlite.snapshot import open_snapshot
@@ -35,19 +34,12 @@ async def collect(path: Path, rate: int, progress: Progress) -> list[str]:
         pass  # a missing or foreign file is refused before anything is opened for writing
     events = await _remove_events(path, rate, progress)
     users, addresses = await trio.to_thread.run_sync(_clean_tables, path, rate, progress)
-    report = await trio.to_thread.run_sync(check_file, path, {}, progress)
     with open_snapshot(path) as db:
         page_bytes, free, pages = (db.pragma(name) for name in ("page_size", "freelist_count", "page_count"))
-    lines = [
+    return [
         f"removed {events:,} events, {users:,} accounting rows, {addresses:,} expired addresses",
-        f"tree nodes: {report.nodes:,} in use, {report.garbage:,} unreachable",
         f"file: {pages * page_bytes:,} bytes, of which {free * page_bytes:,} are free for later writes",
     ]
-    if report.garbage:
-        lines.append("unreachable nodes are harmless and stay: this back end makes none, so `store check` is advised")
-    if report.findings:
-        lines.append(f"{len(report.findings)} findings while counting: run `juicebox-hsm store check`")
-    return lines
 
 
 async def _remove_events(path: Path, rate: int, progress: Progress) -> int:

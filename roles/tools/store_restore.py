@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from juicebox_hsm.adapters.hsm_host import read_hsm_dir
-from juicebox_hsm.adapters.sqlite.backup import LogTail
+from juicebox_hsm.adapters.store_check import LogTail
 from juicebox_hsm.cluster_view import AgentView
+from juicebox_hsm.consensus.nvram import PersistentState
 from juicebox_hsm.errors import LocalError
 from juicebox_hsm.ids import GroupId, HsmId, RealmId
 
@@ -45,26 +46,14 @@ def restore_problems(
 
     `unknown` are HSMs that the operator declares dead for good.
     """
-    problems = []
+    problems = captured_problems(tails, witnesses, "the backup")
     by_group = {(tail.realm, tail.group): tail for tail in tails}
     asked = {witness.hsm for witness in witnesses}
     told: dict[tuple[RealmId, GroupId], set[HsmId]] = {key: set() for key in by_group}
     for witness in witnesses:
-        for key, membership in sorted(witness.groups.items()):
-            where = f"group {key[1].hex()}: HSM {witness.hsm.hex()} ({witness.source})"
-            tail = by_group.get(key)
-            if tail is None:
-                if membership.captured is not None:
-                    problems.append(f"{where} captured index {membership.captured[0]}, the backup has no such group")
-                continue
-            told[key].update(membership.members)
-            if membership.captured is None:
-                continue
-            index, mac = membership.captured
-            if index > tail.last:
-                problems.append(f"{where} captured index {index}, the backup's log ends at {tail.last}")
-            elif tail.macs.get(index, mac) != mac:
-                problems.append(f"{where} captured another entry at index {index} than the backup has")
+        for key, membership in witness.groups.items():
+            if key in told:
+                told[key].update(membership.members)
     for (realm, group), members in sorted(told.items()):
         tail = by_group[realm, group]
         if not members:
@@ -78,6 +67,26 @@ def restore_problems(
     return problems
 
 
+def captured_problems(tails: Sequence[LogTail], witnesses: Sequence[HsmWitness], holder: str) -> list[str]:
+    """Return where HSMs captured what a store or a backup (`holder`, in words) does not have, one line each."""
+    problems = []
+    by_group = {(tail.realm, tail.group): tail for tail in tails}
+    for witness in witnesses:
+        for key, membership in sorted(witness.groups.items()):
+            if membership.captured is None:
+                continue
+            where = f"group {key[1].hex()}: HSM {witness.hsm.hex()} ({witness.source})"
+            index, mac = membership.captured
+            tail = by_group.get(key)
+            if tail is None:
+                problems.append(f"{where} captured index {index}, {holder} has no such group")
+            elif index > tail.last:
+                problems.append(f"{where} captured index {index}, {holder}'s log ends at {tail.last}")
+            elif tail.macs.get(index, mac) != mac:
+                problems.append(f"{where} captured another entry at index {index} than {holder} has")
+    return problems
+
+
 @contextmanager
 def read_hsm_dirs(paths: Iterable[Path]) -> Iterator[list[HsmWitness]]:
     """Read HSM directories and keep them from starting until the block ends. Raises `LocalError` and `RealmError`."""
@@ -88,12 +97,17 @@ def read_hsm_dirs(paths: Iterable[Path]) -> Iterator[list[HsmWitness]]:
             _, state = read_hsm_dir(path)
             if state is None:
                 raise LocalError(f"--hsm-dir {path}: this HSM never started; it belongs to no realm")
-            groups: dict[tuple[RealmId, GroupId], Membership] = {}
-            if state.realm is not None:
-                for group, kept in state.realm.groups.items():
-                    groups[state.realm.id, group] = Membership(kept.configuration, kept.captured)
-            witnesses.append(HsmWitness(state.id, f"--hsm-dir {path}", groups))
+            witnesses.append(witness_in(path, state))
         yield witnesses
+
+
+def witness_in(path: Path, state: PersistentState) -> HsmWitness:
+    """Return what the state in an HSM directory says."""
+    groups: dict[tuple[RealmId, GroupId], Membership] = {}
+    if state.realm is not None:
+        for group, kept in state.realm.groups.items():
+            groups[state.realm.id, group] = Membership(kept.configuration, kept.captured)
+    return HsmWitness(state.id, f"--hsm-dir {path}", groups)
 
 
 @contextmanager

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -29,24 +28,14 @@ from juicebox_hsm.adapters.sqlite.schema import (
 )
 from juicebox_hsm.adapters.sqlite.snapshot import open_snapshot
 from juicebox_hsm.adapters.sqlite.writer import FileLock
+from juicebox_hsm.adapters.store_check import LogTail, tail_of
 from juicebox_hsm.errors import LocalError
-from juicebox_hsm.ids import GroupId, HsmId, RealmId
+from juicebox_hsm.ids import GroupId, RealmId
 
 STEP_PAGES: Final = 2_048
 """Pages copied between two reports of progress: 8 MiB."""
 
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True, slots=True)
-class LogTail:
-    """Where a group's log ends in a file, the MACs of the entries that are there, and the HSMs that wrote those."""
-
-    realm: RealmId
-    group: GroupId
-    last: int
-    macs: dict[int, bytes]
-    writers: frozenset[HsmId]
 
 
 def backup_file(source: Path, target: Path, progress: Progress) -> int:
@@ -101,9 +90,7 @@ def read_tails(backup: Path) -> list[LogTail]:
                 )
                 for entry in decode_entries(packed)
             ]
-            macs = {entry.index: entry.entry_mac for entry in entries}
-            writers = frozenset(entry.hsm for entry in entries)
-            tails.append(LogTail(RealmId(realm), GroupId(group), max(macs, default=0), macs, writers))
+            tails.append(tail_of(RealmId(realm), GroupId(group), entries))
     return tails
 
 

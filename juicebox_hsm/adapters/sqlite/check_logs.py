@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Final
 
 import apsw
@@ -9,13 +10,22 @@ import apsw
 from juicebox_hsm.adapters.sqlite.reads import fetch, fetch_one
 from juicebox_hsm.adapters.sqlite.rows import checksum, decode_certificate, decode_entries, decode_intents
 from juicebox_hsm.adapters.sqlite.schema import INDEX_BITS, INDEX_MAX
-from juicebox_hsm.adapters.store_check import GroupTail, Progress, Report, check_certificate, check_link
+from juicebox_hsm.adapters.store_check import (
+    GroupTail,
+    Progress,
+    Report,
+    check_certificate,
+    check_link,
+    tail_of,
+)
 from juicebox_hsm.consensus.macs import Macs
 from juicebox_hsm.consensus.types import LogEntry
 from juicebox_hsm.ids import GroupId, RealmId
 from juicebox_hsm.ports import StoreInvalid
 
 PROGRESS_ROWS: Final = 500
+RECENT_ENTRIES: Final = 100_000
+"""Entries of a log's end that captures are compared with; older ones are compacted as a rule."""
 _ROWS: Final = "SELECT id, last, mac, entries, intents, sum FROM log WHERE id BETWEEN ? AND ? ORDER BY id"
 _ROW_OF: Final = "SELECT entries FROM log WHERE id BETWEEN ? AND ? AND last >= ? ORDER BY id LIMIT 1"
 
@@ -40,6 +50,7 @@ def check_log(
     rows = fetch_one(db, "SELECT count(*) FROM log WHERE id BETWEEN ? AND ?", (low, high))
     first: LogEntry | None = None
     before: LogEntry | None = None
+    recent: deque[LogEntry] = deque(maxlen=RECENT_ENTRIES)
     for at, (row, last, mac, packed, intents, total) in enumerate(db.execute(_ROWS, (low, high))):
         if at % PROGRESS_ROWS == 0:
             progress(f"log of group {group.hex()[:8]}", at, rows)
@@ -63,7 +74,9 @@ def check_log(
                     report.add(where, f"entry {entry.index} was altered: its MAC is not that of its content")
             before = entry
             first = first or entry
+            recent.append(entry)
         report.entries += len(entries)
+    report.tails.append(tail_of(realm, group, recent))
     if first is None or before is None:
         if rows or fetch_one(db, "SELECT count(*) FROM settled WHERE grp = ? AND idx > 0", (number,)):
             report.add(where, "no entry of the log is left")

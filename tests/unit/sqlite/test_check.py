@@ -14,19 +14,21 @@ import msgspec
 import pytest
 
 from juicebox_hsm.adapters.sqlite.check import check_file
-from juicebox_hsm.adapters.store_check import Report
 from juicebox_hsm.adapters.sqlite.layout import leaf_id
 from juicebox_hsm.adapters.sqlite.rows import checksum, decode_entries, encode_entries
 from juicebox_hsm.adapters.store import open_store
+from juicebox_hsm.adapters.store_check import Report
 from juicebox_hsm.consensus.macs import Macs
-from juicebox_hsm.consensus.types import Captured, Certificate, LogEntry
+from juicebox_hsm.consensus.types import Captured, Certificate, LogEntry, Partition
 from juicebox_hsm.errors import LocalError
-from juicebox_hsm.ids import HsmId, RecordId
+from juicebox_hsm.ids import FULL_RANGE, HsmId, RecordId
+from juicebox_hsm.merkle.kernel import empty_root
 from juicebox_hsm.ports import EventKind
-from tests.emulator.realm_data import GROUP, HSM, REALM, Grown, append, certificate, event
+from tests.emulator.realm_data import GROUP, HSM, NO_CHANGE, REALM, Grown, append, certificate, event
 
 MACS = Macs(b"m" * 32)
 RECORDS = 60
+EMPTY_ROOT, EMPTY_TREE = empty_root(FULL_RANGE.start, FULL_RANGE.end)
 
 
 def check(path: Path, *, macs: Macs | None = None) -> Report:
@@ -111,6 +113,10 @@ FAULTS = {
     "missing entry": _simple("DELETE FROM log WHERE id & 0xffff = 8", "entries 8 to 8 are missing"),
     "missing first entries": _simple("DELETE FROM log WHERE id & 0xffff < 8", "entries 6 to 7 are missing"),
     "missing last entry": _simple("DELETE FROM log WHERE id & 0xffff >= 9", "entries 9 to 10 are missing"),
+    "missing group": _simple("DELETE FROM log; DELETE FROM groups", "no group owns the records from 0000"),
+    "group without its row": _simple("DELETE FROM groups", "rows of logs are of a group that is missing"),
+    "missing realm": _simple("DELETE FROM realms", "groups are of a realm that is missing"),
+    "trees without a realm": _simple("DELETE FROM realms; DELETE FROM groups; DELETE FROM log", "pages of trees"),
     "missing log": _simple("DELETE FROM log", "no entry of the log is left"),
     "missing certificate": _simple("DELETE FROM certificates", "entries 1 to 3 are missing"),
     "altered certificate": _simple("UPDATE certificates SET data = x'90'", "does not name different HSMs"),
@@ -147,7 +153,9 @@ async def test_unreachable_nodes_are_counted_not_blamed(path: Path) -> None:
 
 
 def _signed(index: int, before: LogEntry | None) -> LogEntry:
-    blank = LogEntry(index, None, None, bytes(32) if before is None else before.entry_mac, b"", HSM)
+    blank = LogEntry(
+        index, Partition(FULL_RANGE, EMPTY_ROOT), None, bytes(32) if before is None else before.entry_mac, b"", HSM
+    )
     return replace(blank, entry_mac=MACS.log_entry(REALM, GROUP, blank))
 
 
@@ -167,7 +175,7 @@ async def test_the_key_finds_forgery(tmp_path: Path) -> None:
     async with open_store(f"sqlite:{file}") as store:
         await store.realms.create_realm(REALM)
         for entry in entries:
-            await append(store, [entry])
+            await append(store, [entry], delta=EMPTY_TREE if entry.index == 1 else NO_CHANGE)
         await store.log.write_certificate(REALM, GROUP, Certificate(3, captures))
     assert check(file, macs=MACS).findings == []
     assert check(file, macs=MACS).verified_macs == 4

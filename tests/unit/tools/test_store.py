@@ -14,8 +14,10 @@ import trio
 from click.testing import CliRunner, Result
 
 from juicebox_hsm.adapters.hsm_host import InProcessHsm, generate_keys, init_hsm_dir, open_hsm_dir
-from juicebox_hsm.adapters.sqlite.backup import LogTail, read_tails
+from juicebox_hsm.adapters.sqlite.backup import read_tails
+from juicebox_hsm.adapters.sqlite.check import check_file
 from juicebox_hsm.adapters.store import open_store
+from juicebox_hsm.adapters.store_check import SLICES, Checkpoint, LogTail
 from juicebox_hsm.cluster_view import AgentView
 from juicebox_hsm.errors import LocalError
 from juicebox_hsm.hsm.core import Hsm
@@ -26,6 +28,8 @@ from roles.cli import cli
 from roles.tools.store_restore import HsmWitness, Membership, restore_problems, witness_of
 from tests.emulator.realm_data import GROUP, OTHER_GROUP, REALM, Grown, entry, event, mac
 
+_rng = random.Random(1)
+RECORDS = [(RecordId(_rng.randbytes(32)), _rng.randbytes(50)) for _ in range(5)]
 A, B, C = (HsmId(bytes([n]) * 16) for n in (1, 2, 3))
 
 
@@ -45,12 +49,11 @@ def path(tmp_path: Path) -> Path:
     file = tmp_path / "realm.db"
 
     async def fill() -> None:
-        rng = random.Random(1)
         async with open_store(f"sqlite:{file}") as store:
             await store.realms.create_realm(REALM)
             grown = await Grown.start(store)
-            for _ in range(5):
-                await grown.write({RecordId(rng.randbytes(32)): rng.randbytes(50)})
+            for record, value in RECORDS:
+                await grown.write({record: value})
             await store.outbox.record(REALM, [event(1), event(2, body={"event": "deleted"})], {GROUP: 6})
             await store.discovery.register(ServiceKind.AGENT, "tls://127.0.0.1:1", time.time_ns() // 1_000_000)
 
@@ -84,7 +87,72 @@ def test_check(path: Path) -> None:
     assert result.exit_code == 5
     assert json.loads(result.stdout)["findings"] == lines
     assert _run("check", "--store", f"sqlite:{path}.not").exit_code == 1
-    assert _run("check", "--store", "bigtable:a/b").exit_code == 2
+
+
+def test_a_stopped_check_goes_on(path: Path, tmp_path: Path) -> None:
+    """Slices of the trees that were done are not looked at again; their counts and findings are kept."""
+    store, file = f"sqlite:{path}", tmp_path / "position"
+    stopped = Checkpoint(file, store)
+    stopped.trees.records, stopped.trees.nodes, stopped.nodes = 3, 7, 7
+    stopped.trees.add("somewhere", "a leaf was altered")
+    stopped.done(REALM, SLICES - 2)
+    result = _run("check", "--store", store, "--resume", file, "--json")
+    assert result.exit_code == 5, result.output
+    assert f"going on from {file}" in result.stderr
+    told = json.loads(result.stdout)
+    assert told["findings"] == ["somewhere: a leaf was altered"]
+    assert told["records"] == 3 + sum(record[0] >> 1 == SLICES - 1 for record, _ in RECORDS)
+    assert not file.exists(), "a check that got to its end leaves nothing"
+
+
+def test_a_check_that_is_stopped_keeps_its_place(path: Path, tmp_path: Path) -> None:
+    """Whatever ends a check, the next one begins behind the last slice that was done."""
+    store, file = f"sqlite:{path}", tmp_path / "position"
+    checkpoint = Checkpoint(file, store)
+
+    def stop(phase: str, done: int, whole: int) -> None:
+        if phase.startswith("trees") and done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        check_file(path, {}, stop, checkpoint)
+    resumed = Checkpoint(file, store)
+    assert [resumed.is_done(REALM, number) for number in (0, 4, 5, 127)] == [True, True, False, False]
+    assert check_file(path, {}, lambda *_: None, resumed).records == 5
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"store": 1}'])
+def test_a_foreign_position_is_refused(path: Path, tmp_path: Path, content: str) -> None:
+    """A file that is no position, or that of another store, is one line and exit 1, and stays as it is."""
+    file = tmp_path / "position"
+    file.write_text(content)
+    result = _run("check", "--store", f"sqlite:{path}", "--resume", file)
+    assert result.exit_code == 1
+    assert "remove it to begin anew" in result.output
+    Checkpoint(tmp_path / "other", "sqlite:elsewhere").done(REALM, 3)
+    assert (
+        "is the position of a check of sqlite:elsewhere"
+        in _run("check", "--store", f"sqlite:{path}", "--resume", tmp_path / "other").output
+    )
+    assert file.read_text() == content
+
+
+def test_what_an_hsm_remembers_is_compared(tmp_path: Path) -> None:
+    """A log that ends before what an HSM captured, another entry there, and a lost group are findings."""
+    file, hsm_dir = tmp_path / "realm.db", tmp_path / "hsm"
+    generate_keys(tmp_path / "keys", "test")
+    init_hsm_dir(tmp_path / "keys", hsm_dir)
+    trio.run(_one_hsm_realm, file, hsm_dir)
+    arguments = ("check", "--store", f"sqlite:{file}", "--hsm-dir", hsm_dir)
+    assert "no findings" in _ok(*arguments)
+    connection = apsw.Connection(str(file))
+    connection.execute("DELETE FROM log")
+    result = _run(*arguments)
+    assert result.exit_code == 5
+    assert "captured index 1, the store's log ends at 0" in result.output
+    connection.execute("DELETE FROM groups")
+    assert "captured index 1, the store has no such group" in _run(*arguments).output
+    connection.close()
 
 
 def test_check_of_a_wrecked_file_is_a_finding(path: Path) -> None:
@@ -110,7 +178,7 @@ def test_gc(path: Path) -> None:
     trio.run(age)
     output = _ok("gc", "--store", f"sqlite:{path}")
     assert "removed 2 events, 8 accounting rows, 1 expired addresses" in output
-    assert "0 unreachable" in output
+    assert "bytes, of which" in output
     assert "removed 0 events, 0 accounting rows, 0 expired addresses" in _ok("gc", "--store", f"sqlite:{path}")
     assert _run("gc", "--store", f"sqlite:{path}.not").exit_code == 1
 
