@@ -123,7 +123,8 @@ class Checkpoint:
             kept = json.loads(path.read_text(encoding="utf-8"))
             self._at = (str(kept["realm"]), int(kept["slice"]))
             self.nodes = int(kept["nodes"])
-            self.trees = Report(**{name: int(kept["counts"][name]) for name in _COUNTS})
+            for name in _COUNTS:
+                setattr(self.trees, name, int(kept["counts"][name]))
             self.trees.findings = [str(line) for line in kept["findings"]]
             store = str(kept["store"])
         except (OSError, ValueError, KeyError, TypeError) as error:

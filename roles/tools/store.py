@@ -14,6 +14,7 @@ import click
 from juicebox_hsm.errors import DecodingError, LocalError, RealmError
 from juicebox_hsm.ids import HsmId, RealmId, parse_id
 from juicebox_hsm.ports import StoreInvalid
+from roles.durations import DurationType
 from roles.tools.cluster_session import (
     Connection,
     ExitCode,
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from roles.tools.store_restore import HsmWitness
 
 STATUS_S: Final = 5.0
+AGE_S_MIN: Final = 300.0
+"""Appends write their nodes at most a minute before their entry (`bigtable.log`), and requests may take 20 s."""
 MIB: Final = 1 << 20
 _DIRECTORY: Final = click.Path(path_type=Path, file_okay=False)
 _FILE: Final = click.Path(path_type=Path, dir_okay=False)
@@ -40,7 +43,7 @@ _FILE: Final = click.Path(path_type=Path, dir_okay=False)
 @click.group()
 @remember_connection
 def command(**values: Any) -> None:
-    """Make, check, tidy, back up and restore the store. All but `init` work on sqlite:PATH stores."""
+    """Make, check, tidy, back up and restore the store. `backup` and `restore` work on sqlite:PATH stores."""
 
 
 @command.command()
@@ -113,20 +116,24 @@ def check(connection: Connection, hsm_dirs: tuple[Path, ...], resume: Path | Non
 @command.command()
 @with_connection
 @click.option(
-    "--rate", type=click.IntRange(min=1), default=50_000, show_default=True, help="Rows looked at per second, at most."
-)
-def gc(connection: Connection, rate: int) -> None:
+    "--rate", type=click.IntRange(min=1), default=50_000, show_default=True,
+    help="Rows per second, at most: looked at in a sqlite: store, removed from a bigtable: one.",
+)  # fmt: skip
+@click.option(
+    "--older-than", type=DurationType(), default="1h", show_default=True,
+    help="Age from which unneeded tree nodes of a bigtable: store go; at least 5m.",
+)  # fmt: skip
+def gc(connection: Connection, rate: int, older_than: float) -> None:
     """Remove what nobody can need any more, beside running agents, and say what takes space.
 
-    A sqlite: store cleans up after itself: old tree nodes are overwritten in place, and agents remove old events and
-    accounting rows every hour or sooner. So there is rarely anything to remove. Free pages are used again by later
-    writes; the file itself does not shrink.
+    A bigtable: store keeps tree nodes that waited for deletion when an agent was killed; they are found by walking all
+    trees. A sqlite: store cleans up after itself: old tree nodes are overwritten in place, and agents remove old events
+    and accounting rows every hour or sooner. Free pages are used again by later writes; the file does not shrink.
     """
-    from roles.tools.store_gc import collect
-
-    path = _sqlite_path(connection)
+    if older_than < AGE_S_MIN:
+        raise ToolFailure(f"--older-than: at least {AGE_S_MIN / 60:g}m, for appends under way", ExitCode.USAGE)
     with _expected_errors(), _progress() as progress:
-        lines = run(lambda: collect(path, rate, progress))
+        lines = _collect(connection, rate, older_than, progress)
     for line in lines:
         click.echo(line)
 
@@ -200,6 +207,22 @@ def _check(connection: Connection, macs: dict[RealmId, Macs], progress: Progress
     from juicebox_hsm.adapters.sqlite.check import check_file
 
     return check_file(_sqlite_path(connection), macs, progress, checkpoint)
+
+
+def _collect(connection: Connection, rate: int, age_s: float, progress: Progress) -> list[str]:
+    """Clean the store the connection names, whatever its back end."""
+    if connection.store.startswith("bigtable:"):
+        from juicebox_hsm.adapters.bigtable.upkeep import open_upkeep
+
+        async def collect_instance() -> list[str]:
+            async with open_upkeep(connection.store) as upkeep:
+                return await upkeep.collect(rate, age_s, progress)
+
+        return run(collect_instance)
+    from roles.tools.store_gc import collect
+
+    path = _sqlite_path(connection)
+    return run(lambda: collect(path, rate, progress))
 
 
 def _sqlite_path(connection: Connection) -> Path:

@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
 from urllib.parse import parse_qsl
 
@@ -38,6 +38,7 @@ from juicebox_hsm.adapters.bigtable.published import BigtablePublished
 from juicebox_hsm.adapters.bigtable.realms import BigtableRealms
 from juicebox_hsm.adapters.bigtable.retry import STORE_RETRY, RetryProfile
 from juicebox_hsm.adapters.bigtable.settled import Settled
+from juicebox_hsm.adapters.bigtable.stats import BigtableStats
 from juicebox_hsm.adapters.bigtable.table import CALL_S, Endpoint
 from juicebox_hsm.adapters.embedded_bus import EmbeddedBus
 from juicebox_hsm.adapters.node_tuning import DEFAULT_NODE_TUNING, NodeTuning
@@ -139,18 +140,32 @@ def _parse_times(settings: dict[str, str]) -> tuple[float | None, ChannelTuning]
     return seconds("timeout"), channel
 
 
+@dataclass(frozen=True, slots=True)
+class Instance:
+    """An instance that was reached: its endpoint for data, the transport to the admin API, and what it is called."""
+
+    endpoint: Endpoint
+    admin: Transport
+    data: ChannelTransport
+    authorization: Authorization
+    description: str
+
+    async def warm(self, fresh: ChannelTransport) -> None:
+        """Ping the instance through a new channel."""
+        endpoint = self.endpoint
+        ping = codec.ping_request(endpoint.instance, endpoint.profile)
+        headers = (("x-goog-request-params", f"name={endpoint.instance}"), *self.authorization.metadata())
+        await fresh.unary(codec.PING_AND_WARM, ping, headers, endpoint.call_s)
+
+
 @asynccontextmanager
-async def open_bigtable(
-    rest: str, *, node_tuning: NodeTuning = DEFAULT_NODE_TUNING, tuning: Tuning = DEFAULT_TUNING
-) -> AsyncIterator[Store]:
-    """Open the instance that `rest` (behind `bigtable:`) names.
+async def reach(rest: str, tuning: Tuning = DEFAULT_TUNING) -> AsyncIterator[Instance]:
+    """Open channels to the instance that `rest` (behind `bigtable:`) names.
 
     Raises `LocalError` for what the operator must mend and `StoreUnavailable` if nothing answers within some seconds.
-    Leaving runs deferred deletions, at most 8 s; no operation may be started after that.
     """
     address = parse_address(rest, os.environ.get(EMULATOR_VARIABLE))
-    if address.call_s is not None:
-        tuning = replace(tuning, call_s=address.call_s)
+    call_s = tuning.call_s if address.call_s is None else address.call_s
     authorization: Authorization = NoAuthorization() if address.emulator else await ApplicationDefault.find()
     driver = Driver()
     await driver.start()
@@ -163,8 +178,9 @@ async def open_bigtable(
         await data.open()
         await admin.open()
         try:
-            async with _opened(address, authorization, data, admin, node_tuning, tuning) as store:
-                yield store
+            transport = data if tuning.wrap is None else tuning.wrap(data)
+            endpoint = Endpoint(transport, authorization, address.path, address.profile, call_s, tuning.retry)
+            yield Instance(endpoint, admin, data, authorization, address.description)
         finally:
             with trio.CancelScope(shield=True):
                 await data.close()
@@ -174,33 +190,32 @@ async def open_bigtable(
 
 
 @asynccontextmanager
-async def _opened(
-    address: Address,
-    authorization: Authorization,
-    data: ChannelTransport,
-    admin: ChannelTransport,
-    node_tuning: NodeTuning,
-    tuning: Tuning,
+async def open_bigtable(
+    rest: str, *, node_tuning: NodeTuning = DEFAULT_NODE_TUNING, tuning: Tuning = DEFAULT_TUNING
 ) -> AsyncIterator[Store]:
+    """Open the instance that `rest` (behind `bigtable:`) names.
+
+    Raises `LocalError` for what the operator must mend and `StoreUnavailable` if nothing answers within some seconds.
+    Leaving runs deferred deletions, at most 8 s; no operation may be started after that.
+    """
+    async with reach(rest, tuning) as instance, _opened(instance, node_tuning, tuning) as store:
+        yield store
+
+
+@asynccontextmanager
+async def _opened(instance: Instance, node_tuning: NodeTuning, tuning: Tuning) -> AsyncIterator[Store]:
     """Build the ports over open channels, with the tasks they need."""
-    transport = data if tuning.wrap is None else tuning.wrap(data)
-    endpoint = Endpoint(transport, authorization, address.path, address.profile, tuning.call_s, tuning.retry)
+    endpoint = instance.endpoint
     nodes = TreeNodes(endpoint, node_tuning)
     deletion = nodes.deletion = DeferredDeletion(nodes, tuning.deletion_delay_s)
     settled = Settled(endpoint)
-    realms = BigtableRealms(endpoint, admin)
+    realms = BigtableRealms(endpoint, instance.admin)
     await realms.self_test()
-
-    async def warm(fresh: ChannelTransport) -> None:
-        ping = codec.ping_request(address.path, address.profile)
-        headers = (("x-goog-request-params", f"name={address.path}"), *authorization.metadata())
-        await fresh.unary(codec.PING_AND_WARM, ping, headers, tuning.call_s)
-
     failure: BaseException | None = None
     deleting = trio.CancelScope(shield=True)  # goes on while the body is being cancelled, until `_finish` is done
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(authorization.keep_fresh)
-        nursery.start_soon(data.keep_rotating, warm)
+        nursery.start_soon(instance.authorization.keep_fresh)
+        nursery.start_soon(instance.data.keep_rotating, instance.warm)
         nursery.start_soon(settled.run)
         nursery.start_soon(_delete, deletion, deleting)
         try:
@@ -214,7 +229,8 @@ async def _opened(
                 settings=BigtableSettings(endpoint),
                 tenants=BigtableTenants(endpoint),
                 realms=realms,
-                description=address.description,
+                description=instance.description,
+                stats=BigtableStats(endpoint),
                 bus=EmbeddedBus(BigtablePublished(endpoint)),
             )
         except (trio.Cancelled, GeneratorExit):

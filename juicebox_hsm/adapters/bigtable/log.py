@@ -10,6 +10,7 @@ the last row is read and says whether the batch is there, may be tried again, or
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Final
@@ -43,6 +44,8 @@ WINDOW_ROWS: Final = 100
 """Rows listed or replaced at a time. The window in which gaps, tombstones and entries may mix: never change it on
 live data (storage.md 2.1)."""
 INDEX_MAX: Final = 2**63 - 1
+FRESH_S: Final = 60.0
+"""Age of an append's nodes above which they are written again before its row is; `store gc` leaves five minutes."""
 
 _NAMES: Final = Selection(cells_per_row=1, strip_values=True)
 _NEWEST: Final = Selection(cells_per_row=1)
@@ -59,6 +62,32 @@ def check_batch(entries: Sequence[LogEntry], intents: Sequence[Intent | None]) -
             after.index == before.index + 1 and after.prev_mac == before.entry_mac,
             "the entries of a batch follow each other",
         )
+
+
+class _FreshNodes:
+    """The nodes of one append, written again when they are no longer young as its row is about to be written.
+
+    Whoever removes unneeded nodes takes young ones for those of appends under way (`garbage`); a process that slept
+    between the two writes, suspended with its machine for example, must not find its nodes gone (own).
+    """
+
+    def __init__(self, nodes: TreeNodes, realm: RealmId, adds: Sequence[tuple[bytes, bytes]]) -> None:
+        self._nodes = nodes
+        self._realm = realm
+        self._adds = adds
+        self._written_s = 0.0
+        self.stored: dict[bytes, tuple[bytes, bytes]] = {}
+
+    async def write(self) -> None:
+        """Write the nodes."""
+        self._written_s = time.clock_gettime(time.CLOCK_BOOTTIME)
+        if self._adds:
+            self.stored = await self._nodes.write(self._realm, self._adds)
+
+    async def keep(self) -> None:
+        """Write them again if that was too long ago, by a clock that goes on while the machine sleeps."""
+        if time.clock_gettime(time.CLOCK_BOOTTIME) - self._written_s > FRESH_S:
+            await self.write()
 
 
 class BigtableLog:
@@ -94,12 +123,13 @@ class BigtableLog:
             if not await self._follows(realm, group, entries[0]):
                 return AppendOutcome.CONFLICT
             removals = await self._nodes.instances(realm, changes.removes)
-            stored = await self._nodes.write(realm, changes.adds) if changes.adds else {}
+            fresh = _FreshNodes(self._nodes, realm, changes.adds)
+            await fresh.write()
             self._tails.pop(tail, None)
-            outcome = await self._write_row(realm, group, entries, entry_cells(entries, intents))
+            outcome = await self._write_row(realm, group, entries, entry_cells(entries, intents), fresh)
         if outcome is AppendOutcome.APPENDED:
             self._tails[tail] = (entries[-1].index, entries[-1].entry_mac)
-            self._nodes.remember(stored)
+            self._nodes.remember(fresh.stored)
             self._deletion.schedule(realm, removals)
         return outcome
 
@@ -114,7 +144,12 @@ class BigtableLog:
         return (last.index, last.entry_mac) == (first.index - 1, first.prev_mac)
 
     async def _write_row(
-        self, realm: RealmId, group: GroupId, entries: Sequence[LogEntry], cells: Sequence[SetCell]
+        self,
+        realm: RealmId,
+        group: GroupId,
+        entries: Sequence[LogEntry],
+        cells: Sequence[SetCell],
+        fresh: _FreshNodes,
     ) -> AppendOutcome:
         """Write the row if it is absent; raises `StoreAmbiguous` when not even reading can tell what happened."""
         key = keys.log_key(group, entries[0].index)
@@ -122,6 +157,7 @@ class BigtableLog:
         in_doubt = False
         while True:
             try:
+                await fresh.keep()
                 if not await self._table(realm).check_and_mutate(key, RowExists(), if_not=cells):
                     return AppendOutcome.APPENDED
                 if not in_doubt:
