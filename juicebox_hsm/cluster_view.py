@@ -56,6 +56,14 @@ class Member:
         return None if self.info.captured is None else self.info.captured[0]
 
     @property
+    def written_index(self) -> int:
+        """Return the last index its leadership is known to have written or begun after, 0 when it has none."""
+        if self.agent is not None and self.agent.last_appended is not None:
+            return self.agent.last_appended[0]
+        committed = None if self.info.leader is None else self.info.leader.committed
+        return max(self.starting - 1, committed or 0, 0)
+
+    @property
     def owned_range(self) -> OwnedRange | None:
         """Return the range the leader says its group owns."""
         leader = self.info.leader

@@ -21,7 +21,7 @@ from juicebox_hsm.ports import HsmTransport, Store
 from juicebox_hsm.wire.rpc import Method
 from roles.agent.peers import Peers
 from roles.agent.ratelimit import Limiters
-from roles.agent.state import Groups, GroupState, LeaderState
+from roles.agent.state import Claim, Groups, GroupState, LeaderState
 from roles.agent.watch import Follower, Persister
 
 
@@ -165,8 +165,8 @@ class Agent:
         self.outbox_oldest_s = 0.0
         self.troubles: dict[str, str] = {}
         """Reasons for not being ready, by what is in trouble."""
-        self.lost_hints: dict[tuple[RealmId, GroupId], int] = {}
-        """Groups whose leadership this agent left without being asked, with its `starting`: managers are told."""
+        self.lost_hints: dict[tuple[RealmId, GroupId], Claim] = {}
+        """Groups whose leadership this agent left without being asked: managers are told until a leader speaks."""
 
     @property
     def timings(self) -> Timings:
@@ -194,7 +194,7 @@ class Agent:
         if change.ended is not None:
             self.log.info("leadership ended", group=group.group.hex(), starting=change.ended.starting)
             if not change.ended.asked_to_leave and not self.stopping:
-                self.lost_hints[group.realm, group.group] = change.ended.starting
+                self.lost_hints[group.realm, group.group] = change.ended.claim
         if change.started is not None:
             self.log.info("leadership began", group=group.group.hex(), starting=change.started.starting)
             self.lost_hints.pop((group.realm, group.group), None)

@@ -1,13 +1,14 @@
 """Lost leaders: a member that stops hearing its leader tells the managers at once (agent.md 7, manager.md 3.2).
 
-Hints only save time: managers check before they act, and their own 2 s loop stays. A hint goes out when the stream of
-the leader's agent closes, after 1 s of silence, when this agent left leadership without being asked, and when it has
-heard no leader 250 ms after it registered; and again every second until a leader speaks.
+Hints only save time: managers check before they act, and their own 2 s loop stays. A hint goes out when no leadership
+that may still write speaks any more, because the stream of its agent closed or after 1 s of silence, when this agent
+left leadership without being asked, and when it has heard no leader 250 ms after it registered; and again every second
+until a leader speaks.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 import trio
@@ -15,13 +16,15 @@ import trio
 from juicebox_hsm.errors import RealmError
 from juicebox_hsm.ids import GroupId, RealmId
 from juicebox_hsm.wire.rpc import MANAGER_METHODS, LeaderLost
-from roles.agent.state import GroupState
+from roles.agent.state import Claim, GroupState
 
 if TYPE_CHECKING:
     from roles.agent.context import Agent
 
 HINT_TIMEOUT_S = 0.5
 TICK_S = 0.1
+LEADERSHIPS_MAX = 9
+"""Leaderships heard at once; a group has no more members, so what goes beyond is made up."""
 
 
 class Connection(Protocol):
@@ -40,13 +43,41 @@ class Connection(Protocol):
 
 @dataclass(slots=True)
 class _Heard:
-    """When and from whom a group's leader was last heard; `starting` is the highest ever seen."""
+    """What a member heard of its group's leaders, ranked by the last index they say they wrote (record 0017).
 
-    starting: int
-    at: float
-    connection: Connection | None
+    Appends are conditional, so a leadership that ends below what another one wrote can never write again: it is
+    deposed, and what it says counts for nothing. Those that end at the same index are all able to write the next one,
+    wherever they began.
+    """
+
+    end: int = 0
+    """The highest index any leadership said it wrote, or began after."""
+    spoke: dict[int, tuple[float, Connection | None]] = field(default_factory=dict)
+    """`starting` -> when and on which stream, of those that end there and spoke since the newest of them began."""
     hint_at: float | None = None
     """When the next hint is due while the leader counts as lost."""
+
+    def note(self, claim: Claim, now: float, connection: Connection | None) -> bool:
+        """Note that a leadership spoke; False when it is deposed."""
+        known = claim.starting in self.spoke
+        if claim.last < self.end and not known:
+            return False
+        if claim.last > self.end or all(claim.starting > other for other in self.spoke):
+            self.end = claim.last
+            self.spoke.clear()
+        elif not known and len(self.spoke) >= LEADERSHIPS_MAX:
+            return False
+        self.spoke[claim.starting] = (now, connection)
+        return True
+
+    def claims(self) -> list[Claim]:
+        """Return the leaderships that are not deposed."""
+        return [Claim(self.end, starting) for starting in self.spoke]
+
+    def is_speaking(self, starting: int, now: float, silence_s: float) -> bool:
+        """Tell whether this leadership is neither silent nor cut off from us."""
+        at, connection = self.spoke[starting]
+        return now - at < silence_s and not (connection is not None and connection.closed.is_set())
 
 
 class LeaderWatch:
@@ -57,18 +88,15 @@ class LeaderWatch:
         self._heard: dict[tuple[RealmId, GroupId], _Heard] = {}
         self._registered_at: float | None = None
 
-    def heard(self, group: GroupState, starting: int, connection: Connection | None) -> None:
-        """Note a `replicate` call of the leadership that began at `starting`."""
+    def heard(self, group: GroupState, claim: Claim, connection: Connection | None) -> None:
+        """Note a `replicate` call of a leadership."""
         key = (group.realm, group.group)
-        known = self._heard.get(key)
-        now = trio.current_time()
-        if known is None:
-            self._heard[key] = _Heard(starting, now, connection)
-        elif starting >= known.starting:
-            known.starting, known.at, known.connection, known.hint_at = starting, now, connection, None
-        else:
+        left = self._agent.lost_hints.get(key)
+        if left is not None and claim.last < left.last:
             return
-        self._agent.lost_hints.pop(key, None)
+        known = self._heard.setdefault(key, _Heard())
+        if known.note(claim, trio.current_time(), connection):
+            self._agent.lost_hints.pop(key, None)
 
     async def run(self) -> None:
         """Look at every group ten times a second and send the hints that are due."""
@@ -88,30 +116,22 @@ class LeaderWatch:
         """Return the lost leadership's `starting` if a hint is due now; pure but for the next due time."""
         timings = self._agent.timings
         key = (group.realm, group.group)
-        heard = self._heard.get(key)
-        if group.leader is not None:
-            if heard is not None:
-                heard.hint_at = None
-            return None
+        heard = self._heard.setdefault(key, _Heard())
         left = self._agent.lost_hints.get(key)
-        if heard is None:
-            registered = self._registered_at if self._registered_at is not None else now
-            first = now if left is not None else registered + timings.leader_hint_first_s
-            heard = self._heard[key] = _Heard(left or 0, registered, None, hint_at=first)
+        # what we heard before a leadership of our own counts only if it ranks above that one
+        claims = [claim for claim in heard.claims() if left is None or claim > left]
+        if group.leader is not None or any(heard.is_speaking(c.starting, now, timings.silence_s) for c in claims):
+            heard.hint_at = None
+            self._agent.lost_hints.pop(key, None)
+            return None
+        lost = max([*heard.claims(), *([] if left is None else [left])], default=None)
         if heard.hint_at is None:
-            closed = heard.connection is not None and heard.connection.closed.is_set()
-            silent = now - heard.at >= timings.silence_s
-            if left is not None and heard.starting > left and not closed and not silent:
-                # deposed by a leader that speaks: nothing is lost
-                self._agent.lost_hints.pop(key, None)
-                return None
-            if not (closed or silent or left is not None):
-                return None
-            heard.hint_at = now
+            registered = self._registered_at if self._registered_at is not None else now
+            heard.hint_at = now if lost is not None else registered + timings.leader_hint_first_s
         if now < heard.hint_at:
             return None
         heard.hint_at = now + timings.leader_hint_again_s
-        return max(heard.starting, left or 0)
+        return 0 if lost is None else lost.starting
 
     async def _hint(self, group: GroupState, starting: int) -> None:
         agent = self._agent

@@ -51,6 +51,7 @@ from roles.agent.lost import Connection, LeaderWatch
 from roles.agent.outbox import Dispatcher, watch_backlog
 from roles.agent.ratelimit import gossip, keep_tenants, refresh_tenants
 from roles.agent.replicate import handle_captured, handle_replicate
+from roles.agent.state import Claim
 from roles.agent.transfer import (
     handle_arrived,
     handle_cancel_prepare,
@@ -146,7 +147,7 @@ class AgentService:
     async def _replicate(self, body: Replicate, caller: Connection) -> Any:
         group = self.agent.groups.get(body.realm, body.group)
         if group is not None:
-            self.leader_watch.heard(group, body.starting, caller)
+            self.leader_watch.heard(group, Claim(body.last, body.starting), caller)
         return await handle_replicate(self.agent, body)
 
     async def _rate_state(self, _body: object, _caller: Connection) -> RateState:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, NamedTuple
 
 from juicebox_hsm.consensus.types import (
     Captured,
@@ -110,6 +110,16 @@ class RateMeter:
         self._second = max(self._second, second)
 
 
+class Claim(NamedTuple):
+    """What tells the leaderships of a group apart, in the order in which they count (record 0017).
+
+    `last` is the last index it wrote, or the one it began after; `starting` is the first it may create.
+    """
+
+    last: int
+    starting: int
+
+
 @dataclass(slots=True)
 class LeaderState:
     """One leadership of one group, from Leader through SteppingDown. `starting` is the first index it may create."""
@@ -152,6 +162,11 @@ class LeaderState:
         """Entries made or about to be made and not yet committed."""
         committed = self.starting - 1 if self.committed is None else self.committed
         return max(0, self.next_index - 1 - committed) + len(self.queue) + len(self.incoming)
+
+    @property
+    def claim(self) -> Claim:
+        """How this leadership ranks among others."""
+        return Claim(self.next_index - 1, self.starting)
 
     def is_new(self, index: int) -> bool:
         """Tell whether nothing of this leadership has `index` yet."""

@@ -115,8 +115,7 @@ class Appointer:
                 group = view.groups.get(key)
                 if group is None:
                     return False
-                leader = group.leader
-                if leader is not None and leader.starting >= self._hinted[key]:
+                if is_led(group, self._hinted[key]):
                     context.state.announced.discard(key)
                     return True
                 context.state.announced.add(key)
@@ -132,6 +131,19 @@ class Appointer:
         """Return the agents last seen with the group, or all of them."""
         known = self._context.state.urls.get(key)
         return known or await discovered_agents(self._context.store, self._context.now_ms())
+
+
+def is_led(group: GroupView, reported: int) -> bool:
+    """Tell whether a member that answered leads, although the leadership that began at `reported` is gone.
+
+    An older leadership counts if it wrote where the reported one began, or if nobody captured anything it did not
+    write: then it beat the reported one, or that one wrote nothing (record 0017). One that was beaten does not.
+    """
+    captured = max((member.captured_index or 0 for member in group.members), default=0)
+    unbeaten = min(reported, captured)
+    return any(
+        member.leads and (member.starting >= reported or member.written_index >= unbeaten) for member in group.members
+    )
 
 
 def remember_urls(context: ManagerContext, view: ClusterView) -> None:

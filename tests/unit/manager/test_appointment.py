@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 import trio
 import trio.testing
@@ -172,14 +173,41 @@ async def test_false_alarm_changes_nothing(autojump_clock: trio.testing.MockCloc
 
 
 async def test_older_claim_does_not_hide_a_loss(autojump_clock: trio.testing.MockClock) -> None:
-    """A deposed leader that has not noticed does not count as the leader that was lost."""
+    """A deposed leader that has not noticed, while others captured what beat it, does not count as a leader."""
     agents = three()
     agents[0].lead(group(1), FULL, starting=3)
     agents[1].lead(group(1), FULL, starting=6)
     agents[1].down = True
+    agents[2].groups[group(1)].captured = 6
     context = make_context(agents)
     await Appointer(context).leader_lost(LeaderLost(REALM, group(1), 6))
     assert len(_rpc(context).methods("become_leader")) == 1
+
+
+@pytest.mark.parametrize(("written", "captured"), [(6, 6), (5, 5), (9, 12)])
+async def test_older_leader_that_was_not_beaten_stays(
+    autojump_clock: trio.testing.MockClock, written: int, captured: int
+) -> None:
+    """A leader that beat the reported one, or whom it never wrote past, is left in place."""
+    agents = three()
+    agents[0].groups[group(1)].captured = written
+    agents[0].lead(group(1), FULL, starting=3)
+    agents[2].groups[group(1)].captured = captured  # a status asked a moment later may be ahead
+    context = make_context(agents)
+    context.state.announced.add((REALM, group(1)))
+    await Appointer(context).leader_lost(LeaderLost(REALM, group(1), 6))
+    assert not _rpc(context).methods("become_leader")
+    assert not context.state.announced
+
+
+def test_what_a_leader_wrote_comes_from_its_agent() -> None:
+    """The agent knows what the store acknowledged; an HSM's last entry may never have been written."""
+    agent = three()[0].lead(group(1), FULL, starting=3)
+    status = agent.status()
+    own = msgspec.structs.replace(status.groups[0], last_appended=(17, bytes(32)))
+    for groups, written in (([own], 17), (status.groups, 5), ([], 5)):
+        view = build_view([AgentView(agent.url, msgspec.structs.replace(status, groups=groups))])
+        assert view.groups[REALM, group(1)].members[0].written_index == written
 
 
 async def test_a_leader_stepping_down_may_finish(autojump_clock: trio.testing.MockClock) -> None:
