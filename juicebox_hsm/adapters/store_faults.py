@@ -2,6 +2,7 @@
 
 Each operation first waits and may be refused; log appends may also be applied and then reported as ambiguous. What the
 back end itself would answer is never changed, so whatever happens to the realm could happen with a bad disk or network.
+Leases are the exception: they may be granted to everybody who asks, which is what clocks far apart amount to.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from typing import Any, Final, cast
 import trio
 
 from juicebox_hsm.adapters.faults import FaultSwitch
-from juicebox_hsm.ports import Store, StoreAmbiguous, StoreUnavailable
+from juicebox_hsm.ports import Lease, Leases, Store, StoreAmbiguous, StoreUnavailable
 
 _AMBIGUOUS: Final = frozenset({"append"})
+_UNSHARED_ID: Final = "0" * 32
+"""The id of a lease the store knows nothing of; real ones are random."""
 
 
 def with_faults(store: Store, switch: FaultSwitch) -> Store:
@@ -28,6 +31,7 @@ def with_faults(store: Store, switch: FaultSwitch) -> Store:
         for field in fields(store)
         if field.name != "description" and getattr(store, field.name) is not None
     }
+    ports["leases"] = _FaultyLeases(ports["leases"], switch)
     return replace(store, **ports)
 
 
@@ -45,6 +49,35 @@ class _FaultyPort:
         gated = _gated(found, self._switch, loses_replies=name in _AMBIGUOUS)
         self.__dict__[name] = gated  # next time without this detour
         return gated
+
+
+class _FaultyLeases:
+    """Leases that are also granted without the store, when told to; such a grant ends with the fault."""
+
+    def __init__(self, leases: Leases, switch: FaultSwitch) -> None:
+        self._leases = leases
+        self._switch = switch
+
+    async def obtain(self, name: str, owner: str, now_ms: int, length_ms: int) -> Lease | None:
+        if not self._switch.now.ignores_leases:
+            return await self._leases.obtain(name, owner, now_ms, length_ms)
+        await trio.lowlevel.checkpoint()
+        return Lease(name, owner, _UNSHARED_ID, now_ms + length_ms)
+
+    async def extend(self, lease: Lease, now_ms: int, length_ms: int) -> Lease | None:
+        if lease.id != _UNSHARED_ID:
+            return await self._leases.extend(lease, now_ms, length_ms)
+        await trio.lowlevel.checkpoint()
+        return replace(lease, expires_ms=now_ms + length_ms) if self._switch.now.ignores_leases else None
+
+    async def terminate(self, lease: Lease) -> None:
+        if lease.id == _UNSHARED_ID:
+            await trio.lowlevel.checkpoint()
+        else:
+            await self._leases.terminate(lease)
+
+    async def list(self) -> list[Lease]:
+        return await self._leases.list()
 
 
 def _gated(operation: Any, switch: FaultSwitch, *, loses_replies: bool) -> Any:

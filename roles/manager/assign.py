@@ -88,7 +88,10 @@ async def assign(
     """
     extra = {} if extra_work is None else extra_work
     drained = await drained_hsms(context)
-    for member in candidates(view, group, exclude=exclude, drained=drained, extra_work=extra):
+    ordered = candidates(view, group, exclude=exclude, drained=drained, extra_work=extra)
+    if context.faults.now.reversed_candidates:
+        ordered.reverse()
+    for member in ordered:
         extra[member.hsm] = extra.get(member.hsm, 0) + LEADER_WORK
         context.log.info("appointing leader", group=text(group.key), hsm=member.hsm.hex(), last=last)
         reason = await appoint(context, group, member, last)

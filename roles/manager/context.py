@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from juicebox_hsm.adapters.faults import FaultSwitch
 from juicebox_hsm.adapters.tracing import Traces
 from juicebox_hsm.cluster_view import GroupKey
 from juicebox_hsm.ports import Store
@@ -68,6 +69,7 @@ class ManagerContext:
     meter: Meter
     log: Any
     traces: Traces | None = None
+    faults: FaultSwitch = field(default_factory=FaultSwitch)
     state: ManagerState = field(default_factory=ManagerState)
 
 

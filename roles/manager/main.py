@@ -131,6 +131,7 @@ class _Manager:
             meter=self.metrics,
             log=_log,
             traces=self.traces,
+            faults=self.faults,
         )
         appointer = Appointer(context)
         work = await nursery.start(_work, context, appointer, interval_s, rebalance_interval_s)

@@ -219,10 +219,12 @@ async def _realm(
 
         options = await _behind_network(settings, network, nursery)
         async with launch(options, on_exit=on_exit) as cluster:
-            certificate = cluster.state.tls("chaos")
-            issue(cluster.state.path / "ca" / "cluster", PeerRole.MANAGER, "chaos", certificate)
-            orders = RpcPool(nursery, ClusterTls.load(certificate))
-            chaos = Chaos(cluster, network, orders, faults_dir, settings.seed, say)
+            pools = {}
+            for role in (PeerRole.MANAGER, PeerRole.AGENT):
+                certificate = cluster.state.tls(f"chaos-{role.value}")
+                issue(cluster.state.path / "ca" / "cluster", role, "chaos", certificate)
+                pools[role] = RpcPool(nursery, ClusterTls.load(certificate))
+            chaos = Chaos(cluster, network, pools, faults_dir, settings.seed, say)
             ready.append(chaos)
             try:
                 yield cluster, chaos

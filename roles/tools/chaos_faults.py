@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +13,8 @@ from typing import Any, Final
 
 import trio
 
-from juicebox_hsm.adapters.faults import NO_FAULTS, Faults
-from juicebox_hsm.cluster_view import ClusterView, GroupView, wire_range
+from juicebox_hsm.adapters.faults import LOOK_S, NO_FAULTS, Faults
+from juicebox_hsm.cluster_view import ClusterView, GroupKey, GroupView, wire_range
 from juicebox_hsm.errors import RealmError
 from juicebox_hsm.ids import OwnedRange, RecordId
 from juicebox_hsm.wire.rpc import (
@@ -24,7 +24,9 @@ from juicebox_hsm.wire.rpc import (
     Done,
     Empty,
     GroupCall,
+    LeaderLost,
     Method,
+    PeerRole,
     Rebalanced,
     Refused,
     StepdownOrder,
@@ -47,18 +49,32 @@ PAUSE_SETTLE_S: Final = 0.005
 DISK_SLACK_BYTES: Final = 256 * 1024
 """How far a process with a full disk may still write into a file beyond the size of its own log."""
 
+RIVALS_LOOK_S: Final = 0.05
+"""Between looks at who leads while two managers appoint: an idle rival stays until the other one writes."""
+
 _RECORD_BYTES: Final = 32
+_CALLERS: Final = {"become_leader": PeerRole.MANAGER, "leader_lost": PeerRole.AGENT}
+"""Who may call what operators may not."""
 
 
 class Chaos:
-    """Does to a cluster what a plan says. `say` gets one line for everything that happens."""
+    """Does to a cluster what a plan says. `say` gets one line for everything that happens.
+
+    `pools` call services as an agent and as a manager; what operators may ask is asked as one.
+    """
 
     def __init__(
-        self, cluster: Cluster, network: Network, orders: Any, faults_dir: Path, seed: int, say: Callable[[str], None]
+        self,
+        cluster: Cluster,
+        network: Network,
+        pools: Mapping[PeerRole, Any],
+        faults_dir: Path,
+        seed: int,
+        say: Callable[[str], None],
     ) -> None:
         self._cluster = cluster
         self._network = network
-        self._orders = orders
+        self._pools = pools
         self._faults_dir = faults_dir
         self._seed = seed
         self._say = say
@@ -94,6 +110,8 @@ class Chaos:
                 return await self._transfer(action)
             case Kind.STEPDOWN_MANAGER | Kind.STEPDOWN_DIRECT | Kind.DUEL | Kind.BOTH_MANAGERS:
                 return await self._leadership(action)
+            case Kind.RIVAL_MANAGERS:
+                return await self._rival_managers(action)
             case Kind.CUT | Kind.DELAY | Kind.ISOLATE:
                 return await self._disturb_network(action)
         target = await self._resolve(action, action.target)
@@ -273,6 +291,10 @@ class Chaos:
             self._write_faults(name, replace(now, **{changed: getattr(NO_FAULTS, changed)}))
         return f"{name} had {action.kind.value}"
 
+    def _change_faults(self, name: str, **changes: bool) -> None:
+        """Change some of a service's faults and keep what other actions asked for."""
+        self._write_faults(name, replace(self._faults.get(name, NO_FAULTS), **changes))
+
     def _write_faults(self, name: str, faults: Faults) -> None:
         self._faults[name] = faults
         write_file(self._faults_dir / f"{name}.json", faults.to_json())
@@ -332,6 +354,41 @@ class Chaos:
         become = BecomeLeaderCall(group.realm, group.id)
         return await self._ask_all([(url, AGENT_METHODS["become_leader"], become) for url in witnesses])
 
+    async def _rival_managers(self, action: Action) -> str:
+        """Let two managers without leases choose a group's next leader at the same moment, from opposite ends."""
+        view = await self._cluster.view()
+        random = Random(f"{self._seed}:{action.number}")  # noqa: S311 -- repeatable as far as it goes
+        groups = [group for _, group in sorted(view.groups.items()) if len(group.members) > 1]
+        led = [(group, group.leader) for group in groups if group.leader is not None]
+        if not led:
+            return "nobody leads a group of several"
+        group, leader = random.choice(led)
+        managers = (action.target, action.other)
+        try:
+            for name in managers:
+                self._change_faults(name, ignores_leases=True, reversed_candidates=name == action.other)
+            await trio.sleep(2 * LOOK_S)
+            told = await self._ask(leader.url, AGENT_METHODS["stepdown"], GroupCall(group.realm, group.id))
+            lost = LeaderLost(group.realm, group.id, leader.starting)
+            led_at_once: set[str] = set()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._watch_rivals, group.key, action.for_s, led_at_once)
+                await self._ask_all([(self._url(name), MANAGER_METHODS["leader_lost"], lost) for name in managers])
+        finally:
+            for name in managers:
+                self._change_faults(name, ignores_leases=False, reversed_candidates=False)
+        return f"{leader.name} {told}; led at once: {', '.join(sorted(led_at_once)) or 'nobody'}"
+
+    async def _watch_rivals(self, key: GroupKey, for_s: float, led_at_once: set[str]) -> None:
+        """Add the names of members that were seen to lead a group at the same time."""
+        with trio.move_on_after(for_s):
+            while True:
+                group = (await self._cluster.view()).groups.get(key)
+                leaders = [] if group is None else [member.name for member in group.members if member.leads]
+                if len(leaders) > 1:
+                    led_at_once.update(leaders)
+                await trio.sleep(RIVALS_LOOK_S)
+
     async def _transfer(self, action: Action) -> str:
         random = Random(f"{self._seed}:{action.number}")  # noqa: S311 -- repeatable as far as it goes
         chosen = choose_transfer(await self._cluster.view(), random)
@@ -346,8 +403,8 @@ class Chaos:
         return self._cluster.process(name).service.url
 
     async def _ask(self, url: str, method: Method, body: Any, timeout_s: float = ORDER_S) -> str:
-        # become_leader is a manager's to ask, everything else an operator's
-        pool = self._orders if method.name == "become_leader" else self._cluster.session.rpc
+        caller = _CALLERS.get(method.name)
+        pool = self._cluster.session.rpc if caller is None else self._pools[caller]
         try:
             reply = await pool.call(url, method, body, timeout_s=timeout_s)
         except RealmError as error:

@@ -46,6 +46,7 @@ class Kind(enum.Enum):
     DUEL = "duel"
     BOTH_MANAGERS = "both-managers"
     TRANSFER = "transfer"
+    RIVAL_MANAGERS = "rival-managers"
 
 
 _WEIGHTS: Final = {
@@ -67,6 +68,7 @@ _WEIGHTS: Final = {
     Kind.DUEL: 3,
     Kind.BOTH_MANAGERS: 2,
     Kind.TRANSFER: 3,
+    Kind.RIVAL_MANAGERS: 2,
 }
 
 
@@ -122,11 +124,11 @@ class Action:
 
 def possible_kinds(shape: Shape) -> list[Kind]:
     """Return the kinds that make sense for a realm of this shape."""
-    alone = {Kind.DUEL} if shape.agents == 1 else set()
+    alone = {Kind.DUEL, Kind.RIVAL_MANAGERS} if shape.agents == 1 else set()
     if shape.groups == 1:
         alone.add(Kind.TRANSFER)
     if shape.managers == 1:
-        alone.add(Kind.BOTH_MANAGERS)
+        alone |= {Kind.BOTH_MANAGERS, Kind.RIVAL_MANAGERS}
     return [kind for kind in Kind if kind not in alone]
 
 
@@ -189,4 +191,6 @@ def _action(random: Random, number: int, at_s: float, kind: Kind, shape: Shape) 
             target = random.choice(["one witness", "every witness"])
         case Kind.BOTH_MANAGERS:
             target, other = random.sample(shape.manager_names, 2)
+        case Kind.RIVAL_MANAGERS:
+            (target, other), for_s = random.sample(shape.manager_names, 2), some(2, 5)
     return Action(number, at_s, kind, target, other, for_s, amount)

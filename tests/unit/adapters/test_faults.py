@@ -13,7 +13,7 @@ from trio.testing import MockClock
 
 from juicebox_hsm.adapters.faults import ENVIRONMENT, NO_FAULTS, Faults, FaultSwitch
 from juicebox_hsm.adapters.store_faults import with_faults
-from juicebox_hsm.ports import Store, StoreAmbiguous, StoreUnavailable
+from juicebox_hsm.ports import Lease, Store, StoreAmbiguous, StoreUnavailable
 
 
 class Port:
@@ -88,7 +88,7 @@ async def test_a_refusing_store_applies_nothing() -> None:
     """A refused operation never reaches the back end; what is no operation passes."""
     store, port = _store()
     faulty = cast("Any", with_faults(store, _switch(Faults(store_refuses=True))))
-    for operation in (faulty.log.append("x"), faulty.leases.read()):
+    for operation in (faulty.log.append("x"), faulty.discovery.read()):
         with pytest.raises(StoreUnavailable):
             await operation
     assert port.calls == []
@@ -118,3 +118,46 @@ async def test_delay_comes_before_the_operation(autojump_clock: MockClock) -> No
     assert await faulty.log.append("y") == "appended y"
     assert trio.current_time() - begun == pytest.approx(0.7)
     assert port.calls == ["x", "y"]
+
+
+class OneLease:
+    """Leases of a store in which somebody else holds everything."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    async def obtain(self, name: str, owner: str, now_ms: int, length_ms: int) -> Lease | None:
+        self.calls.append(f"obtain {name}")
+        return None
+
+    async def extend(self, lease: Lease, now_ms: int, length_ms: int) -> Lease | None:
+        self.calls.append(f"extend {lease.name}")
+        return lease
+
+    async def terminate(self, lease: Lease) -> None:
+        self.calls.append(f"terminate {lease.name}")
+
+    async def list(self) -> list[Lease]:
+        return []
+
+
+async def test_ignored_leases_are_granted_to_everybody() -> None:
+    """A grant without the store never touches it and ends with the fault; real leases go on as they were."""
+    store, _ = _store()
+    port = OneLease()
+    switch = _switch(Faults(ignores_leases=True))
+    leases = with_faults(replace(store, leases=port), switch).leases
+    grants = [await leases.obtain("group", owner, 1000, 3000) for owner in ("one", "two")]
+    assert [grant.expires_ms for grant in grants if grant is not None] == [4000, 4000]
+    made_up = grants[0]
+    assert made_up is not None
+    extended = await leases.extend(made_up, 2000, 3000)
+    assert extended == replace(made_up, expires_ms=5000)
+    real = Lease("group", "three", "5" * 32, 9000)
+    assert await leases.extend(real, 2000, 3000) == real
+    switch._faults = NO_FAULTS
+    assert await leases.extend(made_up, 3000, 3000) is None
+    await leases.terminate(made_up)
+    await leases.terminate(real)
+    assert await leases.obtain("group", "one", 3000, 3000) is None
+    assert port.calls == ["extend group", "terminate group", "obtain group"]

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import msgspec
 import pytest
 import trio
 import trio.testing
 
+from juicebox_hsm.adapters.faults import ENVIRONMENT, Faults, FaultSwitch
+from juicebox_hsm.adapters.store_faults import with_faults
 from juicebox_hsm.cluster_view import AgentView, build_view
 from juicebox_hsm.ids import OwnedRange, RecordId
 from juicebox_hsm.wire.rpc import LeaderLost, Rebalanced, Refusal, Refused
@@ -325,3 +330,49 @@ async def test_malformed_ranges_of_an_agent_disturb_nobody(
     await Appointer(context).run_pass()
     assert _leaders(agents, 2)
     assert isinstance(await rebalance(context, Appointer(context)), Rebalanced)
+
+
+def _rivals(agents: list[FakeAgent], faults_dir: Path) -> tuple[ManagerContext, ManagerContext]:
+    """Return two managers of one realm, the second with the opposite taste; neither minds leases."""
+    first = make_context(agents)
+    contexts = []
+    for name, faults in (
+        ("manager1", Faults(ignores_leases=True)),
+        ("manager2", Faults(ignores_leases=True, reversed_candidates=True)),
+    ):
+        (faults_dir / f"{name}.json").write_text(faults.to_json())
+        switch = FaultSwitch.from_environment(name)
+        contexts.append(replace(first, name=name, store=with_faults(first.store, switch), faults=switch))
+    return contexts[0], contexts[1]
+
+
+@pytest.mark.parametrize("faulty", [True, False])
+async def test_rival_managers_appoint_different_leaders(
+    autojump_clock: trio.testing.MockClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, faulty: bool
+) -> None:
+    """Two managers at one group's loss: with leases one of them acts, without they make two members lead at once."""
+    if faulty:
+        monkeypatch.setenv(ENVIRONMENT, str(tmp_path))
+    agents = three()
+    managers = _rivals(agents, tmp_path)
+    async with trio.open_nursery() as nursery:
+        for manager in managers:
+            nursery.start_soon(Appointer(manager).leader_lost, LeaderLost(REALM, group(1), 6))
+    assert _leaders(agents) == ([1, 3] if faulty else [1])
+    asked = [url for url, _ in _rpc(managers[0]).methods("become_leader")]
+    assert sorted(asked) == (["tls://a1", "tls://a3"] if faulty else ["tls://a1"])
+
+
+async def test_a_group_with_two_leaders_is_left_to_its_log(
+    autojump_clock: trio.testing.MockClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Managers that see both leaders of a duel add no third one, neither in a pass nor for a report."""
+    monkeypatch.setenv(ENVIRONMENT, str(tmp_path))
+    agents = three()
+    agents[0].lead(group(1), FULL, starting=6)
+    agents[2].lead(group(1), FULL, starting=6)
+    for manager in _rivals(agents, tmp_path):
+        appointer = Appointer(manager)
+        await appointer.run_pass()
+        await appointer.leader_lost(LeaderLost(REALM, group(1), 6))
+        assert not _rpc(manager).methods("become_leader")

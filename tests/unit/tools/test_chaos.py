@@ -58,7 +58,7 @@ def test_plans_hold_every_kind_and_stay_inside_the_run() -> None:
 def test_plans_ask_only_for_what_the_realm_has() -> None:
     """One agent cannot duel, one manager cannot race, one group has nobody to give a range to."""
     small = Shape(1, 1, 1)
-    assert not {Kind.DUEL, Kind.BOTH_MANAGERS, Kind.TRANSFER} & set(possible_kinds(small))
+    assert not {Kind.DUEL, Kind.BOTH_MANAGERS, Kind.TRANSFER, Kind.RIVAL_MANAGERS} & set(possible_kinds(small))
     names = {"leader", "agent1", "manager1", "lb1", "", "one witness", "every witness"}
     for seed in range(20):
         assert {name for action in make_plan(seed, 60, small) for name in (action.target, action.other)} <= names
