@@ -242,6 +242,7 @@ class SimAgent:
     handlers: Mapping[str, Any] = field(default_factory=dict)
     crash: BaseException | None = None
     hsm: InProcessHsm = field(init=False)
+    metrics: Metrics = field(init=False)
     bodies: trio.Nursery = field(init=False)
 
     @property
@@ -261,6 +262,7 @@ class SimAgent:
             with self.scope:
                 async with trio.open_nursery() as nursery:
                     self.hsm = InProcessHsm(Hsm(self.platform))
+                    self.metrics = Metrics()
                     self.bodies = nursery
                     config = AgentConfig(self.name, self.url, "test", default_rate=10**6, timings=self.sim.timings)
                     self.agent = Agent(
@@ -268,7 +270,7 @@ class SimAgent:
                         self.hsm,
                         self.store,
                         NetworkOf(self.sim, self),
-                        Metrics(),
+                        self.metrics,
                         get_logger(self.name),
                         nursery,
                         lead,

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 import roles.agent.app as app_module
 from juicebox_hsm.consensus.codec import decode_captured, encode_log_entry
 from juicebox_hsm.consensus.types import Partition
 from juicebox_hsm.crypto.noise import Initiator
+from juicebox_hsm.hsm.messages import CaptureNext, PersistState, Request, Response
 from juicebox_hsm.ids import GroupId, RealmId, RecordId
 from juicebox_hsm.ports import StoreUnavailable, TenantLimits, TreeSide
 from juicebox_hsm.wire.client import HandshakeRequest, encode_noise_request
@@ -38,6 +40,7 @@ from roles.agent.outbox import Dispatcher
 from roles.agent.retry import RetryProfile
 from tests.simulation.cluster import KEEP_EVENTS, QUICK, TENANT, SimAgent, Simulation, simulation, until
 from tests.simulation.test_agent_groups import all_at_end
+from tests.simulation.test_agent_leaders import blind
 
 
 def refusal(reply: object) -> Refusal | None:
@@ -167,6 +170,56 @@ async def test_forged_pushes_are_dropped(tmp_path: Path) -> None:
         assert refusal(await witness.call("replicate", Replicate(sim.realm, bytes(16), 1, [], 0))) is (
             Refusal.INVALID_GROUP
         )
+
+
+class HoldsPersist:
+    """An HSM transport that keeps PersistState waiting, and tells how many are."""
+
+    def __init__(self, inner: Callable[[Request], Awaitable[Response]]) -> None:
+        self._inner = inner
+        self.proceed = trio.Event()
+        self.held = 0
+        self.captured = 0
+
+    async def send(self, request: Request) -> Response:
+        if isinstance(request, PersistState):
+            self.held += 1
+            await self.proceed.wait()
+        reply = await self._inner(request)
+        self.captured += isinstance(request, CaptureNext)
+        return reply
+
+
+async def test_pushes_are_answered_after_they_are_persisted(tmp_path: Path) -> None:
+    """A member answers a push when what was pushed is durable, and with the capture of just that."""
+    async with simulation(tmp_path) as sim:
+        group = await sim.new_realm(3)
+        await sim.settle_peers()
+        await all_at_end(sim, group)
+        leader, witness = leader_and_witness(sim, group)
+        blind(witness)
+        sim.cut.add(frozenset((leader.name, witness.name)))
+        position = witness.group(group).position
+        assert isinstance(await leader.call("app", sim.register1(group, "alice")), AppOk)
+        entries = await sim.store.log.read_from(sim.realm, group, position, 10)
+        assert isinstance(entries, list)
+        witness.agent.hsm = hsm = HoldsPersist(witness.hsm.send)
+        replies: list[CapturedReply] = []
+
+        async def push() -> None:
+            body = Replicate(sim.realm, group, 2, [encode_log_entry(entry) for entry in entries], entries[-1].index)
+            replies.append(await witness.call("replicate", body))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(push)
+            await until(lambda: hsm.held and hsm.captured)
+            await trio.testing.wait_all_tasks_blocked()
+            assert replies == []
+            hsm.proceed.set()
+        [reply] = replies
+        assert not reply.behind
+        assert reply.captured is not None
+        assert decode_captured(reply.captured).index == entries[-1].index
 
 
 async def test_captured_is_persisted_and_signed(tmp_path: Path) -> None:

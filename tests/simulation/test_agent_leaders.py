@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import trio
 
+from juicebox_hsm.hsm.messages import BecomeLeader, NotCaptured, Outcome, Request, Response
 from juicebox_hsm.ids import GroupId
-from juicebox_hsm.wire.rpc import AppOk, Done
+from juicebox_hsm.ports import AppendOutcome, StoreAmbiguous, StoreUnavailable
+from juicebox_hsm.wire.rpc import AppOk, BecomeLeaderCall, Done, GroupCall, Refusal, Refused, SteppedDown
+from roles.agent.leader import handle_become_leader
 from roles.agent.lost import LEADERSHIPS_MAX, LeaderWatch
+from roles.agent.retry import RetryProfile, retrying
 from roles.agent.state import Claim
+from roles.agent.watch import LogRefused
 from tests.simulation.cluster import QUICK, Caller, SimAgent, Simulation, simulation, until
 from tests.simulation.test_agent_groups import all_at_end
 
@@ -120,6 +127,128 @@ class Watched:
     def due(self, later_s: float = 0.0) -> int | None:
         """Return the leadership that is reported after `later_s` without a word."""
         return self.watch._due(self.group, trio.current_time() + later_s)
+
+
+async def with_successor(sim: Simulation) -> tuple[GroupId, SimAgent, SimAgent]:
+    """Hand a group over after its first leader spoke; returns group, old and new leader. Silence alarms nobody."""
+    group = await sim.new_realm(3)
+    await sim.settle_peers()
+    await all_at_end(sim, group)
+    old = sim.leader_of(group)
+    assert old is not None
+    await heartbeats(next(member for member in sim.agents if member is not old), 2)
+    new = await sim.hand_over_group(old, group)
+    assert new is not None
+    sim.manager.appoints = False
+    sim.manager.hints.clear()
+    return group, old, new
+
+
+NO_SILENCE = dataclasses.replace(QUICK, silence_s=1000.0)
+
+
+async def test_leader_that_gives_up_reports_itself(tmp_path: Path) -> None:
+    """Nobody is silent and no stream closed, so only the agent that left leadership unasked can raise the alarm."""
+    async with simulation(tmp_path, NO_SILENCE) as sim:
+        group, _, new = await with_successor(sim)
+        started = new.group(group).leader.starting
+
+        async def lose_the_reply(_really: object) -> AppendOutcome:
+            raise StoreAmbiguous("the answer was lost")
+
+        new.log.on_append = lose_the_reply
+        await new.call_and_forget("app", sim.register1(group, "alice"))
+        assert new.group(group).leader is None
+        await until(lambda: (group, started) in sim.manager.hints)
+
+
+async def test_leader_that_was_asked_to_leave_reports_nothing(tmp_path: Path) -> None:
+    """Who asked for the step-down also looks for a successor."""
+    async with simulation(tmp_path, NO_SILENCE) as sim:
+        group, _, new = await with_successor(sim)
+        assert isinstance(await new.call("stepdown", GroupCall(sim.realm, group)), SteppedDown)
+        await until(lambda: new.group(group).leader is None)
+        assert (sim.realm, group) not in new.agent.lost_hints
+
+
+async def test_append_that_never_succeeds_ends_the_leadership(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the retries are used up leadership ends by force, whoever waits is told so, and the agent lives."""
+    few = partial(retrying, profile=RetryProfile(0.001, 0.001, 3, 30.0))
+    monkeypatch.setattr("roles.agent.append.retrying", few)
+    async with simulation(tmp_path) as sim:
+        group = await sim.new_realm(3)
+        await sim.settle_peers()
+        sim.manager.appoints = False
+        leader = sim.leader_of(group)
+        assert leader is not None
+        failures = 0
+
+        async def fail(_really: object) -> AppendOutcome:
+            nonlocal failures
+            failures += 1
+            raise StoreUnavailable("down")
+
+        leader.log.on_append = fail
+        with trio.fail_after(5):
+            reply = await leader.call("app", sim.register1(group, "alice"))
+        assert reply == Refused(Refusal.NOT_LEADER, consumed=True)
+        assert failures == 3
+        await until(lambda: leader.group(group).leader is None)
+        assert leader.metrics.counter("agent.stepdown", forced="true").value == 1
+        leader.log.on_append = None
+        again = await sim.appoint(group)
+        assert again is not None
+        assert isinstance(await again.call("app", sim.register1(group, "bob")), AppOk)
+
+
+class AnswersBecomeLeader:
+    """An HSM transport that answers BecomeLeader itself."""
+
+    def __init__(self, inner: Callable[[Request], Awaitable[Response]], answer: Response) -> None:
+        self._inner = inner
+        self._answer = answer
+        self.asked = 0
+
+    async def send(self, request: Request) -> Response:
+        if isinstance(request, BecomeLeader):
+            self.asked += 1
+            return self._answer
+        return await self._inner(request)
+
+
+@pytest.mark.parametrize(
+    ("answer", "refused", "once"),
+    [
+        (Outcome.STEPDOWN_IN_PROGRESS, Refused(Refusal.STEPDOWN_IN_PROGRESS), True),
+        (Outcome.INVALID_REALM, Refused(Refusal.INVALID_REALM), True),
+        (Outcome.INVALID_GROUP, Refused(Refusal.INVALID_GROUP), True),
+        (NotCaptured(2), Refused(Refusal.NOT_CAPTURED, index=2), False),
+        (NotCaptured(None), Refused(Refusal.NOT_CAPTURED), False),
+    ],
+)
+async def test_what_the_hsm_says_to_become_leader_is_passed_on(
+    tmp_path: Path, answer: Response, refused: Refused, once: bool
+) -> None:
+    """Each refusal of the HSM has its own answer; a capture close behind is waited for until the deadline."""
+    async with simulation(tmp_path, dataclasses.replace(QUICK, become_leader_s=0.1)) as sim:
+        group = await sim.new_realm(3)
+        await all_at_end(sim, group)
+        witness = next(member for member in sim.agents if member is not sim.leader_of(group))
+        witness.agent.hsm = hsm = AnswersBecomeLeader(witness.hsm.send, answer)
+        assert await sim.become_leader(witness, group) == refused
+        assert (hsm.asked == 1) == once
+        assert witness.group(group).leader is None
+
+
+async def test_last_entry_that_the_hsm_refuses_ends_the_process(tmp_path: Path) -> None:
+    """A log that ends in an entry with a wrong MAC is corrupted: nobody leads from there."""
+    async with simulation(tmp_path) as sim:
+        group = await sim.new_realm(3)
+        await all_at_end(sim, group)
+        witness = next(member for member in sim.agents if member is not sim.leader_of(group))
+        witness.agent.hsm = AnswersBecomeLeader(witness.hsm.send, Outcome.INVALID_MAC)
+        with pytest.raises(LogRefused):
+            await handle_become_leader(witness.agent, BecomeLeaderCall(sim.realm, group, None))
 
 
 @dataclasses.dataclass
