@@ -18,7 +18,7 @@ from roles.manager.appointment import Appointer
 from roles.manager.context import ManagerContext
 from roles.manager.overview import discovered_agents
 from roles.manager.rebalance import rebalance
-from roles.manager.recovery import recover_transfers
+from roles.manager.recovery import Recovery
 
 DISCOVERY_POLL_S: Final = 1.0
 DISCOVERY_POLL_YOUNG_S: Final = 0.1
@@ -95,13 +95,10 @@ async def run_loops(
     async def spread() -> None:
         await rebalance(context, appointer, periodic=True)
 
-    async def recover() -> None:
-        await recover_transfers(context)
-
     async with trio.open_nursery() as nursery:
         nursery.start_soon(watch_agents, context, leaders.hurry)
         nursery.start_soon(run_loop, context, "leaders", leaders, appointer.run_pass)
-        nursery.start_soon(run_loop, context, "transfers", transfers, recover)
+        nursery.start_soon(run_loop, context, "transfers", transfers, Recovery(context, nursery).run_pass)
         nursery.start_soon(run_loop, context, "rebalance", Pacer(rebalance_interval_s, rebalance_interval_s), spread)
 
 

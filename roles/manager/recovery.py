@@ -3,11 +3,16 @@
 Reports of pending transfers are hints: they are read a second time under the ownership lease, only committed records
 of each group's freshest leader count, and a transfer is completed only after the destination's committed log says that
 the range arrived.
+
+Realms, and the transfers of a realm, do not wait for each other: each range that is stuck is stuck for a reason of its
+own, and every range between its groups is out of service until it is done.
 """
 
 from __future__ import annotations
 
 from typing import Final
+
+import trio
 
 from juicebox_hsm.cluster_view import ClusterView, GroupView, owned_range
 from juicebox_hsm.errors import RealmError
@@ -15,10 +20,18 @@ from juicebox_hsm.ids import GroupId, RealmId
 from juicebox_hsm.wire.rpc import TransferringInfo
 from roles.manager.context import ManagerContext, ManagerState
 from roles.manager.leases import LeaseBusy, management_lease, ownership_lease
-from roles.manager.overview import STATUS_TIMEOUT_S, read_overview
+from roles.manager.overview import IDS_TIMEOUT_S, STATUS_TIMEOUT_S, read_overview
 from roles.manager.transfer import Arrival, TransferRequest, ask_arrived, complete_only, run_transfer
 
 INCOMING: Final = "In"
+
+REALMS_AT_ONCE_MAX: Final = 16
+"""Realms worked on at once; the others wait for their turn. Bounds this process's calls and leases (own)."""
+
+PASS_S: Final = 10.0
+"""How long one pass may work on a realm. Own: a member that hangs costs three looks of 2 s, the four steps take well
+under a second, and the next pass is 2 s away. What an agent has begun goes on without us, so a store that needs longer
+still gets a step further in each pass; and an operator's request finds the lease taken for this long, not for 120 s."""
 
 
 def pending(view: ClusterView, *, committed_only: bool) -> list[tuple[GroupView, TransferringInfo]]:
@@ -51,43 +64,74 @@ def request_of(group: GroupView, marker: TransferringInfo) -> TransferRequest | 
     return TransferRequest(group.realm, source, destination, wanted)
 
 
-async def recover_transfers(context: ManagerContext) -> None:
-    """Run one pass over all realms; a realm that fails does not stop the others."""
-    view = await read_overview(context.store, context.rpc, context.now_ms(), STATUS_TIMEOUT_S)
-    found = pending(view, committed_only=False)
-    context.meter.gauge("manager.transfer.pending", len(found))
-    remember_pending(context.state, found, context.now_ms())
-    for realm in sorted({group.realm for group, _ in found}):
+class Recovery:
+    """Finishes transfers in tasks of its own in `nursery`, one for each realm; a realm that stalls stops no other."""
+
+    def __init__(self, context: ManagerContext, nursery: trio.Nursery) -> None:
+        self._context = context
+        self._nursery = nursery
+        self._turns = trio.CapacityLimiter(REALMS_AT_ONCE_MAX)  # first come, first served: no realm starves
+        self._busy: set[RealmId] = set()
+
+    async def run_pass(self) -> None:
+        """Look for pending transfers and start on realms that nothing runs for. Raises `StoreUnavailable`."""
+        context = self._context
+        view = await read_overview(context.store, context.rpc, context.now_ms(), STATUS_TIMEOUT_S)
+        found = pending(view, committed_only=False)
+        context.meter.gauge("manager.transfer.pending", len(found))
+        remember_pending(context.state, found, context.now_ms())
+        for realm in sorted({group.realm for group, _ in found} - self._busy):
+            self._busy.add(realm)
+            self._nursery.start_soon(self._take_turn, realm)
+
+    async def _take_turn(self, realm: RealmId) -> None:
+        try:
+            async with self._turns:
+                await recover_realm(self._context, realm)
+        finally:
+            self._busy.discard(realm)
+
+
+async def recover_realm(context: ManagerContext, realm: RealmId) -> None:
+    """Work on one realm for up to `PASS_S`; trouble is counted and logged, and the lease is given back."""
+    with trio.move_on_after(PASS_S) as scope:
         try:
             async with management_lease(context, ownership_lease(realm)):
-                await _recover_realm(context, realm)
+                await _finish_transfers(context, realm)
         except LeaseBusy:
             context.log.debug("transfers of the realm are being worked on", realm=realm.hex())
         except RealmError as error:
             context.meter.count("manager.loop.errors", loop="transfers")
             context.log.warning("transfer recovery failed", realm=realm.hex(), error=str(error))
+    if scope.cancelled_caught:
+        context.meter.count("manager.loop.errors", loop="transfers")
+        context.log.warning("transfer recovery took too long, the next pass goes on", realm=realm.hex(), limit_s=PASS_S)
 
 
-async def _recover_realm(context: ManagerContext, realm: RealmId) -> None:
-    """Read again under the lease, then finish what was prepared, then what is outgoing without a preparation."""
-    view = await read_overview(context.store, context.rpc, context.now_ms(), STATUS_TIMEOUT_S)
-    records = [(group, marker) for group, marker in pending(view, committed_only=True) if group.realm == realm]
+async def _finish_transfers(context: ManagerContext, realm: RealmId) -> None:
+    """Read again under the lease, then finish side by side what is prepared and what is outgoing without a preparation.
+
+    Two transfers to one destination meet at its HSM, which takes one; a later pass finishes the other.
+    """
+    view = await read_overview(context.store, context.rpc, context.now_ms(), IDS_TIMEOUT_S)
+    records = [
+        (request, marker)
+        for group, marker in pending(view, committed_only=True)
+        if group.realm == realm and (request := request_of(group, marker)) is not None
+    ]
+    prepared = {request for request, marker in records if marker.direction == INCOMING}
     handled: set[TransferRequest] = set()
-    for group, marker in records:
-        request = request_of(group, marker)
-        if marker.direction != INCOMING or request is None:
-            continue
-        source = view.group(realm, request.source)
-        if source is None or source.leader is None:
-            context.log.warning("prepared transfer waits for its source's leader", transfer=str(request))
-            continue
-        handled.add(request)
-        await run_transfer(context, request)
-    for group, marker in records:
-        request = request_of(group, marker)
-        if marker.direction == INCOMING or request is None or request in handled:
-            continue
-        await _recover_outgoing(context, view, request, marker)
+    async with trio.open_nursery() as nursery:
+        for request in sorted(prepared, key=str):
+            source = view.group(realm, request.source)
+            if source is None or source.leader is None:
+                context.log.warning("prepared transfer waits for its source's leader", transfer=str(request))
+                continue
+            handled.add(request)
+            nursery.start_soon(run_transfer, context, request)
+        for request, marker in records:
+            if marker.direction != INCOMING and request not in handled:
+                nursery.start_soon(_recover_outgoing, context, view, request, marker)
 
 
 async def _recover_outgoing(

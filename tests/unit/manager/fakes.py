@@ -15,6 +15,7 @@ from juicebox_hsm.ids import FULL_RANGE, GroupId, HsmId, OwnedRange, RealmId, Re
 from juicebox_hsm.ports import Lease, ServiceAddress, ServiceKind, StoreUnavailable
 from juicebox_hsm.wire import rpc
 from roles.manager.context import ManagerContext
+from roles.manager.recovery import Recovery
 
 REALM = RealmId(b"R" * 16)
 OTHER_REALM = RealmId(b"S" * 16)
@@ -53,7 +54,7 @@ class FakeGroup:
 
 @dataclass
 class FakeAgent:
-    """One agent with its HSM. `refuse` maps a method to what it answers instead of doing it."""
+    """One agent with its HSM. `refuse` maps a method to what it answers instead of doing it; `hang` is not answered."""
 
     url: str
     hsm: HsmId
@@ -61,6 +62,7 @@ class FakeAgent:
     groups: dict[GroupId, FakeGroup] = field(default_factory=dict)
     down: bool = False
     refuse: dict[str, Any] = field(default_factory=dict)
+    hang: set[str] = field(default_factory=set)
 
     def lead(self, wanted: GroupId, owned: OwnedRange | None = None, starting: int = 6) -> FakeAgent:
         """Make this HSM the leader of a group."""
@@ -100,7 +102,9 @@ class FakeRpc:
     def __init__(self, agents: list[FakeAgent]) -> None:
         self.agents = {agent.url: agent for agent in agents}
         self.calls: list[tuple[str, str]] = []
-        self.arrived: set[tuple[bytes, bytes, int]] = set()  # (source, destination, at) of ranges taken in
+        self.arrived: set[tuple[bytes, bytes, bytes, int]] = (
+            set()
+        )  # (realm, source, destination, at) of ranges taken in
         self.on_call: Callable[[str, str], None] = lambda _url, _method: None
 
     async def call(self, url: str, method: rpc.Method, body: Any, *, timeout_s: float) -> Any:
@@ -109,6 +113,9 @@ class FakeRpc:
         agent = self.agents[url]
         if agent.down:
             raise RpcUnreachable(f"{url}: down", maybe_delivered=False)
+        if method.name in agent.hang:
+            await trio.sleep(timeout_s)
+            raise RpcUnreachable(f"{url}: no answer", maybe_delivered=True)
         if method.name in agent.refuse:
             answer = agent.refuse[method.name]
             if isinstance(answer, Exception):
@@ -195,7 +202,7 @@ class FakeRpc:
         taken = OwnedRange(RecordId(body.transferring.range.start), RecordId(body.transferring.range.end))
         found.owned = taken if found.owned is None else found.owned.join(taken)
         found.transferring = None
-        self.arrived.add((body.source, body.destination, body.at))
+        self.arrived.add((body.realm, body.source, body.destination, body.at))
         return rpc.Done()
 
     def _transfer_complete(self, agent: FakeAgent, body: rpc.TransferPrepare) -> Any:
@@ -220,7 +227,8 @@ class FakeRpc:
     def _transfer_arrived(self, agent: FakeAgent, body: rpc.ArrivedCall) -> Any:
         if self._leading(agent, body.destination) is None:
             return rpc.Refused(rpc.Refusal.NOT_LEADER)
-        consumed = [at for source, to, at in self.arrived if (source, to) == (body.source, body.destination)]
+        asked = (body.realm, body.source, body.destination)
+        consumed = [at for *key, at in self.arrived if tuple(key) == asked]
         return rpc.Done() if consumed and max(consumed) >= body.at else rpc.Refused(rpc.Refusal.NOT_ARRIVED)
 
 
@@ -344,17 +352,24 @@ def _drop(*_: Any) -> Any:
     raise structlog.DropEvent
 
 
-def three(groups: int = 1) -> list[FakeAgent]:
-    """Return three agents that are members of the same groups; nobody leads."""
-    ids: list[bytes] = [hsm(1), hsm(2), hsm(3)]
+def three(groups: int = 1, realm: RealmId = REALM, first: int = 1) -> list[FakeAgent]:
+    """Return three agents that are members of the same groups; nobody leads. They are numbered from `first`."""
+    numbers = range(first, first + 3)
     return [
         FakeAgent(
             f"tls://a{number}",
             hsm(number),
-            groups={group(index): FakeGroup(list(ids)) for index in range(1, groups + 1)},
+            realm,
+            groups={group(index): FakeGroup([hsm(member) for member in numbers]) for index in range(1, groups + 1)},
         )
-        for number in (1, 2, 3)
+        for number in numbers
     ]
+
+
+async def recover_transfers(context: ManagerContext) -> None:
+    """Run one pass of recovery and wait until it has ended for every realm."""
+    async with trio.open_nursery() as nursery:
+        await Recovery(context, nursery).run_pass()
 
 
 FULL = FULL_RANGE

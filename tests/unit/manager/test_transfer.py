@@ -11,7 +11,6 @@ from juicebox_hsm.ids import OwnedRange
 from juicebox_hsm.wire.rpc import Done, Range, Refusal, Refused, TransferOutCall, TransferPrepare
 from roles.manager.context import ManagerContext
 from roles.manager.planning import covers
-from roles.manager.recovery import recover_transfers
 from roles.manager.transfer import TransferRequest, run_requested_transfer, run_transfer
 from tests.unit.manager.fakes import (
     FULL,
@@ -22,6 +21,7 @@ from tests.unit.manager.fakes import (
     hsm,
     make_context,
     record,
+    recover_transfers,
     three,
 )
 
