@@ -305,7 +305,7 @@ class AppOk(_Body, frozen=True):
 
 
 class TransferPrepare(_Body, frozen=True):
-    """Request of `transfer/prepare` and `transfer/cancel_prepare`, `transfer/complete`."""
+    """Request of `transfer/prepare` and `transfer/cancel_prepare`."""
 
     realm: bytes
     source: bytes
@@ -349,6 +349,16 @@ class TransferInCall(_Body, frozen=True):
     at: int
     nonce: bytes
     statement: bytes
+
+
+class TransferComplete(_Body, frozen=True):
+    """Request of `transfer/complete`; `at` is the index at which the range left its source."""
+
+    realm: bytes
+    source: bytes
+    destination: bytes
+    range: Range
+    at: int
 
 
 class OwnsCall(_Body, frozen=True):
@@ -446,7 +456,7 @@ AGENT_METHODS: Final = _table(
     Method("transfer/cancel_prepare", TransferPrepare, Done | Refused, _M),
     Method("transfer/out", TransferOutCall, TransferredOut | Refused, _M),
     Method("transfer/in", TransferInCall, Done | Refused, _M),
-    Method("transfer/complete", TransferPrepare, Done | Refused, _M),
+    Method("transfer/complete", TransferComplete, Done | Refused, _M),
     Method("transfer/owns", OwnsCall, Done | Refused, _M),
     Method("transfer/arrived", ArrivedCall, Done | Refused, _M),
     Method("rate/state", Empty, RateState | Refused, _A),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from juicebox_hsm.consensus.types import Leader, LogEntry, Partition, RoleStatus, SteppingDown
+from juicebox_hsm.consensus.types import Leader, LogEntry, Partition, RoleStatus, SteppingDown, TransferringOut
 from juicebox_hsm.errors import RealmError, check
 from juicebox_hsm.hsm.messages import (
     CancelPreparedTransfer,
@@ -39,6 +39,7 @@ from juicebox_hsm.wire.rpc import (
     Range,
     Refusal,
     Refused,
+    TransferComplete,
     TransferInCall,
     TransferOutCall,
     TransferPrepare,
@@ -306,10 +307,26 @@ async def _statement(
         await trio.sleep(COMMIT_POLL_S)
 
 
-async def handle_complete(agent: Agent, body: TransferPrepare) -> Done | Refused:
-    """Forget a transfer that has arrived."""
+async def handle_complete(agent: Agent, body: TransferComplete) -> Done | Refused:
+    """Forget a transfer that has arrived, and only the one that left at `at`.
+
+    An order that was under way for long must not complete a later transfer of the same range, which may still be in
+    flight. The last acknowledged entry is new enough to tell: a later transfer begins after entries without this marker
+    were committed.
+    """
+    found = _leading(agent, body.realm, body.source)
+    if isinstance(found, Refused):
+        return found
+    group, leader = found
     wanted = _owned(body.range)
     if wanted is None:
+        return Refused(Refusal.NOT_TRANSFERRING)
+    try:
+        last = leader.last_appended or await agent.store.log.read_last(group.realm, group.group)
+    except RealmError:
+        return Refused(Refusal.NO_STORE)
+    marker = None if last is None else (leader.last_appended or last).transferring
+    if not isinstance(marker, TransferringOut) or marker.at != body.at:
         return Refused(Refusal.NOT_TRANSFERRING)
     request = CompleteTransfer(RealmId(body.realm), GroupId(body.source), GroupId(body.destination), wanted)
     return await _plain_entry(agent, body.realm, body.source, request)

@@ -144,7 +144,7 @@ async def _recover_outgoing(
         return
     match await ask_arrived(context, request, destination.leader, marker.at):
         case Arrival.YES:
-            await complete_only(context, request)
+            await complete_only(context, request, marker.at)
         case Arrival.NO:
             await run_transfer(context, request)
         case Arrival.UNKNOWN:

@@ -8,8 +8,9 @@ have been accepted, only this destination can take the range.
 from __future__ import annotations
 
 import enum
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import trio
 
@@ -25,6 +26,7 @@ from juicebox_hsm.wire.rpc import (
     Prepared,
     Refusal,
     Refused,
+    TransferComplete,
     TransferInCall,
     TransferOutCall,
     TransferPrepare,
@@ -33,6 +35,8 @@ from juicebox_hsm.wire.rpc import (
 from roles.manager.context import ManagerContext
 from roles.manager.leases import LeaseBusy, LeaseLost, management_lease, ownership_lease
 from roles.manager.overview import IDS_TIMEOUT_S, read_overview
+
+Result = TypeVar("Result")
 
 DEADLINE_S: Final = 120.0
 STEP_TIMEOUT_S: Final = 65.0  # agents wait up to 60 s for the commit
@@ -85,7 +89,7 @@ class TransferRequest:
         return TransferRequest(RealmId(body.realm), GroupId(body.source), GroupId(body.destination), wanted)
 
     def to_wire(self) -> TransferPrepare:
-        """Return the body of prepare, cancel_prepare and complete."""
+        """Return the body of prepare and cancel_prepare."""
         return TransferPrepare(self.realm, self.source, self.destination, wire_range(self.range))
 
     def __str__(self) -> str:
@@ -136,9 +140,8 @@ async def run_transfer(context: ManagerContext, request: TransferRequest) -> Don
     context.log.info("transfer begins", transfer=str(request))
     outcome: Done | Refused = Refused(Refusal.TIMEOUT)
     with trio.move_on_after(DEADLINE_S):
-        outcome = await _retried(context, request, _move_range, PHASE_A_PAUSE_S)
-        if isinstance(outcome, Done):
-            outcome = await _retried(context, request, _complete, PHASE_B_PAUSE_S)
+        left = await _retried(context, request, lambda: _move_range(context, request), PHASE_A_PAUSE_S)
+        outcome = left if isinstance(left, Refused) else await complete_only(context, request, left)
     result = "ok" if isinstance(outcome, Done) else outcome.outcome.value
     elapsed_ns = round((trio.current_time() - begun) * 1e9)
     context.meter.timing("manager.transfer.time.ns", elapsed_ns, result=result)
@@ -146,19 +149,22 @@ async def run_transfer(context: ManagerContext, request: TransferRequest) -> Don
     return outcome
 
 
-async def complete_only(context: ManagerContext, request: TransferRequest) -> Done | Refused:
-    """Run only the last step; for a range that is known to have arrived."""
-    with trio.move_on_after(DEADLINE_S):
-        return await _retried(context, request, _complete, PHASE_B_PAUSE_S)
-    return Refused(Refusal.TIMEOUT)
+async def complete_only(context: ManagerContext, request: TransferRequest, at: int) -> Done | Refused:
+    """Run only the last step, for a range that left at `at` and has arrived; the deadline is the caller's."""
+    return await _retried(context, request, lambda: _complete(context, request, at), PHASE_B_PAUSE_S)
 
 
-async def _retried(context: ManagerContext, request: TransferRequest, phase: Any, pause: Any) -> Done | Refused:
+async def _retried(
+    context: ManagerContext,
+    request: TransferRequest,
+    phase: Callable[[], Awaitable[Result | Refused]],
+    pause: tuple[float, float, float],
+) -> Result | Refused:
     """Repeat a phase with growing pauses until it succeeds, fails for good, or the deadline cancels us."""
     pause_s, factor, pause_max_s = pause
     while True:
-        outcome: Done | Refused = await phase(context, request)
-        if isinstance(outcome, Done) or outcome.outcome not in RETRIED:
+        outcome = await phase()
+        if not isinstance(outcome, Refused) or outcome.outcome not in RETRIED:
             return outcome
         context.log.info(
             "transfer step is retried", transfer=str(request), reason=outcome.outcome.value, detail=outcome.detail
@@ -202,13 +208,17 @@ async def _call(context: ManagerContext, member: Member, method: str, body: Any)
         return Refused(Refusal.RPC_ERROR, detail=f"{method} at {member.url}: {error}")
 
 
-async def _move_range(context: ManagerContext, request: TransferRequest) -> Done | Refused:
-    """Run phase A once: prepare at the destination, out at the source, in at the destination."""
+async def _move_range(context: ManagerContext, request: TransferRequest) -> int | Refused:
+    """Run phase A once: prepare at the destination, out at the source, in at the destination.
+
+    Returns the index at which the range left its source, once it has arrived.
+    """
     leaders = await _leaders(context, request)
     if isinstance(leaders, Refused):
         return leaders
-    if await _already_arrived(context, request, leaders):
-        return Done()
+    arrived = await _already_arrived(context, request, leaders)
+    if arrived is not None:
+        return arrived
     prepared = await _call(context, leaders.destination, "transfer/prepare", request.to_wire())
     if not isinstance(prepared, Prepared):
         return _refusal(prepared)
@@ -239,7 +249,7 @@ async def _move_range(context: ManagerContext, request: TransferRequest) -> Done
         out.statement,
     )
     taken = await _call(context, leaders.destination, "transfer/in", in_call)
-    return taken if isinstance(taken, Done) else _refusal(taken)
+    return out.at if isinstance(taken, Done) else _refusal(taken)
 
 
 async def _owns_nothing(context: ManagerContext, request: TransferRequest, source: Member) -> bool:
@@ -253,15 +263,16 @@ async def _owns_nothing(context: ManagerContext, request: TransferRequest, sourc
     return isinstance(reply, Refused) and reply.outcome is Refusal.NOT_OWNED
 
 
-async def _already_arrived(context: ManagerContext, request: TransferRequest, leaders: _Leaders) -> bool:
-    """Tell whether an earlier attempt got the range across and only *complete* is missing."""
+async def _already_arrived(context: ManagerContext, request: TransferRequest, leaders: _Leaders) -> int | None:
+    """Return the index of an earlier attempt that got the range across, so that only *complete* is missing."""
     leader = leaders.source.info.leader
     marker = None if leader is None else leader.transferring
     if marker is None or marker.direction != "Out" or marker.peer != request.destination:
-        return False
+        return None
     if owned_range(marker.range) != request.range:
-        return False
-    return await ask_arrived(context, request, leaders.destination, marker.at) is Arrival.YES
+        return None
+    arrival = await ask_arrived(context, request, leaders.destination, marker.at)
+    return marker.at if arrival is Arrival.YES else None
 
 
 async def ask_arrived(context: ManagerContext, request: TransferRequest, destination: Member, at: int) -> Arrival:
@@ -277,15 +288,20 @@ async def ask_arrived(context: ManagerContext, request: TransferRequest, destina
             return Arrival.UNKNOWN
 
 
-async def _complete(context: ManagerContext, request: TransferRequest) -> Done | Refused:
-    """Run phase B once. `NotTransferring` means that an earlier try got through."""
+async def _complete(context: ManagerContext, request: TransferRequest, at: int) -> Done | Refused:
+    """Run phase B once. `NotTransferring` means that an earlier try got through.
+
+    The order names `at`: what arrived may be known from a deposed leader's status, and by the time the order is carried
+    out, here or after a delay on the way, the same range may be leaving the same source again.
+    """
     groups = await _groups(context, request)
     if isinstance(groups, Refused):
         return groups
     source = groups[0]
     if source is None or source.leader is None:
         return Refused(Refusal.NO_SOURCE_LEADER)
-    reply = await _call(context, source.leader, "transfer/complete", request.to_wire())
+    body = TransferComplete(request.realm, request.source, request.destination, wire_range(request.range), at)
+    reply = await _call(context, source.leader, "transfer/complete", body)
     if isinstance(reply, Done):
         return reply
     refusal = _refusal(reply)

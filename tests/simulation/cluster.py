@@ -64,6 +64,7 @@ from juicebox_hsm.wire.rpc import (
     Refusal,
     Refused,
     SteppedDown,
+    TransferComplete,
     TransferInCall,
     TransferOutCall,
     TransferPrepare,
@@ -445,7 +446,8 @@ class Simulation:
         body = TransferInCall(self.realm, source, destination, partition, out.at, prepared.nonce, out.statement)
         taken = await at_destination.call("transfer/in", body)
         assert isinstance(taken, Done), taken
-        completed = await at_source.call("transfer/complete", prepare)
+        done = TransferComplete(self.realm, source, destination, wanted, out.at)
+        completed = await at_source.call("transfer/complete", done)
         assert isinstance(completed, Done), completed
 
     def leader_of(self, group: GroupId) -> SimAgent | None:

@@ -17,6 +17,7 @@ from juicebox_hsm.wire.rpc import (
     Range,
     Refusal,
     Refused,
+    TransferComplete,
     TransferInCall,
     TransferOutCall,
     TransferPrepare,
@@ -68,8 +69,9 @@ class Pair:
         )
         return await self.agent.call("transfer/in", call)
 
-    async def complete(self, moved: Range) -> Any:
-        return await self.agent.call("transfer/complete", self.order(moved))
+    async def complete(self, moved: Range, at: int) -> Any:
+        order = TransferComplete(self.sim.realm, self.source, self.destination, moved, at)
+        return await self.agent.call("transfer/complete", order)
 
     async def owns(self, group: GroupId, asked: Range) -> Any:
         return await self.agent.call("transfer/owns", OwnsCall(self.sim.realm, group, asked))
@@ -123,8 +125,25 @@ async def test_every_step_may_be_repeated(tmp_path: Path) -> None:
         assert refusal(await pair.take_in(out, again)) is Refusal.NOT_PREPARED
         assert isinstance(await pair.arrived(out.at), Done)
         assert refusal(await pair.arrived(out.at + 1)) is Refusal.NOT_ARRIVED
-        assert isinstance(await pair.complete(UPPER), Done)
-        assert refusal(await pair.complete(UPPER)) is Refusal.NOT_TRANSFERRING
+        assert isinstance(await pair.complete(UPPER, out.at), Done)
+        assert refusal(await pair.complete(UPPER, out.at)) is Refusal.NOT_TRANSFERRING
+
+
+async def test_a_late_complete_leaves_the_next_transfer_alone(tmp_path: Path) -> None:
+    """A *complete* of an earlier move of the same range does not make the source forget one still in flight."""
+    async with simulation(tmp_path) as sim:
+        pair = await Pair.create(sim)
+        first = await pair.out(UPPER, await pair.prepare(UPPER))
+        await sim.transfer(pair.source, pair.destination, UPPER)
+        await sim.transfer(pair.destination, pair.source, UPPER)
+        prepared = await pair.prepare(UPPER)
+        second = await pair.out(UPPER, prepared)
+        assert second.at > first.at
+        assert refusal(await pair.complete(UPPER, first.at)) is Refusal.NOT_TRANSFERRING
+        again = await pair.out(UPPER, prepared)
+        assert again.at == second.at, "it is still in flight"
+        assert isinstance(await pair.take_in(again, prepared), Done)
+        assert isinstance(await pair.complete(UPPER, second.at), Done)
 
 
 async def test_a_preparation_can_be_withdrawn(tmp_path: Path) -> None:

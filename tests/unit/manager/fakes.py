@@ -152,8 +152,16 @@ class FakeRpc:
     # --- transfers: every step commits at once -------------------------------------------------------
 
     def _leading(self, agent: FakeAgent, wanted: bytes) -> FakeGroup | None:
+        """Return a group that the agent can commit in: a deposed leader's appends meet the newer one's entries."""
         found = agent.groups.get(GroupId(wanted))
-        return found if found is not None and found.role == "Leader" else None
+        if found is None or found.role != "Leader":
+            return None
+        claims = [
+            other.groups[GroupId(wanted)].starting or 0
+            for other in self.agents.values()
+            if other.realm == agent.realm and wanted in other.groups and other.groups[GroupId(wanted)].role == "Leader"
+        ]
+        return found if (found.starting or 0) == max(claims) else None
 
     def _transfer_prepare(self, agent: FakeAgent, body: rpc.TransferPrepare) -> Any:
         found = self._leading(agent, body.destination)
@@ -205,11 +213,12 @@ class FakeRpc:
         self.arrived.add((body.realm, body.source, body.destination, body.at))
         return rpc.Done()
 
-    def _transfer_complete(self, agent: FakeAgent, body: rpc.TransferPrepare) -> Any:
+    def _transfer_complete(self, agent: FakeAgent, body: rpc.TransferComplete) -> Any:
         found = self._leading(agent, body.source)
         if found is None:
             return rpc.Refused(rpc.Refusal.NOT_LEADER)
-        if found.transferring is None or found.transferring.direction != "Out":
+        marker = found.transferring
+        if marker is None or marker.direction != "Out" or marker.at != body.at:
             return rpc.Refused(rpc.Refusal.NOT_TRANSFERRING)
         found.transferring = None
         return rpc.Done()
