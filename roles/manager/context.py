@@ -11,6 +11,7 @@ from juicebox_hsm.adapters.tracing import Traces
 from juicebox_hsm.cluster_view import GroupKey
 from juicebox_hsm.ports import Store
 from juicebox_hsm.wire.rpc import Method
+from roles.manager.progress import TransferProgress
 
 
 class RpcCaller(Protocol):
@@ -46,13 +47,15 @@ class ManagerState:
 
     `announced` are groups somebody said are leaderless, so that the next pass need not see it twice.
     `urls` are the agents last seen with a group; `moved_at` is the monotonic time of a group's last rebalancing.
-    `pending` maps a group and the index of its transfer to the Unix time in ms when the transfer was first seen.
+    `pending` maps a group and the index of its transfer to the Unix time in ms when the transfer was first seen;
+    `transfers` are those that this process runs, ordered or recovered, oldest first.
     """
 
     announced: set[GroupKey] = field(default_factory=set)
     urls: dict[GroupKey, tuple[str, ...]] = field(default_factory=dict)
     moved_at: dict[GroupKey, float] = field(default_factory=dict)
     pending: dict[tuple[GroupKey, int], int] = field(default_factory=dict)
+    transfers: list[TransferProgress] = field(default_factory=list)
     held_leases: dict[str, int] = field(default_factory=dict)
     actions: dict[str, str] = field(default_factory=dict)
     loops: dict[str, dict[str, Any]] = field(default_factory=dict)

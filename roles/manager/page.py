@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from juicebox_hsm.cluster_view import AgentView, GroupView, Member, hsm_work
-from juicebox_hsm.ids import RECORD_ID_BYTES, HsmId, OwnedRange, RealmId
+from juicebox_hsm.ids import RECORD_ID_BYTES, HsmId, OwnedRange, RealmId, RecordId
 from roles.manager.page_style import GROUP_COLOURS, STYLE
 from roles.manager.planning import gaps
 from roles.manager.ranges import show_range
@@ -36,7 +36,7 @@ _SHORT: Final = 8
 
 @dataclass(frozen=True, slots=True)
 class Own:
-    """What the manager that renders the page knows of itself."""
+    """What the manager that renders the page knows of itself; `transfers` as in its status."""
 
     name: str
     url: str
@@ -44,6 +44,7 @@ class Own:
     leases: Sequence[str] = ()
     actions: Sequence[str] = ()
     loops: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    transfers: Sequence[Mapping[str, Any]] = ()
 
 
 def _text(value: object) -> str:
@@ -263,4 +264,19 @@ def _work(own: Own, now: dt.datetime) -> str:
         ago_s = max(0.0, now.timestamp() - ran["at_ms"] / 1000)
         result = f'<span class="bad">{_text(ran["error"])}</span>' if ran["error"] else '<span class="good">ok</span>'
         rows.append(("", [_text(name), f"{ago_s:.0f} s ago", f"{ran['took_ms']} ms", result]))
-    return f"<section><h2>This manager</h2>{doing}{_table(columns, rows) if rows else ''}</section>"
+    loops = _table(columns, rows) if rows else ""
+    return f"<section><h2>This manager</h2>{doing}{_running(own.transfers)}{loops}</section>"
+
+
+def _running(transfers: Sequence[Mapping[str, Any]]) -> str:
+    """Return the transfers under way here with the step each is at."""
+    if not transfers:
+        return ""
+    columns = (("Transfer", False), ("From", False), ("To", False), ("Step", False), ("Attempt", True), ("For", True))
+    rows = []
+    for running in transfers:
+        source, destination = (bytes.fromhex(running[name]) for name in ("source", "destination"))
+        moved = OwnedRange(RecordId(bytes.fromhex(running["start"])), RecordId(bytes.fromhex(running["end"])))
+        cells = [_text(show_range(moved)), _id(source), _id(destination), _text(running["step"])]
+        rows.append(("", [*cells, f"{running['attempt']:,}", f"{running['age_s']:.1f} s"]))
+    return _table(columns, rows)

@@ -67,6 +67,7 @@ class ManagerService:
             "loops": state.loops,
             "held_leases": sorted(state.held_leases),
             "actions": sorted(state.actions.values()),
+            "transfers": [progress.to_json(now_ms) for progress in state.transfers],
             "pending": [
                 {"realm": realm.hex(), "group": group.hex(), "age_s": max(0, now_ms - since_ms) / 1000}
                 for ((realm, group), _), since_ms in sorted(state.pending.items())

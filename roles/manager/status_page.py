@@ -63,6 +63,7 @@ class StatusPage:
             version=__version__,
             leases=sorted(state.held_leases),
             actions=sorted(state.actions.values()),
+            transfers=[progress.to_json(self._context.now_ms()) for progress in state.transfers],
             loops=dict(state.loops),
         )
 

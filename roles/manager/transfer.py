@@ -8,8 +8,10 @@ have been accepted, only this destination can take the range.
 from __future__ import annotations
 
 import enum
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, TypeVar
 
 import trio
@@ -35,6 +37,7 @@ from juicebox_hsm.wire.rpc import (
 from roles.manager.context import ManagerContext
 from roles.manager.leases import LeaseBusy, LeaseLost, management_lease, ownership_lease
 from roles.manager.overview import IDS_TIMEOUT_S, read_overview
+from roles.manager.progress import Step, TransferProgress
 
 Result = TypeVar("Result")
 
@@ -139,9 +142,10 @@ async def run_transfer(context: ManagerContext, request: TransferRequest) -> Don
     begun = trio.current_time()
     context.log.info("transfer begins", transfer=str(request))
     outcome: Done | Refused = Refused(Refusal.TIMEOUT)
-    with trio.move_on_after(DEADLINE_S):
-        left = await _retried(context, request, lambda: _move_range(context, request), PHASE_A_PAUSE_S)
-        outcome = left if isinstance(left, Refused) else await complete_only(context, request, left)
+    with _shown(context, request) as progress, trio.move_on_after(DEADLINE_S):
+        move = partial(_move_range, context, request, progress)
+        left = await _retried(context, request, progress, move, PHASE_A_PAUSE_S)
+        outcome = left if isinstance(left, Refused) else await _completed(context, request, left, progress)
     result = "ok" if isinstance(outcome, Done) else outcome.outcome.value
     elapsed_ns = round((trio.current_time() - begun) * 1e9)
     context.meter.timing("manager.transfer.time.ns", elapsed_ns, result=result)
@@ -151,17 +155,39 @@ async def run_transfer(context: ManagerContext, request: TransferRequest) -> Don
 
 async def complete_only(context: ManagerContext, request: TransferRequest, at: int) -> Done | Refused:
     """Run only the last step, for a range that left at `at` and has arrived; the deadline is the caller's."""
-    return await _retried(context, request, lambda: _complete(context, request, at), PHASE_B_PAUSE_S)
+    with _shown(context, request) as progress:
+        return await _completed(context, request, at, progress)
+
+
+@contextmanager
+def _shown(context: ManagerContext, request: TransferRequest) -> Iterator[TransferProgress]:
+    """List a transfer among those that run here."""
+    progress = TransferProgress(request.realm, request.source, request.destination, request.range, context.now_ms())
+    context.state.transfers.append(progress)
+    try:
+        yield progress
+    finally:
+        context.state.transfers.remove(progress)
+
+
+async def _completed(
+    context: ManagerContext, request: TransferRequest, at: int, progress: TransferProgress
+) -> Done | Refused:
+    """Run phase B, with retries."""
+    progress.step = Step.COMPLETE
+    return await _retried(context, request, progress, partial(_complete, context, request, at), PHASE_B_PAUSE_S)
 
 
 async def _retried(
     context: ManagerContext,
     request: TransferRequest,
+    progress: TransferProgress,
     phase: Callable[[], Awaitable[Result | Refused]],
     pause: tuple[float, float, float],
 ) -> Result | Refused:
     """Repeat a phase with growing pauses until it succeeds, fails for good, or the deadline cancels us."""
     pause_s, factor, pause_max_s = pause
+    progress.attempt = 1
     while True:
         outcome = await phase()
         if not isinstance(outcome, Refused) or outcome.outcome not in RETRIED:
@@ -171,6 +197,7 @@ async def _retried(
         )
         await trio.sleep(pause_s)
         pause_s = min(pause_s * factor, pause_max_s)
+        progress.attempt += 1
 
 
 async def _groups(
@@ -208,11 +235,12 @@ async def _call(context: ManagerContext, member: Member, method: str, body: Any)
         return Refused(Refusal.RPC_ERROR, detail=f"{method} at {member.url}: {error}")
 
 
-async def _move_range(context: ManagerContext, request: TransferRequest) -> int | Refused:
+async def _move_range(context: ManagerContext, request: TransferRequest, progress: TransferProgress) -> int | Refused:
     """Run phase A once: prepare at the destination, out at the source, in at the destination.
 
     Returns the index at which the range left its source, once it has arrived.
     """
+    progress.step = Step.PREPARE
     leaders = await _leaders(context, request)
     if isinstance(leaders, Refused):
         return leaders
@@ -222,6 +250,7 @@ async def _move_range(context: ManagerContext, request: TransferRequest) -> int 
     prepared = await _call(context, leaders.destination, "transfer/prepare", request.to_wire())
     if not isinstance(prepared, Prepared):
         return _refusal(prepared)
+    progress.step = Step.OUT
     out_call = TransferOutCall(
         request.realm,
         request.source,
@@ -239,6 +268,7 @@ async def _move_range(context: ManagerContext, request: TransferRequest) -> int 
             cancelled = await _call(context, leaders.destination, "transfer/cancel_prepare", request.to_wire())
             context.log.info("preparation withdrawn", transfer=str(request), outcome=str(cancelled))
         return refusal
+    progress.step = Step.IN
     in_call = TransferInCall(
         request.realm,
         request.source,

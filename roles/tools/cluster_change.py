@@ -14,6 +14,7 @@ from roles.manager.overview import IDS_TIMEOUT_S, ask_agents, read_overview
 from roles.manager.planning import Owner, plan
 from roles.tools.cluster_create import join_realm, new_group, new_realm
 from roles.tools.cluster_ids import parse_record_id, resolve_id, show_range
+from roles.tools.cluster_progress import progress_shown
 from roles.tools.cluster_session import (
     STATUS_TIMEOUT_S,
     TRANSFER_TIMEOUT_S,
@@ -119,9 +120,13 @@ def new_group_command(connection: Connection, realm: str, agents: tuple[str, ...
 async def transfer_range(
     session: Session, url: str | None, realm: RealmId, source: GroupId, destination: GroupId, wanted: OwnedRange
 ) -> None:
-    """Ask a manager to move a range; returns when the destination serves it. Raises `ToolFailure`."""
+    """Ask a manager to move a range, and show how far it is; returns when the destination serves it.
+
+    Raises `ToolFailure`, in an exception group on a terminal.
+    """
     body = TransferPrepare(realm, source, destination, wire_range(wanted))
-    reply = await call_manager(session, url, "transfer", body, timeout_s=TRANSFER_TIMEOUT_S)
+    async with progress_shown(session, url, body):
+        reply = await call_manager(session, url, "transfer", body, timeout_s=TRANSFER_TIMEOUT_S)
     if isinstance(reply, Refused):
         raise ToolFailure(f"transfer refused: {refusal_text(reply, TRANSFER_TEXTS)}")
 

@@ -21,9 +21,10 @@ from juicebox_hsm.ports import ServiceKind, StoreUnavailable
 from juicebox_hsm.wire import rpc
 from roles.manager.context import ManagerContext
 from roles.manager.page import Own, bar, render
+from roles.manager.progress import Step, TransferProgress
 from roles.manager.status_page import HEADERS, StatusPage
 from roles.manager.verdict import BalancerReport, Evidence, ManagerReport, judge
-from tests.unit.manager.fakes import FakeAgent, group, hsm, make_context, record, three
+from tests.unit.manager.fakes import REALM, FakeAgent, group, hsm, make_context, record, three
 
 NOW = dt.datetime(2026, 11, 1, tzinfo=dt.UTC)
 OWN = Own("manager1", "tls://m1", "1.0", actions=["rebalance"], leases=["a-lease"])
@@ -99,6 +100,16 @@ def test_shows_what_an_operator_asks() -> None:
         assert said in text, said
     assert ("meta", {"http-equiv": "refresh", "content": "5"}) in checker.tags
     assert "2,340" in text, "the lag behind 2,345 of a member at 5"
+
+
+def test_shows_how_far_its_transfers_are() -> None:
+    """A transfer that runs here is listed with range, groups, step, attempt and duration."""
+    low = OwnedRange(record("00"), record("7f", 0xFF))
+    running = TransferProgress(REALM, group(1), group(2), low, begun_ms=1_000, step=Step.OUT, attempt=3)
+    checker = _parse(_page(_evidence(three(2)), replace(OWN, transfers=[running.to_json(3_500)])))
+    cells = " ".join("".join(checker.text).split())
+    assert f"[0x00...-0x7fff...]{group(1).hex()[:8]}{group(2).hex()[:8]}out32.5 s" in cells
+    assert "Attempt" not in _page(_evidence(three(2)))
 
 
 def test_healthy_page_has_no_problems() -> None:

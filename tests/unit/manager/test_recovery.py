@@ -9,6 +9,7 @@ import trio.testing
 from juicebox_hsm.ids import RealmId
 from juicebox_hsm.wire.rpc import Done, Refusal, Refused
 from roles.manager.context import ManagerContext
+from roles.manager.progress import Step
 from roles.manager.recovery import PASS_S, REALMS_AT_ONCE_MAX, Recovery
 from roles.manager.transfer import TransferRequest, run_requested_transfer
 from tests.unit.manager.fakes import (
@@ -75,7 +76,11 @@ async def test_a_pass_ends_and_gives_the_lease_back(autojump_clock: trio.testing
     context = make_context(agents)
     _prepare(context, agents[1], REALM)
     agents[0].hang.add("transfer/out")
-    await recover_transfers(context)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(recover_transfers, context)
+        await trio.sleep(5)
+        assert [progress.step for progress in context.state.transfers] == [Step.OUT], "it is shown like an ordered one"
+    assert context.state.transfers == []
     assert trio.current_time() == pytest.approx(PASS_S)
     assert await context.store.leases.list() == []
     assert 'manager_loop_errors_total{loop="transfers"} 1' in context.meter.render()  # type: ignore[attr-defined]

@@ -97,3 +97,20 @@ async def test_transfer_and_rebalance_answer(autojump_clock: trio.testing.MockCl
         assert isinstance(answer, Refused)
         assert answer.outcome is Refusal.UNACCEPTABLE_RANGE
         assert await handlers["rebalance"](Empty(), None) == Rebalanced()
+
+
+async def test_status_shows_how_far_a_transfer_is(autojump_clock: trio.testing.MockClock) -> None:
+    """While a transfer runs, `status` tells its step; afterwards it lists none."""
+    agents = three(groups=2)
+    agents[0].lead(group(1), FULL)
+    agents[1].lead(group(2))
+    agents[1].hang.add("transfer/in")
+    async with _service(agents) as (service, _), trio.open_nursery() as nursery:
+        handlers = service.handlers()
+        body = TransferPrepare(REALM, group(1), group(2), Range(FULL.start, FULL.end))
+        nursery.start_soon(handlers["transfer"], body, None)
+        await trio.sleep(1)
+        [entry] = json.loads((await handlers["status"](Empty(), None)).json)["transfers"]
+        assert (entry["step"], entry["attempt"], entry["source"]) == ("in", 1, group(1).hex())
+        nursery.cancel_scope.cancel()
+    assert json.loads((await handlers["status"](Empty(), None)).json)["transfers"] == []

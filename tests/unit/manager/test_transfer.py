@@ -168,6 +168,42 @@ async def test_new_destination_leader_restarts_from_prepare(autojump_clock: trio
     assert _is_settled(agents)
 
 
+async def test_progress_is_kept(autojump_clock: trio.testing.MockClock) -> None:
+    """A running transfer is listed with its parameters, start, step and attempt, and is gone when it ended."""
+    agents, context, rpc = _cluster()
+    agents[1].refuse["transfer/in"] = Refused(Refusal.INVALID_NONCE)
+    agents[0].refuse["transfer/complete"] = Refused(Refusal.NO_STORE)
+    seen = []
+
+    def look(_: str, method: str) -> None:
+        if method.startswith("transfer/"):
+            [progress] = context.state.transfers
+            seen.append((method, progress.step.value, progress.attempt))
+            entry = progress.to_json(context.now_ms() + 1500)
+            assert entry["realm"] == REALM.hex()
+            assert (entry["source"], entry["destination"]) == (group(1).hex(), group(2).hex())
+            assert (entry["start"], entry["end"]) == (LOW.start.hex(), LOW.end.hex())
+            assert (entry["begun_ms"], entry["age_s"]) == (context.now_ms(), 1.5)
+        if len(rpc.methods("transfer/in")) == 2:
+            agents[1].refuse.clear()
+        if len(rpc.methods("transfer/complete")) == 2:
+            agents[0].refuse.clear()
+
+    rpc.on_call = look
+    assert await run_requested_transfer(context, _request()) == Done()
+    assert [entry for entry in seen if entry[0] != "transfer/arrived"] == [
+        ("transfer/prepare", "prepare", 1),
+        ("transfer/out", "out", 1),
+        ("transfer/in", "in", 1),
+        ("transfer/prepare", "prepare", 2),
+        ("transfer/out", "out", 2),
+        ("transfer/in", "in", 2),
+        ("transfer/complete", "complete", 1),
+        ("transfer/complete", "complete", 2),
+    ]
+    assert context.state.transfers == []
+
+
 async def test_lost_reply_of_in(autojump_clock: trio.testing.MockClock) -> None:
     """*in* took effect but its reply was lost: the retry learns that the range arrived and completes."""
     agents, context, rpc = _cluster()

@@ -1,0 +1,114 @@
+"""`cluster transfer` on a terminal: what it tells while a manager works."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from juicebox_hsm.adapters.rpc import RpcUnreachable
+from juicebox_hsm.cluster_view import wire_range
+from juicebox_hsm.ports import ServiceKind
+from juicebox_hsm.wire import rpc
+from roles.manager.appointment import Appointer
+from roles.manager.service import ManagerService
+from roles.tools.cluster_change import transfer_range
+from roles.tools.cluster_progress import watch
+from roles.tools.cluster_session import Session
+from tests.unit.manager.fakes import FULL, REALM, FakeAgent, FakeStore, group, make_context, three
+
+MANAGER = "tls://m2"
+DEAD = "tls://m1"
+WANTED = rpc.TransferPrepare(REALM, group(1), group(2), wire_range(FULL))
+
+
+class _Managers:
+    """Delivers an operator's calls to one real manager; the other one of discovery does not answer."""
+
+    def __init__(self, service: ManagerService) -> None:
+        self.handlers = service.handlers()
+        self.calls: list[tuple[str, str]] = []
+
+    async def call(self, url: str, method: rpc.Method, body: Any, *, timeout_s: float) -> Any:
+        self.calls.append((url, method.name))
+        await trio.lowlevel.checkpoint()
+        if url != MANAGER:
+            raise RpcUnreachable(f"{url}: down", maybe_delivered=False)
+        return await self.handlers[method.name](body, None)
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def _agents() -> list[FakeAgent]:
+    agents = three(groups=2)
+    agents[0].lead(group(1), FULL)
+    agents[1].lead(group(2))
+    return agents
+
+
+@asynccontextmanager
+async def _session(agents: list[FakeAgent]) -> AsyncIterator[tuple[Session, _Managers]]:
+    context = make_context(agents)
+    for url in (DEAD, MANAGER):
+        await context.store.discovery.register(ServiceKind.MANAGER, url, 0)
+    async with trio.open_nursery() as nursery:
+        managers = _Managers(ManagerService(context, Appointer(context), nursery))
+        yield Session(context.store, managers), managers
+
+
+async def test_the_step_is_told(autojump_clock: trio.testing.MockClock) -> None:
+    """The line names range, groups, step, attempt and time; a manager that is down does not disturb."""
+    agents = _agents()
+    agents[0].hang.add("transfer/out")
+    lines: list[str] = []
+    async with _session(agents) as (session, managers), trio.open_nursery() as nursery:
+        nursery.start_soon(watch, session, None, WANTED, lines.append)
+        await trio.sleep(1)
+        assert set(lines) == {f"[0x00...-0xff...] from {group(1).hex()[:8]} to {group(2).hex()[:8]}: asking a manager"}
+        nursery.start_soon(managers.handlers["transfer"], WANTED, None)
+        await trio.sleep(1.1)
+        assert lines[-1].endswith(": out, attempt 1, 0.0 s"), "the fakes' clock stands still"
+        asked = len(managers.calls)
+        await trio.sleep(1)
+        assert managers.calls[asked:] == [(MANAGER, "status")] * 4, "every 250 ms, only the one that runs it"
+        nursery.cancel_scope.cancel()
+
+
+async def test_only_a_terminal_is_told(autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a terminal the line appears and is removed; elsewhere nothing is written and nobody is asked."""
+    for stream, told in ((_Terminal(), True), (io.StringIO(), False)):
+        monkeypatch.setattr("sys.stderr", stream)
+        agents = _agents()
+        agents[0].refuse["transfer/out"] = rpc.Refused(rpc.Refusal.NO_STORE)
+        async with _session(agents) as (session, managers), trio.open_nursery() as nursery:
+            nursery.start_soon(transfer_range, session, None, REALM, group(1), group(2), FULL)
+            await trio.sleep(3)
+            agents[0].refuse.clear()
+        assert agents[1].groups[group(2)].owned == FULL
+        assert ("attempt" in stream.getvalue()) is told
+        assert ("status" in {method for _, method in managers.calls}) is told
+        assert bool(stream.getvalue()) is told
+
+
+async def test_what_cannot_be_read_is_passed_over(autojump_clock: trio.testing.MockClock) -> None:
+    """A manager of another build that tells transfers otherwise leaves the line as it was."""
+
+    class Strange:
+        async def call(self, url: str, method: rpc.Method, body: Any, *, timeout_s: float) -> Any:
+            await trio.lowlevel.checkpoint()
+            return strange
+
+    for text in ("[", "[]", '{"transfers": 7}', '{"transfers": [{}]}', '{"transfers": [7]}'):
+        strange = rpc.ManagerStatus(json=text)
+        lines: list[str] = []
+        with trio.move_on_after(1):
+            await watch(Session(FakeStore(), Strange()), MANAGER, WANTED, lines.append)
+        assert len(lines) == 1
