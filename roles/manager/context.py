@@ -46,14 +46,13 @@ class ManagerState:
     """What this instance remembers; nothing here is durable and nothing here matters for safety.
 
     `announced` are groups somebody said are leaderless, so that the next pass need not see it twice.
-    `urls` are the agents last seen with a group; `moved_at` is the monotonic time of a group's last rebalancing.
+    `urls` are the agents last seen with a group.
     `pending` maps a group and the index of its transfer to the Unix time in ms when the transfer was first seen;
     `transfers` are those that this process runs, ordered or recovered, oldest first.
     """
 
     announced: set[GroupKey] = field(default_factory=set)
     urls: dict[GroupKey, tuple[str, ...]] = field(default_factory=dict)
-    moved_at: dict[GroupKey, float] = field(default_factory=dict)
     pending: dict[tuple[GroupKey, int], int] = field(default_factory=dict)
     transfers: list[TransferProgress] = field(default_factory=list)
     held_leases: dict[str, int] = field(default_factory=dict)

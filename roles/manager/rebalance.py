@@ -6,8 +6,6 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-import trio
-
 from juicebox_hsm.cluster_view import ClusterView, GroupKey, group_work
 from juicebox_hsm.errors import RealmError
 from juicebox_hsm.ids import HsmId
@@ -24,6 +22,7 @@ TRAILING_ENTRIES_MAX: Final = 1000
 IMPROVEMENT_MIN: Final = 0.10
 SETTLE_S: Final = 300.0
 PAUSED: Final = "rebalance/paused"
+MOVED_PREFIX: Final = "rebalance/moved/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,11 +143,13 @@ async def rebalance(context: ManagerContext, appointer: Appointer, *, periodic: 
         for hsm in hsms:
             context.meter.gauge("manager.workload", hsm.work, hsm=hsm.hsm.hex())
         move = next_move(hsms)
-        if move is None or (periodic and not _is_due(context, hsms, move)):
+        if move is None or (periodic and not (is_worthwhile(hsms, move) and await _is_settled(context, move.key))):
             return Rebalanced()
         context.log.info("rebalancing", workloads=describe(hsms, move))
         async with management_lease(context, group_lease(move.key)):
             outcome = await _carry_out(context, view, move)
+            if isinstance(outcome, Rebalanced):
+                await _remember_move(context, move.key)
     except LeaseBusy:
         return Refused(Refusal.BUSY, detail=text(move.key) if move else "")
     except LeaseLost as error:
@@ -160,16 +161,34 @@ async def rebalance(context: ManagerContext, appointer: Appointer, *, periodic: 
         if outcome.outcome is Refusal.LEADERSHIP_TRANSFER_FAILED:
             await _appointment_pass(context, appointer)
     else:
-        context.state.moved_at[move.key] = trio.current_time()
         context.meter.count("manager.rebalance.moves")
         context.log.info("rebalanced", group=text(move.key), hsm=move.destination.hex())
     return outcome
 
 
-def _is_due(context: ManagerContext, hsms: Sequence[HsmLoad], move: Move) -> bool:
-    moved_at = context.state.moved_at.get(move.key)
-    settled = moved_at is None or trio.current_time() - moved_at >= SETTLE_S
-    return settled and is_worthwhile(hsms, move)
+def _moved_setting(key: GroupKey) -> str:
+    return f"{MOVED_PREFIX}{text(key)}"
+
+
+async def _is_settled(context: ManagerContext, key: GroupKey) -> bool:
+    """Tell whether no manager moved the group in the last five minutes. Raises `StoreUnavailable`.
+
+    Managers' clocks differ by seconds; a time further in the future than the rule lasts was never now, and counts for
+    nothing. So does what is not a time.
+    """
+    value = await context.store.settings.get(_moved_setting(key))
+    try:
+        return value is None or abs(context.now_ms() - int(value)) >= SETTLE_S * 1000
+    except ValueError:
+        return True
+
+
+async def _remember_move(context: ManagerContext, key: GroupKey) -> None:
+    """Tell the other managers, before the lease lets them at the group. The move itself stands, come what may."""
+    try:
+        await context.store.settings.put(_moved_setting(key), str(context.now_ms()).encode())
+    except RealmError as error:
+        context.log.warning("move not remembered, it may be followed by another", group=text(key), error=str(error))
 
 
 async def _carry_out(context: ManagerContext, view: ClusterView, move: Move) -> Rebalanced | Refused:

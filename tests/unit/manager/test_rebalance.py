@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import trio
 import trio.testing
@@ -11,9 +13,10 @@ from hypothesis import strategies as st
 from juicebox_hsm.adapters.rpc import RpcUnreachable
 from juicebox_hsm.cluster_view import AgentView, build_view, hsm_work
 from juicebox_hsm.ids import OwnedRange
+from juicebox_hsm.ports import StoreUnavailable
 from juicebox_hsm.wire.rpc import Rebalanced, Refusal, Refused
 from roles.manager.appointment import Appointer
-from roles.manager.context import ManagerContext
+from roles.manager.context import ManagerContext, ManagerState
 from roles.manager.rebalance import GroupLoad, HsmLoad, Move, describe, is_worthwhile, loads, next_move, rebalance
 from tests.unit.manager.fakes import (
     FULL,
@@ -215,6 +218,15 @@ def _uneven() -> tuple[list[FakeAgent], ManagerContext, FakeRpc]:
     return agents, context, context.rpc
 
 
+def _overload(agents: list[FakeAgent], busy: FakeAgent) -> None:
+    """Let one HSM lead group 1, and lead another that is only its own, so that group 1 had better move."""
+    for agent in agents:
+        agent.groups[group(1)].role = "Witness"
+        agent.groups.pop(group(9), None)
+    busy.groups[group(9)] = FakeGroup([busy.hsm])
+    busy.lead(group(1)).lead(group(9))
+
+
 async def test_target_refuses_then_old_leader_is_back(autojump_clock: trio.testing.MockClock) -> None:
     """A move that fails in the middle gives the leadership back."""
     agents, context, _ = _uneven()
@@ -271,20 +283,53 @@ async def test_pause_stops_only_the_periodic_pass(autojump_clock: trio.testing.M
 
 
 async def test_periodic_pass_lets_a_moved_group_settle(autojump_clock: trio.testing.MockClock) -> None:
-    """A group that moved stays for five minutes, whatever the load says meanwhile."""
-    agents, context, _ = _uneven()
-    appointer = Appointer(context)
-    moved = await rebalance(context, appointer, periodic=True)
+    """A group that moved stays for five minutes, whatever the load says meanwhile, and whichever manager looks."""
+    agents = three()
+    first = make_context(agents, now_ms=lambda: round(trio.current_time() * 1000))
+    second = replace(first, name="manager2", state=ManagerState(), now_ms=lambda: first.now_ms() - 5_000)
+    _overload(agents, agents[0])
+    moved = await rebalance(first, Appointer(first), periodic=True)
     assert isinstance(moved, Rebalanced)
     assert moved.group
-    target = next(agent for agent in agents if agent.hsm == moved.destination)
-    for number in (1, 2):  # everything ends up at the destination again
-        for agent in agents:
-            agent.groups[group(number)].role = "Witness"
-        target.lead(group(number))
-    context.state.moved_at[REALM, group(1)] = context.state.moved_at[REALM, group(2)] = trio.current_time()
-    assert await rebalance(context, appointer, periodic=True) == Rebalanced()
-    await trio.sleep(301)
-    again = await rebalance(context, appointer, periodic=True)
+    _overload(agents, next(agent for agent in agents if agent.hsm == moved.destination))
+    for context in (first, second):
+        assert await rebalance(context, Appointer(context), periodic=True) == Rebalanced()
+    explicit = await rebalance(second, Appointer(second))
+    assert isinstance(explicit, Rebalanced)
+    assert explicit.group, "an operator's request does not wait"
+    _overload(agents, next(agent for agent in agents if agent.hsm == explicit.destination))
+    assert await rebalance(first, Appointer(first), periodic=True) == Rebalanced(), "that move counts, too"
+    await trio.sleep(306)
+    again = await rebalance(second, Appointer(second), periodic=True)
     assert isinstance(again, Rebalanced)
     assert again.group
+
+
+@pytest.mark.parametrize("value", [b"", b"never", b"9" * 20, b"\xff"])
+async def test_strange_times_of_a_move_do_not_hold_a_group(
+    autojump_clock: trio.testing.MockClock, value: bytes
+) -> None:
+    """A time far in the future, or something else altogether, does not keep a group from ever moving again."""
+    agents = three()
+    context = make_context(agents)
+    _overload(agents, agents[0])
+    await context.store.settings.put(f"rebalance/moved/{REALM.hex()}/{group(1).hex()}", value)
+    moved = await rebalance(context, Appointer(context), periodic=True)
+    assert isinstance(moved, Rebalanced)
+    assert moved.group
+
+
+async def test_move_stands_when_it_cannot_be_remembered(autojump_clock: trio.testing.MockClock) -> None:
+    """A store that fails right after a move does not make it a failure."""
+    _, context, _ = _uneven()
+    settings = context.store.settings
+    assert isinstance(settings, FakeSettings)
+
+    async def fail(name: str, value: bytes) -> None:
+        await trio.lowlevel.checkpoint()
+        raise StoreUnavailable("down")
+
+    settings.put = fail  # type: ignore[method-assign]
+    moved = await rebalance(context, Appointer(context))
+    assert isinstance(moved, Rebalanced)
+    assert moved.group
