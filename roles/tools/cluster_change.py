@@ -120,15 +120,22 @@ def new_group_command(connection: Connection, realm: str, agents: tuple[str, ...
 async def transfer_range(
     session: Session, url: str | None, realm: RealmId, source: GroupId, destination: GroupId, wanted: OwnedRange
 ) -> None:
-    """Ask a manager to move a range, and show how far it is; returns when the destination serves it.
-
-    Raises `ToolFailure`, in an exception group on a terminal.
-    """
+    """Ask a manager to move a range; returns when the destination serves it. Raises `ToolFailure`."""
     body = TransferPrepare(realm, source, destination, wire_range(wanted))
-    async with progress_shown(session, url, body):
-        reply = await call_manager(session, url, "transfer", body, timeout_s=TRANSFER_TIMEOUT_S)
+    reply = await call_manager(session, url, "transfer", body, timeout_s=TRANSFER_TIMEOUT_S)
     if isinstance(reply, Refused):
         raise ToolFailure(f"transfer refused: {refusal_text(reply, TRANSFER_TEXTS)}")
+
+
+async def transfer_shown(
+    session: Session, url: str | None, realm: RealmId, source: GroupId, destination: GroupId, wanted: OwnedRange
+) -> None:
+    """Move a range as `transfer_range` does, and show on a terminal how far it is.
+
+    Raises `ToolFailure`, there in an exception group.
+    """
+    async with progress_shown(session, url, TransferPrepare(realm, source, destination, wire_range(wanted))):
+        await transfer_range(session, url, realm, source, destination, wanted)
 
 
 @click.command()
@@ -168,7 +175,7 @@ def transfer(
         if dry_run:
             click.echo(f"would move {show_range(wanted)} from {giving.hex()} to {taking.hex()}")
             return
-        await transfer_range(session, manager, realm_id, giving, taking, wanted)
+        await transfer_shown(session, manager, realm_id, giving, taking, wanted)
         click.echo("Ownership transfer completed successfully")
 
     with_session(connection, body)
@@ -209,7 +216,7 @@ def planned_transfer(
         for step in steps:
             click.echo(f"{show_range(step.range)} from {step.source.hex()} to {step.destination.hex()}")
             if not dry_run:
-                await transfer_range(session, manager, realm_id, step.source, step.destination, step.range)
+                await transfer_shown(session, manager, realm_id, step.source, step.destination, step.range)
 
     with_session(connection, body)
 

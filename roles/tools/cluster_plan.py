@@ -13,7 +13,7 @@ from juicebox_hsm.ids import RealmId
 from juicebox_hsm.wire.rpc import Empty, Rebalanced
 from roles.manager.overview import read_overview
 from roles.manager.planning import spread
-from roles.tools.cluster_change import transfer_range
+from roles.tools.cluster_change import transfer_shown
 from roles.tools.cluster_create import join_realm, new_group, new_realm
 from roles.tools.cluster_ids import resolve_id, show_range
 from roles.tools.cluster_layout import Layout, advice, choose_hsms, commands, make_layout, owners_of, windows
@@ -78,7 +78,7 @@ async def apply_layout(session: Session, manager: str | None, layout: Layout) ->
         click.echo(f"Created group {serving[-1].hex()}")
     view = await _led(session, realm)
     for step in spread(owners_of(view.groups_of(realm)), serving):
-        await transfer_range(session, manager, realm, step.source, step.destination, step.range)
+        await transfer_shown(session, manager, realm, step.source, step.destination, step.range)
         click.echo(f"Moved {show_range(step.range)} from {step.source.hex()} to {step.destination.hex()}")
     for _ in range(MOVES_MAX):
         reply = await call_manager(session, manager, "rebalance", Empty(), timeout_s=COMMAND_TIMEOUT_S)

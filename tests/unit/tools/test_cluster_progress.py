@@ -17,7 +17,7 @@ from juicebox_hsm.ports import ServiceKind
 from juicebox_hsm.wire import rpc
 from roles.manager.appointment import Appointer
 from roles.manager.service import ManagerService
-from roles.tools.cluster_change import transfer_range
+from roles.tools.cluster_change import transfer_range, transfer_shown
 from roles.tools.cluster_progress import watch
 from roles.tools.cluster_session import Session
 from tests.unit.manager.fakes import FULL, REALM, FakeAgent, FakeStore, group, make_context, three
@@ -83,13 +83,17 @@ async def test_the_step_is_told(autojump_clock: trio.testing.MockClock) -> None:
 
 
 async def test_only_a_terminal_is_told(autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a terminal the line appears and is removed; elsewhere nothing is written and nobody is asked."""
-    for stream, told in ((_Terminal(), True), (io.StringIO(), False)):
+    """On a terminal the line appears and is removed; elsewhere, or when no command asked, nothing is written."""
+    for stream, order, told in (
+        (_Terminal(), transfer_shown, True),
+        (io.StringIO(), transfer_shown, False),
+        (_Terminal(), transfer_range, False),  # the demo, which makes several realms at once
+    ):
         monkeypatch.setattr("sys.stderr", stream)
         agents = _agents()
         agents[0].refuse["transfer/out"] = rpc.Refused(rpc.Refusal.NO_STORE)
         async with _session(agents) as (session, managers), trio.open_nursery() as nursery:
-            nursery.start_soon(transfer_range, session, None, REALM, group(1), group(2), FULL)
+            nursery.start_soon(order, session, None, REALM, group(1), group(2), FULL)
             await trio.sleep(3)
             agents[0].refuse.clear()
         assert agents[1].groups[group(2)].owned == FULL
