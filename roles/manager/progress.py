@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +46,16 @@ class TransferProgress:
             "begun_ms": self.begun_ms,
             "age_s": max(0, now_ms - self.begun_ms) / 1000,
         }
+
+
+@contextmanager
+def listed(running: list[TransferProgress], progress: TransferProgress) -> Iterator[TransferProgress]:
+    """Keep a transfer in the list of those that run for as long as the body."""
+    running.append(progress)
+    try:
+        yield progress
+    finally:
+        running.remove(progress)
 
 
 def describe(entry: Mapping[str, Any]) -> str:

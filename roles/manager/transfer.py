@@ -8,8 +8,7 @@ have been accepted, only this destination can take the range.
 from __future__ import annotations
 
 import enum
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, TypeVar
@@ -37,7 +36,7 @@ from juicebox_hsm.wire.rpc import (
 from roles.manager.context import ManagerContext
 from roles.manager.leases import LeaseBusy, LeaseLost, management_lease, ownership_lease
 from roles.manager.overview import IDS_TIMEOUT_S, read_overview
-from roles.manager.progress import Step, TransferProgress
+from roles.manager.progress import Step, TransferProgress, listed
 
 Result = TypeVar("Result")
 
@@ -95,6 +94,10 @@ class TransferRequest:
         """Return the body of prepare and cancel_prepare."""
         return TransferPrepare(self.realm, self.source, self.destination, wire_range(self.range))
 
+    def progress(self, begun_ms: int) -> TransferProgress:
+        """Return the record of a run that begins now."""
+        return TransferProgress(self.realm, self.source, self.destination, self.range, begun_ms)
+
     def __str__(self) -> str:
         """Return realm, groups and range for logs."""
         return f"{self.realm.hex()} {self.source.hex()}->{self.destination.hex()} {self.range.start.hex()}..."
@@ -142,7 +145,10 @@ async def run_transfer(context: ManagerContext, request: TransferRequest) -> Don
     begun = trio.current_time()
     context.log.info("transfer begins", transfer=str(request))
     outcome: Done | Refused = Refused(Refusal.TIMEOUT)
-    with _shown(context, request) as progress, trio.move_on_after(DEADLINE_S):
+    with (
+        listed(context.state.transfers, request.progress(context.now_ms())) as progress,
+        trio.move_on_after(DEADLINE_S),
+    ):
         move = partial(_move_range, context, request, progress)
         left = await _retried(context, request, progress, move, PHASE_A_PAUSE_S)
         outcome = left if isinstance(left, Refused) else await _completed(context, request, left, progress)
@@ -155,19 +161,12 @@ async def run_transfer(context: ManagerContext, request: TransferRequest) -> Don
 
 async def complete_only(context: ManagerContext, request: TransferRequest, at: int) -> Done | Refused:
     """Run only the last step, for a range that left at `at` and has arrived; the deadline is the caller's."""
-    with _shown(context, request) as progress:
-        return await _completed(context, request, at, progress)
-
-
-@contextmanager
-def _shown(context: ManagerContext, request: TransferRequest) -> Iterator[TransferProgress]:
-    """List a transfer among those that run here."""
-    progress = TransferProgress(request.realm, request.source, request.destination, request.range, context.now_ms())
-    context.state.transfers.append(progress)
-    try:
-        yield progress
-    finally:
-        context.state.transfers.remove(progress)
+    context.log.info("completion begins", transfer=str(request), at=at)
+    with listed(context.state.transfers, request.progress(context.now_ms())) as progress:
+        outcome = await _completed(context, request, at, progress)
+    result = "ok" if isinstance(outcome, Done) else outcome.outcome.value
+    context.log.info("completion ended", transfer=str(request), at=at, result=result)
+    return outcome
 
 
 async def _completed(
