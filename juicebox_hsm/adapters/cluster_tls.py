@@ -105,6 +105,11 @@ class ClusterTls:
         return self._loaded.client_context
 
 
+def certificate_end(tls: ClusterTls | None) -> dt.datetime | None:
+    """Return when the certificate in service ends (UTC), None without TLS; a reload may change it."""
+    return None if tls is None else tls.not_after
+
+
 class _Verified(Protocol):
     """A TLS stream after its handshake."""
 

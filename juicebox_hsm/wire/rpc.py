@@ -193,7 +193,11 @@ class OutboxInfo(_Body, frozen=True):
 
 
 class AgentStatus(_Body, frozen=True):
-    """Reply of `status` at an agent; `hsm` is absent when the HSM does not answer."""
+    """Reply of `status` at an agent; `hsm` is absent when the HSM does not answer.
+
+    `certificate_end_ms` is when the agent's cluster certificate ends, Unix time in ms; None without TLS, and from an
+    agent of an older version.
+    """
 
     uptime_s: float
     hsm: HsmInfo | None
@@ -201,6 +205,7 @@ class AgentStatus(_Body, frozen=True):
     build: str
     groups: list[AgentGroupInfo]
     outbox: OutboxInfo | None = None
+    certificate_end_ms: int | None = None
 
 
 class RealmCreated(_Body, frozen=True):
@@ -416,7 +421,7 @@ class Rebalanced(_Body, frozen=True):
 
 
 class ManagerStatus(_Body, frozen=True):
-    """Reply of `status` at a manager: one JSON object (loops, leases, actions)."""
+    """Reply of `status` at a manager: one JSON object (loops, leases, actions, end of its cluster certificate)."""
 
     json: str
 

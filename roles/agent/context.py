@@ -6,6 +6,7 @@ One object is passed to every part instead of nine arguments. Parts are function
 
 from __future__ import annotations
 
+import datetime as dt
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -103,9 +104,17 @@ def wall_clock_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
+def no_certificate() -> dt.datetime | None:
+    """Return that there is no certificate whose end could be told."""
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class AgentConfig:
-    """Settings of one agent. `url` is the address others reach it at; `default_rate` is in requests per second."""
+    """Settings of one agent. `url` is the address others reach it at; `default_rate` is in requests per second.
+
+    `certificate_end` tells when the cluster certificate in service ends (UTC), None without TLS.
+    """
 
     name: str
     url: str
@@ -113,6 +122,7 @@ class AgentConfig:
     default_rate: int = 10
     timings: Timings = field(default_factory=Timings)
     now_ms: Callable[[], int] = wall_clock_ms
+    certificate_end: Callable[[], dt.datetime | None] = no_certificate
 
 
 WATCHDOG_CHECKS: Final = 5

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -16,7 +17,8 @@ import trio
 
 from juicebox_hsm import __version__
 from juicebox_hsm.adapters import build_info
-from juicebox_hsm.adapters.cluster_tls import ClusterTls
+from juicebox_hsm.adapters.certificate_end import report_cluster_end
+from juicebox_hsm.adapters.cluster_tls import ClusterTls, certificate_end
 from juicebox_hsm.adapters.dogstatsd import send_metrics
 from juicebox_hsm.adapters.faults import FaultSwitch
 from juicebox_hsm.adapters.hsm_host import FilePlatform, InProcessHsm, open_hsm_dir
@@ -189,6 +191,7 @@ async def _serve(
             build=__version__,
             default_rate=options.default_rate_limit,
             now_ms=faults.now_ms,
+            certificate_end=partial(certificate_end, tls),
         )
         hsm_transport = InProcessHsm(hsm, metrics)
         agent = Agent(config, hsm_transport, with_metrics(store, metrics), pool, metrics, log, nursery, lead)
@@ -285,10 +288,11 @@ async def _serve_probes(
 
 
 async def _report(agent: Agent, cache: CacheGauges) -> None:
-    """Report the uptime, the node cache and held-back log lines every second."""
+    """Report the uptime, the cluster certificate, the node cache and held-back log lines every second."""
     while True:
         await trio.sleep(REPORT_S)
         agent.metrics.gauge("service.uptime", trio.current_time() - agent.started_at)
+        report_cluster_end(agent.metrics, agent.config.certificate_end())
         cache.sample(trio.current_time())
         report_suppressed()
 

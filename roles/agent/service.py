@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
+from juicebox_hsm.adapters.certificate_end import to_unix_ms
 from juicebox_hsm.consensus.types import Leader as LeaderRole
 from juicebox_hsm.consensus.types import RoleStatus, SteppingDown, Transferring, TransferringOut, Witness
 from juicebox_hsm.errors import RealmError
@@ -185,6 +186,7 @@ async def agent_status(agent: Agent) -> AgentStatus:
         build=agent.config.build,
         groups=_group_infos(agent),
         outbox=OutboxInfo(agent.outbox_rows, agent.outbox_oldest_s, agent.outbox_warning),
+        certificate_end_ms=to_unix_ms(agent.config.certificate_end()),
     )
 
 

@@ -17,7 +17,8 @@ import trio
 
 from juicebox_hsm import __version__
 from juicebox_hsm.adapters import build_info
-from juicebox_hsm.adapters.cluster_tls import ClusterTls
+from juicebox_hsm.adapters.certificate_end import report_cluster_end
+from juicebox_hsm.adapters.cluster_tls import ClusterTls, certificate_end
 from juicebox_hsm.adapters.dogstatsd import send_metrics
 from juicebox_hsm.adapters.faults import FaultSwitch
 from juicebox_hsm.adapters.http.drain import DrainController
@@ -288,6 +289,7 @@ class LoadBalancer:
             poller=poller,
             guard=guard,
             secrets_age_s=self._secrets.age_s,
+            cluster_end=partial(certificate_end, self._cluster_tls),
             refresh_s=self._secrets.refresh_s,
         )
         routes = Routes(
@@ -295,6 +297,7 @@ class LoadBalancer:
             drain=self._drain,
             name=common.name,
             readiness=readiness.reasons,
+            warnings=readiness.warnings,
             enable_rttest=options.enable_rttest,
         )
         edge = Edge(
@@ -388,7 +391,7 @@ class LoadBalancer:
 
         async def readyz() -> tuple[bool, str]:
             reasons = readiness.reasons()
-            return not reasons, "\n".join(reasons) or "ready"
+            return not reasons, "\n".join([*(reasons or ["ready"]), *readiness.warnings()])
 
         bind = self._options.common.http_listen
         port = bind.port + self._place.number if bind.port else 0
@@ -436,6 +439,7 @@ class LoadBalancer:
             self._metrics.gauge("secrets.age_seconds", self._secrets.age_s())
             days = self._edge_tls.leaf.remaining_days(dt.datetime.now(dt.UTC))
             self._metrics.gauge("load_balancer.tls_cert.remaining_days", days)
+            report_cluster_end(self._metrics, certificate_end(self._cluster_tls))
             report_suppressed()
             await trio.sleep(REPORT_S)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from collections.abc import Callable
 from typing import Final
 
+from juicebox_hsm.adapters.certificate_end import ending
 from juicebox_hsm.adapters.http.drain import DrainController, LifePhase
 from juicebox_hsm.adapters.secrets_file import REFRESH_S
 from juicebox_hsm.ids import OwnedRange, RecordId
@@ -27,7 +29,10 @@ def _range(gap: OwnedRange) -> str:
 
 
 class Readiness:
-    """Judges the balancer: live, at least one realm fully routed, fresh secrets."""
+    """Judges the balancer: live, at least one realm fully routed, fresh secrets.
+
+    `cluster_end` tells when its cluster certificate ends (UTC), None without TLS.
+    """
 
     def __init__(
         self,
@@ -36,12 +41,14 @@ class Readiness:
         poller: Poller,
         guard: RealmGuard,
         secrets_age_s: Callable[[], float],
+        cluster_end: Callable[[], dt.datetime | None],
         refresh_s: float = REFRESH_S,
     ) -> None:
         self._drain = drain
         self._poller = poller
         self._guard = guard
         self._secrets_age_s = secrets_age_s
+        self._cluster_end = cluster_end
         self._age_s_max = REFRESHES_MISSED_MAX * refresh_s
 
     def reasons(self) -> list[str]:
@@ -53,6 +60,11 @@ class Readiness:
         if age_s > self._age_s_max:
             reasons.append(f"secrets stale for {age_s:.0f}s")
         return reasons + self._unrouted()
+
+    def warnings(self) -> list[str]:
+        """Return what somebody has to see to although the balancer serves; each line begins with `warning: `."""
+        told = ending(self._cluster_end(), dt.datetime.now(dt.UTC))
+        return [f"warning: the cluster certificate {told}"] if told else []
 
     def _unrouted(self) -> list[str]:
         """Return why no realm is fully served, nothing as soon as one is."""

@@ -43,7 +43,10 @@ def livez_text(name: str) -> str:
 
 
 class Routes:
-    """Dispatches by path and method. `readiness` returns why the balancer is not ready, [] when it is."""
+    """Dispatches by path and method.
+
+    `readiness` returns why the balancer is not ready, [] when it is; `warnings` what `/readyz` says besides.
+    """
 
     def __init__(
         self,
@@ -52,12 +55,14 @@ class Routes:
         drain: DrainController,
         name: str,
         readiness: Callable[[], list[str]],
+        warnings: Callable[[], list[str]],
         enable_rttest: bool,
     ) -> None:
         self._answer_req = answer_req
         self._drain = drain
         self._livez = Response(200, livez_text(name).encode(), _TEXT)
         self._readiness = readiness
+        self._warnings = warnings
         self._others: dict[str, Callable[[Request], Awaitable[Response]]] = {
             "/livez": self._get_livez,
             "/readyz": self._get_readyz,
@@ -86,9 +91,8 @@ class Routes:
         if request.method not in {"GET", "HEAD"}:
             return NOT_ALLOWED
         reasons = self._readiness()
-        if reasons:
-            return Response(503, "".join(f"{reason}\n" for reason in reasons).encode(), _TEXT)
-        return Response(200, b"ready\n", _TEXT)
+        lines = [*(reasons or ["ready"]), *self._warnings()]
+        return Response(503 if reasons else 200, "".join(f"{line}\n" for line in lines).encode(), _TEXT)
 
     async def _round_trip(self, request: Request) -> Response:
         if request.method != "POST":

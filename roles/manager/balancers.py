@@ -20,6 +20,7 @@ TEXT_BYTES_MAX: Final = 65_536  # own: a reason takes about 120 bytes
 REASONS_MAX: Final = 8  # own: a realm without leaders gives one per range
 _READY: Final = 200
 _VERSION: Final = "version: "
+_WARNING: Final = "warning: "
 
 
 def _context() -> ssl.SSLContext:
@@ -53,11 +54,15 @@ async def probe_balancer(url: str, timeout_s: float = PROBE_S) -> BalancerReport
                     _, live = await _get(tls, connection, parts.netloc, "/livez")
         except (OSError, trio.BrokenResourceError, ssl.SSLError, h11.ProtocolError, ValueError) as error:
             return BalancerReport(url, error=str(error) or type(error).__name__, not_after=not_after)
-        reasons = [] if ready_status == _READY else [line for line in ready.splitlines() if line]
+        lines = [line for line in ready.splitlines() if line]
+        warnings = [line.removeprefix(_WARNING) for line in lines if line.startswith(_WARNING)][:REASONS_MAX]
+        reasons = [] if ready_status == _READY else [line for line in lines if not line.startswith(_WARNING)]
         if len(reasons) > REASONS_MAX:
             reasons = [*reasons[:REASONS_MAX], f"and {len(reasons) - REASONS_MAX} more"]
         version = next((line.removeprefix(_VERSION) for line in live.splitlines() if line.startswith(_VERSION)), "")
-        return BalancerReport(url, version=version, not_after=not_after, reasons=tuple(reasons))
+        return BalancerReport(
+            url, version=version, not_after=not_after, reasons=tuple(reasons), warnings=tuple(warnings)
+        )
     return BalancerReport(url, error=f"no answer within {timeout_s:.0f} s", not_after=not_after)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -60,9 +61,17 @@ class ManagerState:
     loops: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
+def no_certificate() -> dt.datetime | None:
+    """Return that there is no certificate whose end could be told."""
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class ManagerContext:
-    """The manager's surroundings; `now_ms` is wall-clock Unix time in ms, for leases and discovery only."""
+    """The manager's surroundings; `now_ms` is wall-clock Unix time in ms, for leases and discovery only.
+
+    `certificate_end` tells when the cluster certificate in service ends (UTC), None without TLS.
+    """
 
     store: Store
     rpc: RpcCaller
@@ -72,6 +81,7 @@ class ManagerContext:
     log: Any
     traces: Traces | None = None
     faults: FaultSwitch = field(default_factory=FaultSwitch)
+    certificate_end: Callable[[], dt.datetime | None] = no_certificate
     state: ManagerState = field(default_factory=ManagerState)
 
 

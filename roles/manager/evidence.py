@@ -10,6 +10,7 @@ from typing import Final
 
 import trio
 
+from juicebox_hsm.adapters.certificate_end import from_unix_ms
 from juicebox_hsm.cluster_view import ClusterView, GroupKey
 from juicebox_hsm.errors import DecodingError, RealmError
 from juicebox_hsm.ids import GroupId, HsmId, RealmId, parse_id
@@ -96,6 +97,11 @@ def read_manager_status(url: str, reply: object) -> ManagerReport:
         for entry in document.get("pending", ()):
             key = (RealmId(parse_id(entry["realm"])), GroupId(parse_id(entry["group"])))
             pending[key] = max(float(entry["age_s"]), pending.get(key, 0.0))
-        return ManagerReport(url, version=str(document.get("version", "")), pending=pending)
+        return ManagerReport(
+            url,
+            version=str(document.get("version", "")),
+            pending=pending,
+            certificate_end=from_unix_ms(document.get("certificate_end_ms")),
+        )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return ManagerReport(url, error=f"unreadable status: {error}")

@@ -11,7 +11,8 @@ import trio
 
 from juicebox_hsm import __version__
 from juicebox_hsm.adapters import build_info
-from juicebox_hsm.adapters.cluster_tls import ClusterTls
+from juicebox_hsm.adapters.certificate_end import report_cluster_end
+from juicebox_hsm.adapters.cluster_tls import ClusterTls, certificate_end
 from juicebox_hsm.adapters.dogstatsd import send_metrics
 from juicebox_hsm.adapters.faults import FaultSwitch
 from juicebox_hsm.adapters.http.probes import serve_probes
@@ -132,6 +133,7 @@ class _Manager:
             log=_log,
             traces=self.traces,
             faults=self.faults,
+            certificate_end=partial(certificate_end, self.tls),
         )
         appointer = Appointer(context)
         work = await nursery.start(_work, context, appointer, interval_s, rebalance_interval_s)
@@ -190,10 +192,11 @@ class _Manager:
         notify("READY=1", f"STATUS=manager at {self.url}")
 
     async def _report(self) -> None:
-        """Report the uptime and held-back log lines every second."""
+        """Report the uptime, the cluster certificate and held-back log lines every second."""
         began = trio.current_time()
         while True:
             self.metrics.gauge("service.uptime", trio.current_time() - began)
+            report_cluster_end(self.metrics, certificate_end(self.tls))
             report_suppressed()
             await trio.sleep(REPORT_S)
 

@@ -13,6 +13,7 @@ from typing import Any, Final, TypeVar
 import trio
 
 from juicebox_hsm import __version__
+from juicebox_hsm.adapters.certificate_end import to_unix_ms
 from juicebox_hsm.errors import RealmError
 from juicebox_hsm.ids import GroupId
 from juicebox_hsm.ports import StoreUnavailable
@@ -64,6 +65,7 @@ class ManagerService:
         document = {
             "name": self._context.name,
             "version": __version__,
+            "certificate_end_ms": to_unix_ms(self._context.certificate_end()),
             "loops": state.loops,
             "held_leases": sorted(state.held_leases),
             "actions": sorted(state.actions.values()),

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
+from juicebox_hsm.adapters.certificate_end import ending, from_unix_ms
 from juicebox_hsm.cluster_view import ClusterView, GroupKey, GroupView, Member
 from juicebox_hsm.ids import HsmId, OwnedRange
 from roles.manager.planning import gaps
@@ -20,7 +21,6 @@ from roles.manager.ranges import show_range
 OUTBOX_ROWS_WARN: Final = 100_000  # 1 % of the bound at which clients are refused (agent.md 11)
 OUTBOX_AGE_WARN_S: Final = 60.0
 TRANSFER_AGE_WARN_S: Final = 60.0  # operator-tools.md 2
-CERTIFICATE_DAYS_WARN: Final = 20  # operator-tools.md 3
 LAG_WARN: Final = 1000  # entries; beyond it a member is no candidate to lead (manager.md 3.1)
 MEMBERS_ADVISED: Final = 3
 OWN_CERTIFICATE: Final = "the operator's certificate"
@@ -28,23 +28,32 @@ OWN_CERTIFICATE: Final = "the operator's certificate"
 
 @dataclass(frozen=True, slots=True)
 class ManagerReport:
-    """What one manager said. `pending` maps a group to the age in s of the transfer this manager sees pending there."""
+    """What one manager said.
+
+    `pending` maps a group to the age in s of the transfer this manager sees pending there. `certificate_end` is that
+    of its cluster certificate, None when it told none.
+    """
 
     url: str
     error: str = ""
     version: str = ""
     pending: Mapping[GroupKey, float] = field(default_factory=dict)
+    certificate_end: dt.datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class BalancerReport:
-    """What one load balancer showed: the end of its certificate and its `/readyz` reasons, none when it is ready."""
+    """What one load balancer showed: the end of its certificate, and of `/readyz` the reasons, none when it is ready.
+
+    `warnings` are what its `/readyz` says besides, ready or not.
+    """
 
     url: str
     error: str = ""
     version: str = ""
     not_after: dt.datetime | None = None
     reasons: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +86,7 @@ def judge(evidence: Evidence) -> Verdict:
     """Return all problems and advice, agents first, then managers, balancers, realms and groups."""
     view = evidence.view
     problems = [
-        *_agent_problems(view),
+        *_agent_problems(view, evidence.now),
         *_manager_problems(evidence),
         *_balancer_problems(evidence),
         *_version_problems(evidence),
@@ -107,7 +116,7 @@ def verdict_json(evidence: Evidence, verdict: Verdict) -> dict[str, object]:
     }
 
 
-def _agent_problems(view: ClusterView) -> Iterator[str]:
+def _agent_problems(view: ClusterView, now: dt.datetime) -> Iterator[str]:
     if not view.agents:
         yield "no agent in discovery"
     for agent in view.agents:
@@ -122,6 +131,8 @@ def _agent_problems(view: ClusterView) -> Iterator[str]:
             yield f"agent {agent.url}: outbox: {outbox.warning}"
         elif outbox is not None and (outbox.backlog > OUTBOX_ROWS_WARN or outbox.oldest_s > OUTBOX_AGE_WARN_S):
             yield f"agent {agent.url}: {outbox.backlog} unpublished events, the oldest {outbox.oldest_s:.0f} s"
+        end = from_unix_ms(status.certificate_end_ms)
+        yield from _certificate(f"agent {agent.url}: its cluster certificate", end, now)
 
 
 def _manager_problems(evidence: Evidence) -> Iterator[str]:
@@ -132,6 +143,8 @@ def _manager_problems(evidence: Evidence) -> Iterator[str]:
     for manager in evidence.managers:
         if manager.error:
             yield f"manager {manager.url} does not answer: {manager.error}"
+        whose = f"manager {manager.url}: its cluster certificate"
+        yield from _certificate(whose, manager.certificate_end, evidence.now)
 
 
 def _balancer_problems(evidence: Evidence) -> Iterator[str]:
@@ -142,18 +155,16 @@ def _balancer_problems(evidence: Evidence) -> Iterator[str]:
             yield f"load balancer {balancer.url} does not answer: {balancer.error}"
         for reason in balancer.reasons:
             yield f"load balancer {balancer.url} is not ready: {reason}"
+        for warning in balancer.warnings:
+            yield f"load balancer {balancer.url}: {warning}"
         yield from _certificate(f"load balancer {balancer.url}: its certificate", balancer.not_after, evidence.now)
     yield from _certificate(OWN_CERTIFICATE, evidence.own_certificate_end, evidence.now)
 
 
 def _certificate(whose: str, end: dt.datetime | None, now: dt.datetime) -> Iterator[str]:
-    if end is None:
-        return
-    days = (end - now) / dt.timedelta(days=1)
-    if days <= 0:
-        yield f"{whose} ended on {end:%Y-%m-%d}"
-    elif days < CERTIFICATE_DAYS_WARN:
-        yield f"{whose} ends on {end:%Y-%m-%d}, in {days:.0f} days"
+    told = ending(end, now)
+    if told:
+        yield f"{whose} {told}"
 
 
 def _version_problems(evidence: Evidence) -> Iterator[str]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import datetime as dt
 from pathlib import Path
 
 import pytest
 import trio
 
+from juicebox_hsm.adapters.certificate_end import from_unix_ms
 from juicebox_hsm.client import InvalidPin, NotRegistered
 from juicebox_hsm.ids import RealmId
 from juicebox_hsm.ports import EventKind
+from juicebox_hsm.wire.rpc import Empty
 from tests.simulation.cluster import KEEP_EVENTS, TENANT, simulation
 
 
@@ -26,6 +30,17 @@ async def test_register_recover_delete(tmp_path: Path) -> None:
         await client.delete()
         with pytest.raises(NotRegistered):
             await client.recover(b"1234", b"info")
+
+
+async def test_status_tells_the_end_of_the_certificate(tmp_path: Path) -> None:
+    """What others judge the agent's cluster certificate by is in its status, as it stands at that moment."""
+    async with simulation(tmp_path) as sim:
+        await sim.new_realm(1)
+        (one,) = sim.agents
+        assert (await one.call("status", Empty())).certificate_end_ms is None
+        end = dt.datetime(2026, 11, 20, tzinfo=dt.UTC)
+        one.agent.config = dataclasses.replace(one.agent.config, certificate_end=lambda: end)
+        assert from_unix_ms((await one.call("status", Empty())).certificate_end_ms) == end
 
 
 async def test_sixteen_clients_share_batches(tmp_path: Path) -> None:

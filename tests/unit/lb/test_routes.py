@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime as dt
+
 import pytest
 import trio
 
@@ -18,9 +20,18 @@ async def _req(_: Request) -> Response:
     return Response(200, b"answered")
 
 
-def _routes(reasons: list[str] | None = None, *, rttest: bool = False) -> tuple[Routes, DrainController]:
+def _routes(
+    reasons: list[str] | None = None, *, rttest: bool = False, warnings: tuple[str, ...] = ()
+) -> tuple[Routes, DrainController]:
     drain = DrainController()
-    routes = Routes(_req, drain=drain, name="lb1", readiness=lambda: reasons or [], enable_rttest=rttest)
+    routes = Routes(
+        _req,
+        drain=drain,
+        name="lb1",
+        readiness=lambda: reasons or [],
+        warnings=lambda: list(warnings),
+        enable_rttest=rttest,
+    )
     return routes, drain
 
 
@@ -79,6 +90,32 @@ async def test_readyz_reasons() -> None:
     assert (response.status, response.body) == (503, b"shutting down\nno realms\n")
 
 
+@pytest.mark.parametrize(("reasons", "status", "first"), [([], 200, b"ready"), (["no realms"], 503, b"no realms")])
+async def test_readyz_warnings(reasons: list[str], status: int, first: bytes) -> None:
+    """What somebody has to see to is told besides, and makes nobody take a serving balancer out of rotation."""
+    routes, _ = _routes(reasons, warnings=("warning: the cluster certificate ends",))
+    response = await routes.answer(FakeRequest("GET", "/readyz"))
+    assert (response.status, response.body) == (status, first + b"\nwarning: the cluster certificate ends\n")
+
+
+async def test_the_end_of_the_cluster_certificate_is_a_warning() -> None:
+    """A balancer whose cluster certificate ends soon stays ready and says so; a reload with a new one ends that."""
+    balancer = Balancer(FakeAgent("tls://a"))
+    end = dt.datetime.now(dt.UTC) + dt.timedelta(days=3, hours=1)
+    readiness = Readiness(
+        drain=DrainController(),
+        poller=balancer.poller,
+        guard=balancer.guard,
+        secrets_age_s=lambda: 0.0,
+        cluster_end=lambda: end,
+    )
+    assert readiness.warnings() == [f"warning: the cluster certificate ends on {end:%Y-%m-%d}, in 3 days"]
+    end -= dt.timedelta(days=4)
+    assert readiness.warnings() == [f"warning: the cluster certificate ended on {end:%Y-%m-%d}"]
+    end += dt.timedelta(days=90)
+    assert readiness.warnings() == []
+
+
 async def test_round_trip_probe(autojump_clock: object) -> None:
     """If enabled, /rttest reads the body, waits 100 ms and answers 167 bytes; too much is 413, never a crash."""
     routes, _ = _routes(rttest=True)
@@ -97,7 +134,13 @@ async def test_readiness(nursery: trio.Nursery, autojump_clock: object) -> None:
     balancer = Balancer(agent)
     drain = DrainController()
     age_s = 0.0
-    readiness = Readiness(drain=drain, poller=balancer.poller, guard=balancer.guard, secrets_age_s=lambda: age_s)
+    readiness = Readiness(
+        drain=drain,
+        poller=balancer.poller,
+        guard=balancer.guard,
+        secrets_age_s=lambda: age_s,
+        cluster_end=lambda: None,
+    )
     await balancer.start(nursery, settle=False)
     assert readiness.reasons() == ["no realms"]
     agent.realm, agent.range = REALM, half
@@ -121,7 +164,11 @@ async def test_a_refused_realm_is_not_ready(nursery: trio.Nursery, autojump_cloc
     balancer = Balancer(FakeAgent("tls://a", realm=other), second)
     balancer.settings.values[f"record-id-key/{other.hex()}"] = b"12345678"
     readiness = Readiness(
-        drain=DrainController(), poller=balancer.poller, guard=balancer.guard, secrets_age_s=lambda: 0.0
+        drain=DrainController(),
+        poller=balancer.poller,
+        guard=balancer.guard,
+        secrets_age_s=lambda: 0.0,
+        cluster_end=lambda: None,
     )
     await balancer.start(nursery, settle=False)
     assert readiness.reasons() == [f"realm {other.hex()}: used with another record-id key"]

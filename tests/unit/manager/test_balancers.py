@@ -73,6 +73,17 @@ async def test_reasons_are_lines_and_bounded(tls: ssl.SSLContext) -> None:
     assert len(report.reasons) == 9
 
 
+async def test_warnings_are_no_reasons(tls: ssl.SSLContext) -> None:
+    """A warning in /readyz is reported, of a balancer that is ready and of one that is not."""
+    told = "warning: the cluster certificate ends on 2026-11-20, in 9 days"
+    for status, first, reasons in ((200, "ready", ()), (503, "no realms", ("no realms",))):
+        text = f"{first}\n{told}\n"
+        async with _balancer(tls, [_response(status, text, "connection: close")]) as url:
+            report = await probe_balancer(url)
+        assert report.reasons == reasons
+        assert report.warnings == (told.removeprefix("warning: "),)
+
+
 @pytest.mark.parametrize(
     "answer", [b"", b"\x00\x01garbage\r\n\r\n", _response(200, "x" * 100)[:30], b"SSH-2.0\r\n\r\n"]
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import datetime as dt
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -23,6 +25,7 @@ from juicebox_hsm.wire.rpc import (
 )
 from roles.manager.appointment import Appointer
 from roles.manager.context import ManagerContext
+from roles.manager.evidence import read_manager_status
 from roles.manager.service import ManagerService
 from tests.unit.manager.fakes import FULL, REALM, FakeAgent, FakeLeases, group, hsm, make_context, three
 
@@ -38,6 +41,17 @@ async def test_every_method_has_a_handler() -> None:
     """The table of methods and the handlers agree."""
     async with _service([]) as (service, _):
         assert service.handlers().keys() == MANAGER_METHODS.keys()
+
+
+async def test_status_tells_the_end_of_the_certificate() -> None:
+    """What others judge the manager's cluster certificate by is in the reply, as it stands at that moment."""
+    end: dt.datetime | None = dt.datetime(2026, 11, 20, tzinfo=dt.UTC)
+    context = dataclasses.replace(make_context(three()), certificate_end=lambda: end)
+    async with trio.open_nursery() as nursery:
+        handlers = ManagerService(context, Appointer(context), nursery).handlers()
+        assert read_manager_status("tls://m", await handlers["status"](Empty(), None)).certificate_end == end
+        end = None
+        assert read_manager_status("tls://m", await handlers["status"](Empty(), None)).certificate_end is None
 
 
 async def test_status_shows_what_is_under_way(autojump_clock: trio.testing.MockClock) -> None:

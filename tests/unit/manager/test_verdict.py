@@ -6,8 +6,10 @@ import datetime as dt
 import json
 from dataclasses import replace
 
+import msgspec
 import pytest
 
+from juicebox_hsm.adapters.certificate_end import to_unix_ms
 from juicebox_hsm.cluster_view import AgentView, build_view
 from juicebox_hsm.ids import FULL_RANGE, OwnedRange
 from juicebox_hsm.wire import rpc
@@ -135,6 +137,45 @@ def test_balancers() -> None:
     assert _only(_evidence(_led(), balancers=(over, BALANCERS[1]))).endswith("ended on 2026-10-31")
     assert "no load balancer" in _only(_evidence(_led(), balancers=()))
     assert judge(_evidence(_led(), balancers=BALANCERS[:1])).advice[0].startswith("only one load balancer")
+
+
+@pytest.mark.parametrize(
+    ("days", "says"),
+    [(19, "ends on 2026-11-20, in 19 days"), (-1, "ended on 2026-10-31"), (21, ""), (None, "")],
+)
+def test_cluster_certificates(days: int | None, says: str) -> None:
+    """The end of an agent's and of a manager's cluster certificate is told in time, with who it is that has it."""
+    end = None if days is None else NOW + dt.timedelta(days=days)
+    agents = _led()
+    status = msgspec.structs.replace(agents[0].status(), certificate_end_ms=to_unix_ms(end))
+    view = build_view([AgentView("tls://a1", status), *(AgentView(a.url, a.status()) for a in agents[1:])])
+    problems = judge(_evidence(agents, view=view)).problems
+    assert problems == ((f"agent tls://a1: its cluster certificate {says}",) if says else ())
+    managers = (replace(MANAGERS[0], certificate_end=end), MANAGERS[1])
+    problems = judge(_evidence(_led(), managers=managers)).problems
+    assert problems == ((f"manager tls://m1: its cluster certificate {says}",) if says else ())
+
+
+def test_an_older_agent_tells_no_end() -> None:
+    """A status without the end of the certificate, as older agents send it, is read and judged as before."""
+    status = _led()[0].status()
+    older = msgspec.msgpack.decode(msgspec.msgpack.encode(status))[:-1]
+    assert msgspec.convert(older, rpc.AgentStatus).certificate_end_ms is None
+
+
+@pytest.mark.parametrize("sent", [-1, 1 << 80, "soon", 1.5, None])
+def test_an_end_that_is_no_moment(sent: object) -> None:
+    """Whatever a peer sends as the end of its certificate, the verdict is made."""
+    reply = rpc.ManagerStatus(json.dumps({"version": "build", "certificate_end_ms": sent}))
+    assert read_manager_status("tls://m1", reply) == ManagerReport("tls://m1", version="build")
+
+
+def test_balancer_warnings() -> None:
+    """What a serving balancer warns of in /readyz is a problem that names it."""
+    warned = replace(BALANCERS[0], warnings=("the cluster certificate ends on 2026-11-20, in 19 days",))
+    assert _only(_evidence(_led(), balancers=(warned, BALANCERS[1]))) == (
+        "load balancer https://b1: the cluster certificate ends on 2026-11-20, in 19 days"
+    )
 
 
 def test_own_certificate() -> None:
