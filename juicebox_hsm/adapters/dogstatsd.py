@@ -1,8 +1,8 @@
 """Sends metrics to a DogStatsD agent over UDP, if DD_AGENT_HOST names one (operator-tools.md 9.2).
 
-Once per second everything that changed goes out in packets of at most 1400 bytes; nothing ever waits for it, and a
-failure to send changes nothing but the numbers somebody sees. Distributions travel as single values, at most 512 per
-series and second, the rest through the sample rate.
+Once per second, and once more when the service ends, everything that changed goes out in packets of at most 1400
+bytes; nothing ever waits for it, and a failure to send changes nothing but the numbers somebody sees. Distributions
+travel as single values, at most 512 per series and second, the rest through the sample rate.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ _log = get_logger("dogstatsd")
 async def send_metrics(metrics: Metrics, tags: Mapping[str, str], environment: Mapping[str, str] = os.environ) -> None:
     """Send until cancelled; returns at once without DD_AGENT_HOST. `tags` go with every line (service, version).
 
+    What was counted before the cancellation still goes out, so a service cancels this last; sending never waits.
     DD_DOGSTATSD_PORT may name another port than 8125.
     """
     host = environment.get("DD_AGENT_HOST", "")
@@ -47,13 +48,20 @@ async def send_metrics(metrics: Metrics, tags: Mapping[str, str], environment: M
             await trio.sleep(RESOLVE_AGAIN_S)
             continue
         with endpoint, trio.move_on_after(RESOLVE_AGAIN_S):
-            while True:
-                for packet in drain(metrics, tags):
-                    try:
-                        endpoint.send(packet)
-                    except OSError:
-                        pass  # nobody listens, or the buffer is full: neither is ours to solve
-                await trio.sleep(PERIOD_S)
+            try:
+                while True:
+                    _send(endpoint, drain(metrics, tags))
+                    await trio.sleep(PERIOD_S)
+            finally:
+                _send(endpoint, drain(metrics, tags))
+
+
+def _send(endpoint: socket.socket, packets: Iterable[bytes]) -> None:
+    for packet in packets:
+        try:
+            endpoint.send(packet)
+        except OSError:
+            pass  # nobody listens, or the buffer is full: neither is ours to solve
 
 
 async def _connect(host: str, port: int) -> socket.socket | None:

@@ -49,6 +49,10 @@ class MetricsSink(Protocol):
         """Record a duration in nanoseconds."""
         ...
 
+    def event(self, title: str, text: str) -> None:
+        """Tell an event that somebody wants to read about."""
+        ...
+
 
 class Log(Protocol):
     """A structured logger."""

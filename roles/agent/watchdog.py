@@ -5,7 +5,7 @@ The exclusion of a captured index of 1 or less keeps realm and group creation in
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import trio
 
@@ -18,6 +18,7 @@ from roles.agent.context import WATCHDOG_CHECKS
 if TYPE_CHECKING:
     from roles.agent.context import Agent
 
+TRIGGERED: Final = "Agent watchdog triggered"  # operator-tools.md 9.2; existing monitors look for it
 STEP_DOWN_AT = 3
 """After this many suspect checks the HSM is asked to step down; if that does not help the agent ends."""
 
@@ -47,8 +48,10 @@ async def watchdog(agent: Agent) -> None:
         for (realm, group_id), times in bad.items():
             agent.log.error("the HSM leads a group unknown to the agent", group=group_id.hex(), checks=times)
             if times >= WATCHDOG_CHECKS:
+                reason = f"HSM and agent disagree about group {group_id.hex()} for {times} checks"
                 agent.metrics.count("agent.watchdog.crash")
-                raise HsmGone(f"HSM and agent disagree about group {group_id.hex()} for {times} checks")
+                agent.metrics.event(TRIGGERED, reason)
+                raise HsmGone(reason)
             group = agent.groups.get(realm, group_id)
             if times >= STEP_DOWN_AT and group is not None:
                 await agent.step_down(group, force=True, why="watchdog")

@@ -16,6 +16,8 @@ import trio
 from hypercorn.trio import serve as serve_asgi
 
 from juicebox_hsm import __version__
+from juicebox_hsm.adapters import build_info
+from juicebox_hsm.adapters.dogstatsd import send_metrics
 from juicebox_hsm.adapters.http.containment import ContainedConfig
 from juicebox_hsm.adapters.http.probes import listen, serve_probes
 from juicebox_hsm.adapters.logging import configure, get_logger, report_suppressed
@@ -156,6 +158,7 @@ async def run(options: ServeOptions) -> None:
             http_port: int = await nursery.start(partial(_probes, options, store, secrets, metrics))
             nursery.start_soon(secrets.refresh_forever)
             nursery.start_soon(_report, metrics)
+            nursery.start_soon(send_metrics, metrics, {"service": "tenant_log", "version": build_info.tag()})
             _log.info(
                 "tenant log started", listen=f"{options.listen.host}:{port}", http_port=http_port,
                 tls=options.tls is not None, realms=[realm.hex() for realm in options.realms] or "all of the store",

@@ -110,6 +110,14 @@ def _flags(role: str, directory: Path, store: Path) -> list[str]:
 
 @contextmanager
 def _service(role: str, directory: Path, supervisor: Supervisor, *more: str) -> Iterator[subprocess.Popen[bytes]]:
+    init_ca(directory / "ca")
+    command = [sys.executable, "-m", "roles", "--role", role, *_flags(role, directory, directory / "realm.db"), *more]
+    with _running(command, directory, supervisor) as process:
+        yield process
+
+
+@contextmanager
+def _running(command: list[str], directory: Path, supervisor: Supervisor) -> Iterator[subprocess.Popen[bytes]]:
     environment = {
         **os.environ,
         "DD_AGENT_HOST": "127.0.0.1",
@@ -117,8 +125,6 @@ def _service(role: str, directory: Path, supervisor: Supervisor, *more: str) -> 
         "NOTIFY_SOCKET": str(supervisor.path),
         "WATCHDOG_USEC": str(round(WATCHDOG_S * 1e6)),
     }
-    init_ca(directory / "ca")
-    command = [sys.executable, "-m", "roles", "--role", role, *_flags(role, directory, directory / "realm.db"), *more]
     with (directory / "log").open("wb") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:
@@ -159,6 +165,22 @@ def test_a_services_life_as_its_supervisor_hears_it(role: str, more: tuple[str, 
         stopping = supervisor.wait_for("STOPPING=1", after=reloading)
         if "--workers" not in more:
             supervisor.wait_for("EXTEND_TIMEOUT_USEC=", after=stopping)
+        assert process.wait(WAIT_S) == ExitCode.OK, (tmp_path / "log").read_text()
+
+
+def test_the_tenant_log_reports_like_the_roles(tmp_path: Path) -> None:
+    """The tenant log is ready, sends its metrics to the DogStatsD agent that is named, and stops with 0."""
+    supervisor = Supervisor(tmp_path)
+    secrets = tmp_path / "secrets.json"
+    tool = [sys.executable, "-m", "roles"]
+    subprocess.run([*tool, "secrets", "init-record-id", "--file", secrets], check=True, stdout=subprocess.DEVNULL)
+    store = f"sqlite:{tmp_path / 'realm.db'}"
+    subprocess.run([*tool, "store", "init", "--store", store], check=True, stdout=subprocess.DEVNULL)
+    command = [*tool, "tenant-log", "serve", "--store", store, "--secrets-file", str(secrets), "--port", "0"]
+    with _running(command, tmp_path, supervisor) as process:
+        supervisor.wait_for("READY=1")
+        assert "|#service:tenant_log,version:" in supervisor.wait_for_metric("service.uptime")
+        process.send_signal(signal.SIGTERM)
         assert process.wait(WAIT_S) == ExitCode.OK, (tmp_path / "log").read_text()
 
 

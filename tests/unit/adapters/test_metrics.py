@@ -157,6 +157,22 @@ async def test_sender_survives_having_nobody_listening(autojump_clock: trio.test
     assert metrics.counter("x").sent == 1
 
 
+async def test_what_was_counted_last_is_sent(mock_clock: trio.testing.MockClock) -> None:
+    """A service that ends within the second sends what it counted in it: billing loses nothing at a clean stop."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as agent:
+        agent.bind(("127.0.0.1", 0))
+        agent.settimeout(5)
+        environment = {"DD_AGENT_HOST": "127.0.0.1", "DD_DOGSTATSD_PORT": str(agent.getsockname()[1])}
+        metrics = Metrics()
+        metrics.count("x")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(send_metrics, metrics, {}, environment)
+            assert await trio.to_thread.run_sync(agent.recv, 2000) == b"x:1|c"
+            metrics.count("realm.request.count", 3)
+            nursery.cancel_scope.cancel()
+        assert agent.recv(2000) == b"realm.request.count:3|c"
+
+
 async def test_sender_sends_every_second() -> None:
     """What changed arrives at the agent, with the common tags."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as agent:

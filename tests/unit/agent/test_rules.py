@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import socket
 from dataclasses import dataclass
 from typing import Any, cast
 
 import pytest
 import trio
 
+from juicebox_hsm.adapters.dogstatsd import send_metrics
+from juicebox_hsm.adapters.metrics import Metrics
 from juicebox_hsm.consensus.types import Captured, Leader, RoleStatus, SteppingDown, Witness
 from juicebox_hsm.errors import RealmError
 from juicebox_hsm.hsm.messages import GroupStatus, RealmStatus, ResultKind, ResultType, StatusOk
@@ -245,6 +248,24 @@ def test_suspects() -> None:
     agent.groups.add(group)
     group.adopt(RoleStatus(Leader(2), 9))
     assert suspects(watched, status_of(Leader(2), 2)) == []
+
+
+async def test_the_watchdogs_last_words_are_heard(autojump_clock: trio.testing.MockClock) -> None:
+    """The count and the event of a triggered watchdog reach DogStatsD although they are made as the process ends."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as statsd:
+        statsd.bind(("127.0.0.1", 0))
+        statsd.settimeout(5)
+        environment = {"DD_AGENT_HOST": "127.0.0.1", "DD_DOGSTATSD_PORT": str(statsd.getsockname()[1])}
+        agent = WatchedAgent(AlwaysLeading())
+        agent.metrics = Metrics()
+        with pytest.RaisesGroup(HsmGone):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(send_metrics, agent.metrics, {"service": "agent"}, environment)
+                nursery.start_soon(watchdog, cast("Agent", agent))
+        said = statsd.recv(2000).decode()
+    assert "agent.watchdog.crash:1|c|#service:agent" in said
+    text = f"HSM and agent disagree about group {GROUP.hex()} for 5 checks"
+    assert f"_e{{24,{len(text)}}}:Agent watchdog triggered|{text}|#service:agent" in said
 
 
 async def test_watchdog_ends_the_process_at_the_fifth_check(autojump_clock: trio.testing.MockClock) -> None:
