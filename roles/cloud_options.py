@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 import click
 
-from juicebox_hsm.adapters.secrets_file import HeldSecrets, SecretsFile, SecretsLog, SecretsMetrics
+from juicebox_hsm.adapters.metrics import Metrics
+from juicebox_hsm.adapters.secrets_file import HeldSecrets, SecretsFile, SecretsLog
 from juicebox_hsm.errors import LocalError
 from juicebox_hsm.ports import Store
 from roles.durations import DurationType
@@ -213,7 +214,7 @@ def secrets_problem(file: Path | None, project: str | None, url: str | None, sto
 
 
 @asynccontextmanager
-async def with_bus(store: Store, store_url: str, pubsub: CloudOptions) -> AsyncIterator[Store]:
+async def with_bus(store: Store, store_url: str, pubsub: CloudOptions, metrics: Metrics) -> AsyncIterator[Store]:
     """Give the store the bus that the flags name: Pub/Sub, or the one of the store itself."""
     if not pubsub.is_given:
         yield store
@@ -221,13 +222,13 @@ async def with_bus(store: Store, store_url: str, pubsub: CloudOptions) -> AsyncI
     # Google's libraries take a third of a second to import; only who uses them pays.
     from juicebox_hsm.adapters.pubsub.bus import HOST, open_pubsub
 
-    async with open_pubsub(pubsub.access(store_url, HOST, PUBSUB)) as bus:
+    async with open_pubsub(pubsub.access(store_url, HOST, PUBSUB), metrics) as bus:
         yield replace(store, bus=bus)
 
 
 @asynccontextmanager
 async def open_secrets(
-    options: SecretsOptions, store_url: str, *, metrics: SecretsMetrics, log: SecretsLog
+    options: SecretsOptions, store_url: str, *, metrics: Metrics, log: SecretsLog
 ) -> AsyncIterator[HeldSecrets]:
     """Read all secrets from where the flags say. Raises `LocalError`, and `StoreUnavailable` for the cloud."""
     if options.file is not None:

@@ -6,9 +6,9 @@ metadata. Only calls that may be repeated go through here.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 from urllib.parse import quote, urlsplit
 
@@ -18,6 +18,8 @@ from juicebox_hsm.adapters.bigtable.auth import ApplicationDefault, Authorizatio
 from juicebox_hsm.adapters.bigtable.channel import DEFAULT_CHANNEL_TUNING, ChannelTransport, ChannelTuning
 from juicebox_hsm.adapters.bigtable.driver import CallFailed, Driver, Transport
 from juicebox_hsm.adapters.bigtable.retry import REFUSED, RETRYABLE, Attempts, RetryProfile
+from juicebox_hsm.adapters.metrics import Metrics
+from juicebox_hsm.adapters.retry_metrics import Family
 from juicebox_hsm.errors import LocalError
 from juicebox_hsm.ports import StoreInvalid, StoreUnavailable
 
@@ -26,12 +28,16 @@ CALL_S: Final = 20.0
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """One of Google's services: its name for people, where it is, and what its tokens must be good for."""
+    """One of Google's services: its name for people, where it is, and what its tokens must be good for.
+
+    `families` maps a method, as a gRPC path, to the metrics it is measured by; others are not.
+    """
 
     name: str
     target: str
     scopes: tuple[str, ...]
     otherwise: str = ""
+    families: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +67,16 @@ def parse_url(url: str, host: str, flag: str) -> str:
 class GoogleCalls:
     """Repeatable unary calls to one service."""
 
-    def __init__(self, service: Service, transport: Transport, authorization: Authorization, call_s: float) -> None:
+    def __init__(
+        self,
+        service: Service,
+        transport: Transport,
+        authorization: Authorization,
+        call_s: float,
+        metrics: Metrics | None = None,
+    ) -> None:
+        metrics = Metrics() if metrics is None else metrics
+        self._families = {method: Family(metrics, name) for method, name in service.families.items()}
         self._service = service
         self._transport = transport
         self._authorization = authorization
@@ -83,6 +98,23 @@ class GoogleCalls:
         back as `CallFailed`. Raises `StoreUnavailable` when attempts or time are over or the caller is not allowed,
         `StoreInvalid` for a request that the service will never take.
         """
+        family = self._families.get(method)
+        if family is None:
+            return await self._repeat(method, request, routing, retry, timeout_s, passed, family)
+        with family.measured(CallFailed):  # what the caller takes for an answer is one here too
+            return await self._repeat(method, request, routing, retry, timeout_s, passed, family)
+
+    async def _repeat(
+        self,
+        method: str,
+        request: bytes,
+        routing: tuple[str, str],
+        retry: RetryProfile,
+        timeout_s: float | None,
+        passed: Collection[str],
+        family: Family | None,
+    ) -> bytes:
+        """Call until there is an answer or no hope."""
         name, value = routing
         header = ("x-goog-request-params", f"{name}={quote(value, safe='')}")
         what = f"{self._service.name} {method.rpartition('/')[2]}"
@@ -107,16 +139,18 @@ class GoogleCalls:
                     raise StoreUnavailable(message) from None
                 else:
                     raise StoreInvalid(message) from None
+            if family is not None:
+                family.retried()
             await attempts.pause()
 
 
 @asynccontextmanager
-async def open_calls(service: Service, access: Access) -> AsyncIterator[GoogleCalls]:
+async def open_calls(service: Service, access: Access, metrics: Metrics | None = None) -> AsyncIterator[GoogleCalls]:
     """Connect to a service for as long as the block runs. Raises `LocalError` without credentials."""
     authorization: Authorization = (
         NoAuthorization()
         if access.emulator
-        else await ApplicationDefault.find(service.scopes, service.name, service.otherwise)
+        else await ApplicationDefault.find(service.scopes, service.name, service.otherwise, metrics)
     )
     driver = Driver(service.name)
     await driver.start()
@@ -131,7 +165,7 @@ async def open_calls(service: Service, access: Access) -> AsyncIterator[GoogleCa
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(authorization.keep_fresh)
                 try:
-                    yield GoogleCalls(service, transport, authorization, access.call_s)
+                    yield GoogleCalls(service, transport, authorization, access.call_s, metrics)
                 except (trio.Cancelled, GeneratorExit):
                     raise
                 except BaseException as error:  # noqa: BLE001 - raised again below, outside the nursery

@@ -23,6 +23,8 @@ class Catalogue:
     tagged: tuple[str, ...] = ()
     known: tuple[tuple[str, str, tuple[str, ...]], ...] = ()
     """Counters of one tag with a known set of values: name, tag, values."""
+    known_timers: tuple[tuple[str, str, tuple[str, ...]], ...] = ()
+    """The same for timers."""
 
 
 AGENT: Final = Catalogue(
@@ -37,12 +39,12 @@ AGENT: Final = Catalogue(
     gauges=(
         "agent.accounting.batch_size", "agent.commit.log.index", "agent.compaction.compact_index",
         "agent.compaction.uncompacted_rows.count", "agent.compaction.uncompacted_rows.first_index",
-        "agent.outbox.backlog", "bigtable.append.batch.size", "bigtable.append.queue.size", "service.uptime",
+        "agent.outbox.backlog", "bigtable.append.batch.size", "bigtable.append.queue.size",
     ),
     timers=(
         "agent.catchup", "agent.commit.latency", "agent.handle_become_leader.hsm_request",
         "agent.handle_become_leader.read_log_entry", "agent.start_app_request", "bigtable.append.time",
-        "pubsub.publish_msg.time",
+        "pubsub.publish_msg.time", "service.uptime",
     ),
     known=(
         ("agent.catchup.jump", "result", ("ok", "retry")),
@@ -57,9 +59,9 @@ LOAD_BALANCER: Final = Catalogue(
     counters=("load_balancer.connections.evicted", "load_balancer.retries", "secrets.refresh.failures"),
     gauges=(
         "load_balancer.connections.active", "load_balancer.routes", "load_balancer.tls_cert.remaining_days",
-        "load_balancer.unrouted_ranges", "secrets.age_seconds", "service.uptime",
+        "load_balancer.unrouted_ranges", "secrets.age_seconds",
     ),
-    timers=("load_balancer.refresh.time",),
+    timers=("load_balancer.refresh.time", "service.uptime"),
     known=(
         ("load_balancer.connections.count", "protocol", ("h2", "http/1.1")),
         ("load_balancer.connections.errors", "protocol", ("h2", "http/1.1", "tls")),
@@ -72,11 +74,13 @@ MANAGER: Final = Catalogue(
         "manager.leader.lost_hints", "manager.lease.busy", "manager.lease.lost", "manager.lease.obtained",
         "manager.rebalance.moves",
     ),
-    gauges=("manager.transfer.pending", "service.uptime"),
+    gauges=("manager.transfer.pending",),
+    timers=("service.uptime",),
     known=(("manager.loop.errors", "loop", ("leaders", "leader_lost", "rebalance", "transfers")),),
+    known_timers=(("manager.loop.time", "loop", ("leaders", "rebalance", "transfers")),),
     tagged=(
-        "manager.leader.assigned", "manager.leader.failed", "manager.loop.time", "manager.transfer.time",
-        "manager.workload", "reqwest.client.time",
+        "manager.leader.assigned", "manager.leader.failed", "manager.transfer.time", "manager.workload",
+        "reqwest.client.time",
     ),
 )  # fmt: skip
 
@@ -92,3 +96,6 @@ def declare(metrics: Metrics, catalogue: Catalogue) -> None:
     for name, tag, values in catalogue.known:
         for value in values:
             metrics.counter(name, **{tag: value})
+    for name, tag, values in catalogue.known_timers:
+        for value in values:
+            metrics.timer(name, **{tag: value})

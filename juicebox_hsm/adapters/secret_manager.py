@@ -17,6 +17,7 @@ from google.cloud.secretmanager_v1.types import service as _messages
 
 from juicebox_hsm.adapters.bigtable.retry import RetryProfile
 from juicebox_hsm.adapters.google_calls import Access, GoogleCalls, Service, open_calls, scopes
+from juicebox_hsm.adapters.metrics import Metrics
 from juicebox_hsm.adapters.secrets_file import HeldSecrets, SecretsLog, SecretsMetrics
 from juicebox_hsm.errors import RealmError
 from juicebox_hsm.tenant_secrets import (
@@ -28,9 +29,6 @@ from juicebox_hsm.tenant_secrets import (
 )
 
 HOST: Final = "secretmanager.googleapis.com"
-SECRET_MANAGER: Final = Service(
-    "secret-manager", f"{HOST}:443", tuple(scopes("cloud-platform")), " or use --secrets-file"
-)
 REFRESH_S: Final = 60.0
 READS_MAX: Final = 16
 PAGE: Final = 1_000
@@ -49,6 +47,17 @@ _SERVICE: Final = "/google.cloud.secretmanager.v1.SecretManagerService"
 LIST_SECRETS: Final = f"{_SERVICE}/ListSecrets"
 LIST_VERSIONS: Final = f"{_SERVICE}/ListSecretVersions"
 ACCESS_VERSION: Final = f"{_SERVICE}/AccessSecretVersion"
+SECRET_MANAGER: Final = Service(
+    "secret-manager",
+    f"{HOST}:443",
+    tuple(scopes("cloud-platform")),
+    " or use --secrets-file",
+    {
+        LIST_SECRETS: "secret_manager.google.list_secrets",
+        LIST_VERSIONS: "secret_manager.google.list_secret_versions",
+        ACCESS_VERSION: "secret_manager.google.access_secret_version",
+    },
+)
 
 _ListSecretsRequest: Final[Any] = _messages.ListSecretsRequest.pb()
 _ListSecretsResponse: Final[Any] = _messages.ListSecretsResponse.pb()
@@ -234,8 +243,8 @@ def _is_json_object(payload: bytes) -> bool:
 
 @asynccontextmanager
 async def open_secret_manager(
-    access: Access, *, raw: bool, metrics: SecretsMetrics, log: SecretsLog
+    access: Access, *, raw: bool, metrics: Metrics, log: SecretsLog
 ) -> AsyncIterator[CloudSecrets]:
     """Connect to a project's secrets; nothing is read yet."""
-    async with open_calls(SECRET_MANAGER, access) as calls:
+    async with open_calls(SECRET_MANAGER, access, metrics) as calls:
         yield CloudSecrets(calls, access.project, raw=raw, metrics=metrics, log=log)

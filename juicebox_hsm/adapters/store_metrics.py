@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any, Final, cast
 
-from juicebox_hsm.adapters.metrics import Counter, Metrics, Timer
+from juicebox_hsm.adapters.metrics import Metrics
+from juicebox_hsm.adapters.retry_metrics import Family
 from juicebox_hsm.errors import RealmError
 from juicebox_hsm.merkle.codec import read_proof_shape
 from juicebox_hsm.ports import Store
@@ -54,33 +55,10 @@ NAMES: Final[Mapping[str, Mapping[str, str]]] = {
 }
 """Port -> operation -> family; operations that are not here are not measured."""
 
-RESULTS: Final = ("ok", "exhausted", "fatal")
-
-
-class Family:
-    """The series of one operation: `P.time{result}`, `P.retryable_errors`, `P.exhausted_errors`, `P.fatal_errors`."""
-
-    __slots__ = ("_exhausted", "_fatal", "_retryable", "_timers")
-
-    def __init__(self, metrics: Metrics, name: str) -> None:
-        self._timers: dict[str, Timer] = {result: metrics.timer(f"{name}.time", result=result) for result in RESULTS}
-        self._retryable: Counter = metrics.counter(f"{name}.retryable_errors")
-        self._exhausted: Counter = metrics.counter(f"{name}.exhausted_errors")
-        self._fatal: Counter = metrics.counter(f"{name}.fatal_errors")
-
-    def succeeded(self, elapsed_ns: int) -> None:
-        """Count a success."""
-        self._timers["ok"].observe_ns(elapsed_ns)
-
-    def failed(self, error: RealmError, elapsed_ns: int) -> None:
-        """Count an error by its kind."""
-        if error.retryable:
-            self._timers["exhausted"].observe_ns(elapsed_ns)
-            self._retryable.add()
-            self._exhausted.add()
-        else:
-            self._timers["fatal"].observe_ns(elapsed_ns)
-            self._fatal.add()
+INNER_NAMES: Final = frozenset(
+    {"store_client.append_inner", "store_client.log_append", "store_client.discovery.delete_expired"}
+)
+"""What a back end measures itself, where there is such a part: see `docs/metrics.md`."""
 
 
 def with_metrics(store: Store, metrics: Metrics) -> Store:

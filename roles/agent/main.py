@@ -145,16 +145,18 @@ def _only_realm_errors(error: BaseException) -> bool:
 async def run_agent(options: AgentOptions, phase: _Phase, traces: Traces | None = None) -> None:
     """Open HSM and store, serve until told to stop, leave in order."""
     common = options.common
+    metrics = Metrics()
+    declare(metrics, AGENT)
     tls = load_identity(common, PeerRole.AGENT)
     platform = await trio.to_thread.run_sync(open_hsm_dir, options.hsm_dir)
     try:
         hsm = await trio.to_thread.run_sync(_start_hsm, platform)
         async with (
-            open_store(common.store_url, node_tuning=options.nodes) as opened,
-            with_bus(opened, common.store_url, options.pubsub) as store,
+            open_store(common.store_url, node_tuning=options.nodes, metrics=metrics) as opened,
+            with_bus(opened, common.store_url, options.pubsub, metrics) as store,
         ):
             faults = FaultSwitch.from_environment(common.name)
-            await _serve(options, phase, tls, hsm, with_faults(store, faults), faults, traces)
+            await _serve(options, phase, tls, hsm, with_faults(store, faults), faults, metrics, traces)
     finally:
         platform.close()
         if traces is not None:
@@ -172,12 +174,11 @@ async def _serve(
     hsm: Hsm,
     store: Store,
     faults: FaultSwitch,
+    metrics: Metrics,
     traces: Traces | None,
 ) -> None:
     common = options.common
     log = get_logger("agent")
-    metrics = Metrics()
-    declare(metrics, AGENT)
     scheme = "tcp" if tls is None else "tls"
     if common.advertise.is_loopback and not common.allow_loopback:
         log.warning("advertising a loopback address: only this machine can reach it", address=str(common.advertise))
@@ -291,7 +292,7 @@ async def _report(agent: Agent, cache: CacheGauges) -> None:
     """Report the uptime, the cluster certificate, the node cache and held-back log lines every second."""
     while True:
         await trio.sleep(REPORT_S)
-        agent.metrics.gauge("service.uptime", trio.current_time() - agent.started_at)
+        agent.metrics.timing("service.uptime.ns", round((trio.current_time() - agent.started_at) * 1e9))
         report_cluster_end(agent.metrics, agent.config.certificate_end())
         cache.sample(trio.current_time())
         report_suppressed()

@@ -208,7 +208,7 @@ async def run(options: LoadBalancerOptions, place: WorkerPlace, traces: Traces |
     if common.advertise.is_loopback and not common.allow_loopback:
         _log.warning("advertising a loopback address: only this machine can reach it", address=str(common.advertise))
     async with (
-        open_store(common.store_url) as store,
+        open_store(common.store_url, metrics=metrics) as store,
         open_secrets(options.secrets, common.store_url, metrics=metrics, log=_log) as secrets,
     ):
         await store.realms.create_shared()
@@ -435,7 +435,7 @@ class LoadBalancer:
         """Every second: uptime, age of secrets, days left of the certificate, held-back log lines."""
         began = trio.current_time()
         while True:
-            self._metrics.gauge("service.uptime", trio.current_time() - began)
+            self._metrics.timing("service.uptime.ns", (trio.current_time() - began) * 1e9)
             self._metrics.gauge("secrets.age_seconds", self._secrets.age_s())
             days = self._edge_tls.leaf.remaining_days(dt.datetime.now(dt.UTC))
             self._metrics.gauge("load_balancer.tls_cert.remaining_days", days)

@@ -86,10 +86,12 @@ async def _run(common: CommonOptions, interval_s: float, rebalance_interval_s: f
     tls = load_identity(common, PeerRole.MANAGER)
     if common.advertise.is_loopback and not common.allow_loopback:
         _log.warning("advertising a loopback address: only this machine can reach it", address=str(common.advertise))
-    async with open_store(common.store_url) as store:
+    metrics = Metrics()
+    declare(metrics, MANAGER)
+    async with open_store(common.store_url, metrics=metrics) as store:
         await store.realms.create_shared()
         faults = FaultSwitch.from_environment(common.name)
-        manager = _Manager(common, with_faults(store, faults), tls, faults, traces)
+        manager = _Manager(common, with_faults(store, faults), tls, faults, metrics, traces)
         async with trio.open_nursery() as nursery:
             await manager.run(nursery, interval_s, rebalance_interval_s)
             nursery.cancel_scope.cancel()
@@ -107,14 +109,14 @@ class _Manager:
         store: Store,
         tls: ClusterTls | None,
         faults: FaultSwitch,
+        metrics: Metrics,
         traces: Traces | None,
     ) -> None:
         self.traces = traces
         self.faults = faults
         self.common = common
         self.tls = tls
-        self.metrics = Metrics()
-        declare(self.metrics, MANAGER)
+        self.metrics = metrics
         self.store = with_metrics(store, self.metrics)
         self.registered = trio.Event()
         self.stop = trio.Event()
@@ -195,7 +197,7 @@ class _Manager:
         """Report the uptime, the cluster certificate and held-back log lines every second."""
         began = trio.current_time()
         while True:
-            self.metrics.gauge("service.uptime", trio.current_time() - began)
+            self.metrics.timing("service.uptime.ns", (trio.current_time() - began) * 1e9)
             report_cluster_end(self.metrics, certificate_end(self.tls))
             report_suppressed()
             await trio.sleep(REPORT_S)

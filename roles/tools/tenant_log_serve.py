@@ -128,8 +128,8 @@ async def run(options: ServeOptions) -> None:
     """Start, serve until a stop signal, release waiting calls. Raises `LocalError` and `StoreUnavailable` at start."""
     metrics = Metrics()
     async with (
-        open_store(options.store_url) as opened,
-        with_bus(opened, options.store_url, options.pubsub) as store,
+        open_store(options.store_url, metrics=metrics) as opened,
+        with_bus(opened, options.store_url, options.pubsub, metrics) as store,
         open_secrets(options.secrets, options.store_url, metrics=metrics, log=_log) as secrets,
     ):
         if store.bus is None:
@@ -218,7 +218,7 @@ async def _report(metrics: Metrics) -> None:
     began = trio.current_time()
     interval_s = watchdog_interval_s()
     while True:
-        metrics.gauge("service.uptime", trio.current_time() - began)
+        metrics.timing("service.uptime.ns", (trio.current_time() - began) * 1e9)
         report_suppressed()
         if interval_s is not None:
             notify("WATCHDOG=1")

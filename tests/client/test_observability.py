@@ -77,6 +77,7 @@ def _expected(catalogue: Catalogue) -> set[str]:
         *(f"{counter.translate(name)}_total" for counter, _, _ in catalogue.known),
         *(gauge.translate(name) for gauge in catalogue.gauges),
         *(f"{timer.translate(name)}_seconds" for timer in catalogue.timers),
+        *(f"{timer.translate(name)}_seconds" for timer, _, _ in catalogue.known_timers),
         *(f"{store.translate(name)}_time_seconds" for names in NAMES.values() for store in names.values()),
     }
 

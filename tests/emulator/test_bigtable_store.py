@@ -17,6 +17,7 @@ from juicebox_hsm.adapters.bigtable.nodes import UPPER_BITS, TreeNodes
 from juicebox_hsm.adapters.bigtable.outbox import BigtableOutbox
 from juicebox_hsm.adapters.bigtable.published import BigtablePublished
 from juicebox_hsm.adapters.bigtable.table import Endpoint, Table
+from juicebox_hsm.adapters.metrics import Metrics
 from juicebox_hsm.adapters.node_tuning import NodeTuning
 from juicebox_hsm.adapters.store import open_store
 from juicebox_hsm.consensus.types import Partition
@@ -443,6 +444,23 @@ async def test_cache_smaller_than_a_path(backend: BigtableBackend, bigtable_emul
     async with open_bigtable(backend.rest, node_tuning=NodeTuning(cache_nodes=2), tuning=backend.tuning) as small:
         grown.store = small
         await grown.check()
+
+
+async def test_parts_of_operations_are_measured(backend: BigtableBackend) -> None:
+    """An append's rows, its log row alone, and the removal of expired addresses have time and errors of their own."""
+    metrics = Metrics()
+    async with open_bigtable(backend.rest, tuning=backend.tuning, metrics=metrics) as store:
+        await store.realms.create_shared()
+        await store.realms.create_realm(REALM)
+        await Grown.start(store)
+        for name in ("append_inner", "log_append"):
+            assert metrics.timer(f"store_client.{name}.time", result="ok").count == 1
+        await store.discovery.register(ServiceKind.AGENT, "tls://a:1", 1)
+        await store.discovery.list(1 << 41)
+        removed = metrics.timer("store_client.discovery.delete_expired.time", result="ok")
+        with trio.fail_after(10):
+            while removed.count == 0:  # noqa: ASYNC110 - nobody waits for the removal, so nobody is told of it
+                await trio.sleep(0.01)
 
 
 async def test_many_cold_paths_are_few_requests(backend: BigtableBackend) -> None:

@@ -17,6 +17,7 @@ from google.pubsub_v1.types import pubsub as messages
 from juicebox_hsm.adapters.bigtable.driver import CallFailed, Metadata
 from juicebox_hsm.adapters.bigtable.retry import RetryProfile
 from juicebox_hsm.adapters.google_calls import Access, GoogleCalls, open_calls
+from juicebox_hsm.adapters.metrics import Metrics
 from juicebox_hsm.adapters.pubsub import codec
 from juicebox_hsm.adapters.pubsub.bus import PUBSUB, PubSubBus, open_pubsub
 from juicebox_hsm.adapters.pubsub.codec import Names
@@ -185,11 +186,13 @@ async def test_an_emulator_that_forgot_everything(tmp_path: Path, pubsub_emulato
 
 async def test_nobody_listens() -> None:
     """Without a service a publication fails as unavailable after its retries, and a pull within its own."""
-    calls = Refusing("UNAVAILABLE")
-    bus = PubSubBus(GoogleCalls(PUBSUB, calls, NoToken(), 1.0), "p", QUICK)
+    calls, metrics = Refusing("UNAVAILABLE"), Metrics()
+    bus = PubSubBus(GoogleCalls(PUBSUB, calls, NoToken(), 1.0, metrics), "p", QUICK)
     with pytest.raises(StoreUnavailable):
         await bus.publish(REALM, "acme", [row(1)])
     assert calls.methods == ["CreateSubscription"] * 3
+    assert metrics.counter("pubsub.create_subscription.retryable_errors").value == 3
+    assert metrics.counter("pubsub.create_subscription.exhausted_errors").value == 1
 
 
 async def test_what_the_service_refuses_is_not_repeated() -> None:
@@ -202,11 +205,12 @@ async def test_what_the_service_refuses_is_not_repeated() -> None:
 
 async def test_resources_made_by_the_operator() -> None:
     """Without the right to create, events go to the topic that must exist; late acknowledgements are passed over."""
-    calls = Refusing("PERMISSION_DENIED", only="CreateSubscription")
-    bus = PubSubBus(GoogleCalls(PUBSUB, calls, NoToken(), 1.0), "p", QUICK)
+    calls, metrics = Refusing("PERMISSION_DENIED", only="CreateSubscription"), Metrics()
+    bus = PubSubBus(GoogleCalls(PUBSUB, calls, NoToken(), 1.0, metrics), "p", QUICK)
     await bus.publish(REALM, "acme", [row(1, 1), row(2, 2), row(3, 1)])
     await bus.publish(REALM, "acme", [row(4, 1)])
     assert calls.methods == ["CreateSubscription", "Publish", "Publish", "Publish"]
+    assert metrics.timer("pubsub.create_subscription.time", result="ok").count == 1, "a refusal that is an answer"
     keys = [{message.ordering_key for message in each.messages} for each in calls.published]
     assert all(len(users) == 1 for users in keys), "a request has messages of one ordering key"
     late = PubSubBus(GoogleCalls(PUBSUB, Refusing("FAILED_PRECONDITION"), NoToken(), 1.0), "p", QUICK)

@@ -6,6 +6,7 @@ Credentials are not attached to the channel: that costs a thread per call. The e
 from __future__ import annotations
 
 import datetime as dt
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, Protocol
 
@@ -13,6 +14,8 @@ import trio
 
 from juicebox_hsm.adapters.bigtable.driver import Metadata
 from juicebox_hsm.adapters.logging import get_logger
+from juicebox_hsm.adapters.metrics import Metrics
+from juicebox_hsm.adapters.retry_metrics import Family
 from juicebox_hsm.errors import LocalError
 
 SCOPES: Final = (
@@ -25,6 +28,9 @@ RETRY_S: Final = 10.0
 MIN_AGE_S: Final = 10.0
 """A token younger than this is not replaced because a call was refused: it is not the token's fault."""
 REFRESH_TIMEOUT_S: Final = 60.0
+
+FAMILY: Final = "gcp.get_token"
+"""Name of its metrics. An error is one after which it is tried again; at the start it ends the process instead."""
 
 _log = get_logger("bigtable.auth")
 
@@ -70,13 +76,14 @@ async def _in_thread(work: Callable[[], None]) -> None:
 class ApplicationDefault:
     """Google's application-default credentials. `run` carries out a blocking refresh elsewhere."""
 
-    def __init__(self, credentials: Any, transport: Any, run: Run = _in_thread) -> None:
+    def __init__(self, credentials: Any, transport: Any, run: Run = _in_thread, metrics: Metrics | None = None) -> None:
         self._credentials = credentials
         self._transport = transport
         self._run = run
         self._metadata: Metadata = ()
         self._obtained = -MIN_AGE_S
         self._lock = trio.Lock()
+        self._family = Family(Metrics() if metrics is None else metrics, FAMILY)
 
     @classmethod
     async def find(
@@ -84,6 +91,7 @@ class ApplicationDefault:
         scopes: Sequence[str] = SCOPES,
         service: str = "Bigtable",
         otherwise: str = ", or BIGTABLE_EMULATOR_HOST for the emulator",
+        metrics: Metrics | None = None,
     ) -> ApplicationDefault:
         """Find credentials and get the first token. Raises `LocalError` when there are none or they are refused."""
         import google.auth
@@ -92,7 +100,7 @@ class ApplicationDefault:
 
         try:
             credentials, _ = await trio.to_thread.run_sync(lambda: google.auth.default(scopes=list(scopes)))
-            found = cls(credentials, google.auth.transport.requests.Request())
+            found = cls(credentials, google.auth.transport.requests.Request(), metrics=metrics)
             await found.refresh()
         except google.auth.exceptions.GoogleAuthError as error:
             raise LocalError(
@@ -106,10 +114,12 @@ class ApplicationDefault:
 
     async def refresh(self) -> None:
         """Get a new token. Raises the library's errors."""
+        began_ns = time.perf_counter_ns()
         with trio.fail_after(REFRESH_TIMEOUT_S):
             await self._run(lambda: self._credentials.refresh(self._transport))
         self._metadata = (("authorization", f"Bearer {self._credentials.token}"),)
         self._obtained = trio.current_time()
+        self._family.succeeded(time.perf_counter_ns() - began_ns)
 
     async def renew(self) -> bool:
         """Get a new token after a refusal, at most one per 10 s however many calls were refused."""
@@ -123,6 +133,7 @@ class ApplicationDefault:
             await self.refresh()
         except Exception as error:  # noqa: BLE001 - the library's families are many; the old token serves meanwhile
             _log.warning("access token not renewed", error=str(error))
+            self._family.retried()
             return False
         return True
 

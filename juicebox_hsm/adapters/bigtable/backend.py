@@ -41,6 +41,7 @@ from juicebox_hsm.adapters.bigtable.settled import Settled
 from juicebox_hsm.adapters.bigtable.stats import BigtableStats
 from juicebox_hsm.adapters.bigtable.table import CALL_S, Endpoint
 from juicebox_hsm.adapters.embedded_bus import EmbeddedBus
+from juicebox_hsm.adapters.metrics import Metrics
 from juicebox_hsm.adapters.node_tuning import DEFAULT_NODE_TUNING, NodeTuning
 from juicebox_hsm.errors import LocalError
 from juicebox_hsm.ports import Store
@@ -149,6 +150,7 @@ class Instance:
     data: ChannelTransport
     authorization: Authorization
     description: str
+    metrics: Metrics
 
     async def warm(self, fresh: ChannelTransport) -> None:
         """Ping the instance through a new channel."""
@@ -159,14 +161,19 @@ class Instance:
 
 
 @asynccontextmanager
-async def reach(rest: str, tuning: Tuning = DEFAULT_TUNING) -> AsyncIterator[Instance]:
+async def reach(
+    rest: str, tuning: Tuning = DEFAULT_TUNING, metrics: Metrics | None = None
+) -> AsyncIterator[Instance]:
     """Open channels to the instance that `rest` (behind `bigtable:`) names.
 
     Raises `LocalError` for what the operator must mend and `StoreUnavailable` if nothing answers within some seconds.
     """
     address = parse_address(rest, os.environ.get(EMULATOR_VARIABLE))
     call_s = tuning.call_s if address.call_s is None else address.call_s
-    authorization: Authorization = NoAuthorization() if address.emulator else await ApplicationDefault.find()
+    metrics = Metrics() if metrics is None else metrics
+    authorization: Authorization = (
+        NoAuthorization() if address.emulator else await ApplicationDefault.find(metrics=metrics)
+    )
     driver = Driver()
     await driver.start()
     try:
@@ -180,7 +187,7 @@ async def reach(rest: str, tuning: Tuning = DEFAULT_TUNING) -> AsyncIterator[Ins
         try:
             transport = data if tuning.wrap is None else tuning.wrap(data)
             endpoint = Endpoint(transport, authorization, address.path, address.profile, call_s, tuning.retry)
-            yield Instance(endpoint, admin, data, authorization, address.description)
+            yield Instance(endpoint, admin, data, authorization, address.description, metrics)
         finally:
             with trio.CancelScope(shield=True):
                 await data.close()
@@ -191,14 +198,18 @@ async def reach(rest: str, tuning: Tuning = DEFAULT_TUNING) -> AsyncIterator[Ins
 
 @asynccontextmanager
 async def open_bigtable(
-    rest: str, *, node_tuning: NodeTuning = DEFAULT_NODE_TUNING, tuning: Tuning = DEFAULT_TUNING
+    rest: str,
+    *,
+    node_tuning: NodeTuning = DEFAULT_NODE_TUNING,
+    tuning: Tuning = DEFAULT_TUNING,
+    metrics: Metrics | None = None,
 ) -> AsyncIterator[Store]:
     """Open the instance that `rest` (behind `bigtable:`) names.
 
     Raises `LocalError` for what the operator must mend and `StoreUnavailable` if nothing answers within some seconds.
     Leaving runs deferred deletions, at most 8 s; no operation may be started after that.
     """
-    async with reach(rest, tuning) as instance, _opened(instance, node_tuning, tuning) as store:
+    async with reach(rest, tuning, metrics) as instance, _opened(instance, node_tuning, tuning) as store:
         yield store
 
 
@@ -220,11 +231,11 @@ async def _opened(instance: Instance, node_tuning: NodeTuning, tuning: Tuning) -
         nursery.start_soon(_delete, deletion, deleting)
         try:
             yield Store(
-                log=BigtableLog(LogReads(endpoint), nodes, deletion),
+                log=BigtableLog(LogReads(endpoint), nodes, deletion, instance.metrics),
                 nodes=nodes,
                 outbox=BigtableOutbox(endpoint, settled),
                 accounting=BigtableAccounting(endpoint),
-                discovery=BigtableDiscovery(endpoint, nursery),
+                discovery=BigtableDiscovery(endpoint, nursery, instance.metrics),
                 leases=BigtableLeases(endpoint),
                 settings=BigtableSettings(endpoint),
                 tenants=BigtableTenants(endpoint),

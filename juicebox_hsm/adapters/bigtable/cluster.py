@@ -31,6 +31,8 @@ from juicebox_hsm.adapters.bigtable.codec import (
 from juicebox_hsm.adapters.bigtable.retry import NoSuchTable
 from juicebox_hsm.adapters.bigtable.table import Endpoint, Table
 from juicebox_hsm.adapters.logging import get_logger
+from juicebox_hsm.adapters.metrics import Metrics
+from juicebox_hsm.adapters.retry_metrics import Family
 from juicebox_hsm.errors import DecodingError, RealmError
 from juicebox_hsm.ids import LOG_INDEX_MAX
 from juicebox_hsm.ports import (
@@ -69,10 +71,11 @@ async def _read(table: Table, wanted: KeyRange, selection: Selection = EVERYTHIN
 class BigtableDiscovery:
     """`ports.Discovery` on one instance. `background` holds the removal of expired addresses."""
 
-    def __init__(self, endpoint: Endpoint, background: trio.Nursery) -> None:
+    def __init__(self, endpoint: Endpoint, background: trio.Nursery, metrics: Metrics) -> None:
         self._table = Table(endpoint, DISCOVERY)
         self._background = background
         self._is_removing = False
+        self._expiry = Family(metrics, "store_client.discovery.delete_expired")
 
     async def register(self, kind: ServiceKind, url: str, now_ms: int) -> None:
         """Write or renew a registration; its time is the caller's."""
@@ -105,7 +108,8 @@ class BigtableDiscovery:
         """Remove expired registrations, but not one that was renewed meanwhile: its cell is newer."""
         rows = [(key, (DeleteColumn("f", b"t", before=micros + 1000),)) for key, micros in expired]
         try:
-            await self._table.mutate_rows(rows)
+            with self._expiry.measured():
+                await self._table.mutate_rows(rows)
         except RealmError as error:
             _log.warning("expired addresses not removed", count=len(rows), error=str(error))
         finally:

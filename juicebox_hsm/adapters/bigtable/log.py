@@ -24,6 +24,8 @@ from juicebox_hsm.adapters.bigtable.log_reads import LogReads
 from juicebox_hsm.adapters.bigtable.log_rows import TOMBSTONE_CELL, entry_cells, is_tombstone
 from juicebox_hsm.adapters.bigtable.nodes import TreeNodes
 from juicebox_hsm.adapters.bigtable.table import Table
+from juicebox_hsm.adapters.metrics import Metrics
+from juicebox_hsm.adapters.retry_metrics import Family
 from juicebox_hsm.consensus.codec import decode_certificate, encode_certificate
 from juicebox_hsm.consensus.types import ZERO_MAC, Certificate, LogEntry
 from juicebox_hsm.errors import DecodingError, check
@@ -93,10 +95,12 @@ class _FreshNodes:
 class BigtableLog:
     """`ports.LogStore` on one instance."""
 
-    def __init__(self, reads: LogReads, nodes: TreeNodes, deletion: DeferredDeletion) -> None:
+    def __init__(self, reads: LogReads, nodes: TreeNodes, deletion: DeferredDeletion, metrics: Metrics) -> None:
         self._reads = reads
         self._nodes = nodes
         self._deletion = deletion
+        self._inner = Family(metrics, "store_client.append_inner")
+        self._row = Family(metrics, "store_client.log_append")
         self._tails: dict[tuple[RealmId, GroupId], tuple[int, bytes]] = {}
 
     def _table(self, realm: RealmId) -> Table:
@@ -122,11 +126,13 @@ class BigtableLog:
         with trio.CancelScope(shield=True):
             if not await self._follows(realm, group, entries[0]):
                 return AppendOutcome.CONFLICT
-            removals = await self._nodes.instances(realm, changes.removes)
-            fresh = _FreshNodes(self._nodes, realm, changes.adds)
-            await fresh.write()
-            self._tails.pop(tail, None)
-            outcome = await self._write_row(realm, group, entries, entry_cells(entries, intents), fresh)
+            with self._inner.measured():
+                removals = await self._nodes.instances(realm, changes.removes)
+                fresh = _FreshNodes(self._nodes, realm, changes.adds)
+                await fresh.write()
+                self._tails.pop(tail, None)
+                with self._row.measured():
+                    outcome = await self._write_row(realm, group, entries, entry_cells(entries, intents), fresh)
         if outcome is AppendOutcome.APPENDED:
             self._tails[tail] = (entries[-1].index, entries[-1].entry_mac)
             self._nodes.remember(fresh.stored)

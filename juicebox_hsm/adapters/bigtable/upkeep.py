@@ -54,7 +54,7 @@ class Upkeep:
     def __init__(self, instance: Instance) -> None:
         endpoint = self._endpoint = instance.endpoint
         nodes = TreeNodes(endpoint)
-        self._log = BigtableLog(LogReads(endpoint), nodes, DeferredDeletion(nodes))
+        self._log = BigtableLog(LogReads(endpoint), nodes, DeferredDeletion(nodes), instance.metrics)
         self._outbox = BigtableOutbox(endpoint, Settled(endpoint))
         self._realms = BigtableRealms(endpoint, instance.admin)
 

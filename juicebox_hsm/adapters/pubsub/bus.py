@@ -22,6 +22,7 @@ from juicebox_hsm.adapters.bigtable.driver import CallFailed
 from juicebox_hsm.adapters.bigtable.retry import RetryProfile
 from juicebox_hsm.adapters.google_calls import Access, GoogleCalls, Service, open_calls, scopes
 from juicebox_hsm.adapters.logging import get_logger
+from juicebox_hsm.adapters.metrics import Metrics
 from juicebox_hsm.adapters.pubsub import codec
 from juicebox_hsm.adapters.pubsub.codec import Names
 from juicebox_hsm.errors import RealmError
@@ -31,7 +32,13 @@ from juicebox_hsm.ports import OutboxEvent, StoreUnavailable
 
 EMULATOR_VARIABLE: Final = "PUBSUB_EMULATOR_HOST"
 HOST: Final = "pubsub.googleapis.com"
-PUBSUB: Final = Service("pubsub", f"{HOST}:443", tuple(scopes("pubsub")), ", or PUBSUB_EMULATOR_HOST for the emulator")
+PUBSUB: Final = Service(
+    "pubsub",
+    f"{HOST}:443",
+    tuple(scopes("pubsub")),
+    ", or PUBSUB_EMULATOR_HOST for the emulator",
+    {codec.CREATE_TOPIC: "pubsub.create_topic", codec.CREATE_SUBSCRIPTION: "pubsub.create_subscription"},
+)
 
 RETRY: Final = RetryProfile(first_s=0.05, most_s=2.0, attempts_max=50, total_s=30.0)
 READ_RETRY: Final = RetryProfile(first_s=0.05, most_s=1.0, attempts_max=8, total_s=5.0)
@@ -177,9 +184,9 @@ class PubSubBus:
 
 
 @asynccontextmanager
-async def open_pubsub(access: Access) -> AsyncIterator[PubSubBus]:
+async def open_pubsub(access: Access, metrics: Metrics | None = None) -> AsyncIterator[PubSubBus]:
     """Open the bus of one project. PUBSUB_EMULATOR_HOST counts where no address is given."""
     if not access.emulator:
         access = replace(access, emulator=os.environ.get(EMULATOR_VARIABLE, ""))
-    async with open_calls(PUBSUB, access) as calls:
+    async with open_calls(PUBSUB, access, metrics) as calls:
         yield PubSubBus(calls, access.project)

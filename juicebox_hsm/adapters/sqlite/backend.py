@@ -10,6 +10,7 @@ import apsw
 import trio
 
 from juicebox_hsm.adapters.embedded_bus import EmbeddedBus
+from juicebox_hsm.adapters.metrics import Metrics
 from juicebox_hsm.adapters.node_tuning import DEFAULT_NODE_TUNING, NodeTuning
 from juicebox_hsm.adapters.sqlite.accounting import SqliteAccounting
 from juicebox_hsm.adapters.sqlite.cluster import (
@@ -61,7 +62,9 @@ def _open_files(path: Path) -> tuple[FileLock, apsw.Connection]:
 
 
 @asynccontextmanager
-async def open_sqlite(path: Path, *, node_tuning: NodeTuning = DEFAULT_NODE_TUNING) -> AsyncIterator[Store]:
+async def open_sqlite(
+    path: Path, *, node_tuning: NodeTuning = DEFAULT_NODE_TUNING, metrics: Metrics | None = None
+) -> AsyncIterator[Store]:
     """Open `path`, making it if absent; on leaving, queued writes are committed and the file is left in one piece.
 
     Raises `LocalError` for what the operator must mend and `StoreUnavailable` for what may pass. No operation may be
@@ -78,12 +81,13 @@ async def open_sqlite(path: Path, *, node_tuning: NodeTuning = DEFAULT_NODE_TUNI
         raise translate(error, path) from error
     try:
         nodes = TreeNodes(reads, node_tuning.cache_nodes)
+        metrics = Metrics() if metrics is None else metrics
         yield Store(
-            log=SqliteLog(writer, reads, nodes),
+            log=SqliteLog(writer, reads, nodes, metrics),
             nodes=nodes,
             outbox=SqliteOutbox(writer, reads),
             accounting=SqliteAccounting(writer, reads),
-            discovery=SqliteDiscovery(writer, reads),
+            discovery=SqliteDiscovery(writer, reads, metrics),
             leases=SqliteLeases(writer, reads),
             settings=SqliteSettings(writer, reads),
             tenants=SqliteTenants(writer, reads),

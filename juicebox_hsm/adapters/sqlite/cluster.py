@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import builtins
 import secrets
+import time
+from contextlib import suppress
 
 import apsw
+import trio
 
+from juicebox_hsm.adapters.metrics import Metrics
+from juicebox_hsm.adapters.retry_metrics import Family
 from juicebox_hsm.adapters.sqlite.reads import Reads, fetch, fetch_one, realm_number
 from juicebox_hsm.adapters.sqlite.schema import REALMS_MAX
 from juicebox_hsm.adapters.sqlite.writer import Writer
@@ -20,9 +25,10 @@ _LIVE = "SELECT name, owner, id, expires_ms FROM leases"
 class SqliteDiscovery:
     """`ports.Discovery` on one file."""
 
-    def __init__(self, writer: Writer, reads: Reads) -> None:
+    def __init__(self, writer: Writer, reads: Reads, metrics: Metrics) -> None:
         self._writer = writer
         self._reads = reads
+        self._expiry = Family(metrics, "store_client.discovery.delete_expired")
 
     async def register(self, kind: ServiceKind, url: str, now_ms: int) -> None:
         """Write or renew a registration."""
@@ -43,12 +49,24 @@ class SqliteDiscovery:
             lambda db: fetch(db, "SELECT kind, url, registered_ms FROM discovery ORDER BY kind, url")
         )
         if any(registered_ms < oldest_ms for _, _, registered_ms in rows):
-            self._writer.post(lambda db: db.execute("DELETE FROM discovery WHERE registered_ms < ?", (oldest_ms,)))
+            self._delete_expired(oldest_ms)
         return [
             ServiceAddress(ServiceKind(found), url, registered_ms)
             for found, url, registered_ms in rows
             if registered_ms >= oldest_ms and (kind is None or found == kind.value)
         ]
+
+    def _delete_expired(self, oldest_ms: int) -> None:
+        """Remove what was registered before `oldest_ms`, some time soon; how long it took is counted on our thread."""
+        count_soon = trio.lowlevel.current_trio_token().run_sync_soon
+
+        def delete(db: apsw.Connection) -> None:
+            began_ns = time.perf_counter_ns()
+            db.execute("DELETE FROM discovery WHERE registered_ms < ?", (oldest_ms,))
+            with suppress(trio.RunFinishedError):  # nobody is left to be told
+                count_soon(self._expiry.succeeded, time.perf_counter_ns() - began_ns)
+
+        self._writer.post(delete)
 
 
 def obtain_lease(db: apsw.Connection, name: str, owner: str, now_ms: int, length_ms: int) -> Lease | None:

@@ -13,6 +13,8 @@ from typing import Final
 
 import apsw
 
+from juicebox_hsm.adapters.metrics import Metrics
+from juicebox_hsm.adapters.retry_metrics import Family
 from juicebox_hsm.adapters.sqlite.nodes import TreeNodes
 from juicebox_hsm.adapters.sqlite.reads import Reads, fetch, fetch_one, group_number, make_group_number
 from juicebox_hsm.adapters.sqlite.rows import (
@@ -63,10 +65,11 @@ def _check_batch(entries: Sequence[LogEntry], intents: Sequence[Intent | None]) 
 class SqliteLog:
     """`ports.LogStore` on one file."""
 
-    def __init__(self, writer: Writer, reads: Reads, nodes: TreeNodes) -> None:
+    def __init__(self, writer: Writer, reads: Reads, nodes: TreeNodes, metrics: Metrics) -> None:
         self._writer = writer
         self._reads = reads
         self._nodes = nodes
+        self._inner = Family(metrics, "store_client.append_inner")
 
     async def append(
         self,
@@ -99,7 +102,8 @@ class SqliteLog:
             apply(connection, changes)
             return AppendOutcome.APPENDED
 
-        outcome = await self._writer.run(write)
+        with self._inner.measured():
+            outcome = await self._writer.run(write)
         if outcome is AppendOutcome.APPENDED:
             self._nodes.remember(changes)
         return outcome

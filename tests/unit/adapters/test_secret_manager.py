@@ -12,6 +12,7 @@ import trio
 
 from juicebox_hsm.adapters.bigtable.retry import RetryProfile
 from juicebox_hsm.adapters.google_calls import Access, open_calls
+from juicebox_hsm.adapters.metrics import Metrics
 from juicebox_hsm.adapters.secret_manager import SECRET_MANAGER, CloudSecrets
 from juicebox_hsm.errors import RealmError
 from juicebox_hsm.ports import StoreUnavailable
@@ -211,6 +212,23 @@ async def test_periodic_refresh(
             while secrets.token_key("acme", 2) is None:  # noqa: ASYNC110 - what is waited for has no event
                 await trio.sleep(0.01)
             nursery.cancel_scope.cancel()
+
+
+async def test_calls_are_measured(server: SecretManager, recorder: Recorder) -> None:
+    """Each kind of call has time and errors by its specified name, and each repetition counts."""
+    metrics = Metrics()
+    async with open_calls(SECRET_MANAGER, Access("prod", server.address), metrics) as calls:
+        secrets = CloudSecrets(calls, "prod", metrics=recorder, log=recorder, retry=QUICK)
+        await secrets.load()
+        for name, count in (("list_secrets", 1), ("list_secret_versions", 2), ("access_secret_version", 2)):
+            assert metrics.timer(f"secret_manager.google.{name}.time", result="ok").count == count, name
+        server.fail, server.code = {"ListSecrets"}, grpc.StatusCode.UNAVAILABLE
+        with pytest.raises(RealmError):
+            await secrets.load()
+    family = "secret_manager.google.list_secrets"
+    assert metrics.timer(f"{family}.time", result="exhausted").count == 1
+    assert metrics.counter(f"{family}.exhausted_errors").value == 1
+    assert metrics.counter(f"{family}.retryable_errors").value == QUICK.attempts_max
 
 
 async def test_nobody_answers(recorder: Recorder) -> None:

@@ -15,6 +15,7 @@ from juicebox_hsm.adapters.bigtable import auth
 from juicebox_hsm.adapters.bigtable.auth import ApplicationDefault, NoAuthorization
 from juicebox_hsm.adapters.bigtable.driver import CallFailed, Driver
 from juicebox_hsm.adapters.bigtable.retry import Attempts, NoSuchTable, RetryProfile, translate
+from juicebox_hsm.adapters.metrics import Metrics
 from juicebox_hsm.ports import StoreInvalid, StoreUnavailable
 
 
@@ -175,8 +176,8 @@ async def test_tokens_are_renewed_early(autojump_clock: trio.testing.MockClock) 
 
 async def test_refused_tokens_are_renewed_once(autojump_clock: trio.testing.MockClock) -> None:
     """However many calls are refused at the same time, one new token is fetched; a fresh one is not the reason."""
-    credentials = FakeCredentials(3600)
-    found = ApplicationDefault(credentials, None, inline)
+    credentials, metrics = FakeCredentials(3600), Metrics()
+    found = ApplicationDefault(credentials, None, inline, metrics)
     await found.refresh()
     assert not await found.renew()
     await trio.sleep(auth.MIN_AGE_S + 1)
@@ -188,6 +189,8 @@ async def test_refused_tokens_are_renewed_once(autojump_clock: trio.testing.Mock
     await trio.sleep(auth.MIN_AGE_S + 1)
     assert not await found.renew()
     assert found.metadata() == (("authorization", "Bearer token2"),)
+    assert metrics.timer("gcp.get_token.time", result="ok").count == 2
+    assert metrics.counter("gcp.get_token.retryable_errors").value == 1
     nobody = NoAuthorization()
     assert nobody.metadata() == ()
     assert not await nobody.renew()
