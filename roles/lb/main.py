@@ -185,7 +185,7 @@ def command(
     if workers > 1 and place is None:
         if common.listen.port == 0 or common.http_listen.port == 0:
             raise LocalError("--workers needs fixed ports in --listen and --http-listen")
-        sys.exit(trio.run(run_workers, workers))
+        sys.exit(trio.run(run_workers, workers, shutdown_timeout + STOP_SLACK_S))
     traces = open_traces("load_balancer", __version__)
     try:
         trio.run(run, options, place or WorkerPlace(0), traces)
@@ -320,7 +320,7 @@ class LoadBalancer:
         async with self._registered(f"https://{address}", nursery):
             nursery.start_soon(self._report)
             nursery.start_soon(self._feed_watchdog)
-            nursery.start_soon(send_metrics, self._metrics, {"service": "load_balancer", "version": build_info.tag()})
+            nursery.start_soon(send_metrics, self._metrics, self._tags())
             _log.info(
                 "Load balancer started",
                 url=f"https://{address}",
@@ -442,6 +442,11 @@ class LoadBalancer:
             report_cluster_end(self._metrics, certificate_end(self._cluster_tls))
             report_suppressed()
             await trio.sleep(REPORT_S)
+
+    def _tags(self) -> dict[str, str]:
+        """Return the tags of all metrics; workers tell themselves apart, or each would overwrite the others' gauges."""
+        tags = {"service": "load_balancer", "version": build_info.tag()}
+        return tags if self._options.workers == 1 else {**tags, "worker": f"{self._place.number}"}
 
     async def _feed_watchdog(self) -> None:
         interval_s = watchdog_interval_s()

@@ -1,8 +1,11 @@
 """`--workers N`: a parent that runs N copies of this program, which share the port (load-balancer.md 1).
 
-The parent serves nothing: it passes stop signals and HUP on, restarts a worker that dies, and speaks to the supervisor
-for all of them: ready when every worker is. Each copy finds its place in an environment variable. Copies are made by
-exec, never by fork alone: a forked event loop is a broken one.
+The parent serves nothing. To its workers it is what systemd is to a lone balancer: each has a notify socket of the
+parent's, says there when it is ready, has reloaded and is alive, and is started again when it dies or falls silent. To
+the supervisor the parent speaks for all: ready when every worker is, reloaded when every worker has, alive while one
+is. A worker reads its files when it starts, so a HUP that finds it starting is passed on once it is ready; before that
+it has no handler, and the signal would end it. Each copy finds its place in an environment variable. Copies are made
+by exec, never by fork alone: a forked event loop is a broken one.
 """
 
 from __future__ import annotations
@@ -18,18 +21,34 @@ from typing import Final
 
 import trio
 
-from juicebox_hsm.adapters.logging import get_logger
-from juicebox_hsm.adapters.supervision import ExitCode, notify, notify_reloading, watchdog_interval_s
+from juicebox_hsm.adapters.logging import get_logger, louder, quieter
+from juicebox_hsm.adapters.supervision import (
+    STOP_SIGNALS,
+    ExitCode,
+    notify,
+    notify_reloading,
+    watchdog_interval_s,
+)
 
 PLACE_VARIABLE: Final = "JUICEBOX_HSM_LB_WORKER"
 RESTART_S: Final = 1.0
 """Pause before a worker that died is started again."""
 
+START_S: Final = 90.0
+"""Longest start of a worker, as in our unit template; it waits for the store with a deadline of its own."""
+
+SILENCE_S_MIN: Final = 5.0
+"""Shortest silence for which a worker is killed (own): a busy machine is no reason."""
+
+RELOAD_S: Final = 30.0
+"""Longest time until the supervisor is told that a reload is over (own); it takes a worker milliseconds."""
+
+LOOK_S: Final = 1.0
 DATAGRAM_BYTES: Final = 4096
 """Largest message of a worker; READY=1 and a line of status take less than 200."""
 
 _NOT_RESTARTED: Final = frozenset({ExitCode.USAGE, ExitCode.CONFIG})
-_STOP: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
+_VERBOSITY: Final = {signal.SIGUSR1: louder, signal.SIGUSR2: quieter}
 
 _log = get_logger("lb.workers")
 
@@ -52,94 +71,206 @@ def worker_command() -> list[str]:
     return [sys.executable, *sys.orig_argv[1:]]
 
 
-async def run_workers(count: int) -> int:
-    """Run `count` workers until told to stop; return the exit code for this process."""
-    processes: dict[int, trio.Process] = {}
-    stopping = trio.Event()
-    code = int(ExitCode.OK)
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(_pass_signals, processes, stopping)
-        nursery.start_soon(_feed_watchdog)
-        sockets = [_ReadySocket(number) for number in range(count)]
-        nursery.start_soon(_say_ready, sockets)
-        async with trio.open_nursery() as keepers:
-            codes: list[int] = []
-            for number in range(count):
-                keepers.start_soon(_keep, number, sockets[number].address, processes, stopping, codes)
-        code = max(codes, default=code)
-        nursery.cancel_scope.cancel()
-    return code
+async def run_workers(count: int, patience_s: float) -> int:
+    """Run `count` workers until told to stop, then for at most `patience_s`; return the exit code for this process."""
+    return await _Parent(count, patience_s).run()
 
 
-class _ReadySocket:
-    """Where one worker says READY=1; abstract, so nothing is left in the file system."""
+class _Worker:
+    """One worker: its process, and what it said. `heard_at` is when it started or spoke last, on Trio's clock."""
 
     def __init__(self, number: int) -> None:
-        self._socket = trio.socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._name = f"juicebox-hsm-lb-{os.getpid()}-{number}-{secrets.token_hex(8)}"
-        self.address = f"@{self._name}"
+        self.number = number
+        self.process: trio.Process | None = None
+        self.heard_at = 0.0
+        self.is_ready = False
+        self.is_reloading = False
+        self.must_reload = False
+        self.is_given_up = False
+        # Abstract, so nothing is left in the file system.
+        name = f"juicebox-hsm-lb-{os.getpid()}-{number}-{secrets.token_hex(8)}"
+        endpoint = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        endpoint.bind(f"\0{name}")
+        self.socket = trio.socket.from_stdlib_socket(endpoint)
+        self.address = f"@{name}"
 
-    async def wait(self) -> None:
-        """Return when the worker says that it is ready."""
-        await self._socket.bind(f"\0{self._name}")
-        while b"READY=1" not in (await self._socket.recv(DATAGRAM_BYTES)).split(b"\n"):
-            pass
+    @property
+    def is_settled(self) -> bool:
+        """Tell whether it is ready with what its files hold now, or never will be."""
+        return self.is_given_up or (self.is_ready and not self.is_reloading and not self.must_reload)
 
-    def close(self) -> None:
-        """Stop listening; later messages of the worker are lost, which is fine."""
-        self._socket.close()
+    async def start(self) -> trio.Process:
+        """Start the process. Raises `OSError` when the system has no room for it."""
+        # WATCHDOG_PID names the parent; the period holds for the worker, too.
+        environment = {name: value for name, value in os.environ.items() if name != "WATCHDOG_PID"}
+        environment["NOTIFY_SOCKET"] = self.address
+        environment[PLACE_VARIABLE] = str(self.number)
+        self.process = await trio.lowlevel.open_process(worker_command(), env=environment, stdin=subprocess.DEVNULL)
+        self.heard_at = trio.current_time()
+        return self.process
 
+    def ended(self) -> None:
+        """Forget the process; the next one reads its files anew."""
+        self.process = None
+        self.is_ready = self.is_reloading = self.must_reload = False
 
-async def _say_ready(sockets: list[_ReadySocket]) -> None:
-    try:
-        async with trio.open_nursery() as nursery:
-            for each in sockets:
-                nursery.start_soon(each.wait)
-    finally:
-        for each in sockets:
-            each.close()
-    notify("READY=1", f"STATUS={len(sockets)} workers")
+    def reload_if_due(self) -> None:
+        """Pass a HUP on, one at a time and only to a process that has a handler for it."""
+        if self.process is not None and self.must_reload and self.is_ready and not self.is_reloading:
+            self.must_reload, self.is_reloading = False, True
+            self.process.send_signal(signal.SIGHUP)
 
-
-async def _feed_watchdog() -> None:
-    interval_s = watchdog_interval_s()
-    while interval_s is not None:
-        notify("WATCHDOG=1")
-        await trio.sleep(interval_s)
-
-
-async def _keep(
-    number: int, address: str, processes: dict[int, trio.Process], stopping: trio.Event, codes: list[int]
-) -> None:
-    """Run one worker, again and again unless it says that this is pointless."""
-    # Workers report to the parent's supervisor only through the parent.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("WATCHDOG_")}
-    environment["NOTIFY_SOCKET"] = address
-    environment[PLACE_VARIABLE] = str(number)
-    while not stopping.is_set():
-        process = await trio.lowlevel.open_process(worker_command(), env=environment, stdin=subprocess.DEVNULL)
-        processes[number] = process
-        if stopping.is_set():
-            process.terminate()  # the signal was passed on while this one was being started
-        status = await process.wait()
-        del processes[number]
-        if stopping.is_set() or status in _NOT_RESTARTED:
-            codes.append(abs(status))
-            return
-        _log.error("worker died, starting it again", worker=number, status=status)
-        with trio.move_on_after(RESTART_S):
-            await stopping.wait()
+    def is_alive(self, now: float, silence_s: float) -> bool:
+        """Tell whether it starts in time, or speaks at least every `silence_s`."""
+        return self.process is not None and now - self.heard_at <= (silence_s if self.is_ready else START_S)
 
 
-async def _pass_signals(processes: dict[int, trio.Process], stopping: trio.Event) -> None:
-    with trio.open_signal_receiver(*_STOP, signal.SIGHUP) as signals:
-        async for number in signals:
-            if number in _STOP:
-                stopping.set()
-                notify("STOPPING=1")
+class _Parent:
+    """The workers, and what the supervisor was told of them."""
+
+    def __init__(self, count: int, patience_s: float) -> None:
+        self._workers = [_Worker(number) for number in range(count)]
+        self._patience_s = patience_s
+        self._stopping = trio.Event()
+        self._codes: list[int] = []
+        self._has_been_ready = False
+        self._owes_ready = True
+        self._reload_until = 0.0
+
+    async def run(self) -> int:
+        """Run until every worker has ended for good."""
+        try:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(self._take_signals)
+                nursery.start_soon(self._watch)
+                nursery.start_soon(self._end_in_time)
+                async with trio.open_nursery() as keepers:
+                    for worker in self._workers:
+                        nursery.start_soon(self._listen, worker)
+                        keepers.start_soon(self._keep, worker)
+                nursery.cancel_scope.cancel()
+        finally:
+            for worker in self._workers:
+                worker.socket.close()
+                if worker.process is not None:
+                    worker.process.kill()  # a parent that fails leaves nobody behind
+        return max(self._codes, default=int(ExitCode.OK))
+
+    async def _keep(self, worker: _Worker) -> None:
+        """Run one worker, again and again unless it says that this is pointless."""
+        while not self._stopping.is_set():
+            try:
+                process = await worker.start()
+            except OSError as error:
+                _log.error("worker not started, trying again", worker=worker.number, error=error.strerror)
             else:
-                notify_reloading()
-            for process in list(processes.values()):
-                process.send_signal(number)
-            if number not in _STOP:
-                notify("READY=1")
+                if self._stopping.is_set():
+                    process.terminate()  # the signal was passed on while this one was being started
+                status = await process.wait()
+                worker.ended()
+                if self._stopping.is_set():
+                    self._codes.append(_code_at_stop(status))
+                    return
+                if status in _NOT_RESTARTED:
+                    self._give_up(worker, status)
+                    return
+                _log.error("worker died, starting it again", worker=worker.number, status=status)
+            with trio.move_on_after(RESTART_S):
+                await self._stopping.wait()
+
+    def _give_up(self, worker: _Worker, status: int) -> None:
+        worker.is_given_up = True
+        left = sum(not other.is_given_up for other in self._workers)
+        _log.error(
+            "worker refuses its settings and is not started again", worker=worker.number, status=status, left=left
+        )
+        if left == 0:
+            self._codes.append(status)
+        self._say_ready()
+
+    async def _listen(self, worker: _Worker) -> None:
+        while True:
+            lines = (await worker.socket.recv(DATAGRAM_BYTES)).split(b"\n")
+            worker.heard_at = trio.current_time()
+            if b"READY=1" in lines and worker.process is not None:
+                worker.is_ready, worker.is_reloading = True, False
+                worker.reload_if_due()
+                self._say_ready()
+
+    def _say_ready(self) -> None:
+        """Tell the supervisor once everybody is settled, if it waits for that."""
+        running = sum(not worker.is_given_up for worker in self._workers)
+        if self._owes_ready and running and all(worker.is_settled for worker in self._workers):
+            self._owes_ready, self._has_been_ready = False, True
+            notify("READY=1", f"STATUS={running} workers")
+
+    async def _take_signals(self, *, task_status: trio.TaskStatus[None]) -> None:
+        with trio.open_signal_receiver(*STOP_SIGNALS, signal.SIGHUP, *_VERBOSITY) as signals:
+            task_status.started()
+            async for number in signals:
+                if number in STOP_SIGNALS:
+                    self._stop()
+                elif number == signal.SIGHUP:
+                    self._reload()
+                else:
+                    _VERBOSITY[signal.Signals(number)]()
+                    for worker in self._workers:
+                        if worker.process is not None and worker.is_ready:
+                            worker.process.send_signal(number)
+
+    def _stop(self) -> None:
+        """Stop all workers, in order; again, at once. SIGTERM whatever came: the others dump core or a traceback."""
+        self._stopping.set()
+        notify("STOPPING=1", f"EXTEND_TIMEOUT_USEC={round(self._patience_s * 1e6)}")
+        for worker in self._workers:
+            if worker.process is not None:
+                worker.process.terminate()
+
+    def _reload(self) -> None:
+        self._owes_ready = True
+        self._reload_until = trio.current_time() + RELOAD_S
+        if self._has_been_ready:
+            notify_reloading()
+        for worker in self._workers:
+            worker.must_reload = worker.process is not None
+            worker.reload_if_due()
+
+    async def _end_in_time(self) -> None:
+        await self._stopping.wait()
+        await trio.sleep(self._patience_s)
+        for worker in self._workers:
+            if worker.process is not None:
+                _log.warning("worker does not stop, killing it", worker=worker.number)
+                worker.process.kill()
+
+    async def _watch(self) -> None:
+        """Feed the supervisor's watchdog while a worker lives, kill workers that hang, end reloads that do not end."""
+        interval_s = watchdog_interval_s()
+        silence_s = float("inf") if interval_s is None else max(2 * interval_s, SILENCE_S_MIN)
+        while True:
+            alive = self._look(trio.current_time(), silence_s)
+            if interval_s is not None and alive:
+                notify("WATCHDOG=1")
+            await trio.sleep(LOOK_S if interval_s is None else min(interval_s, LOOK_S))
+
+    def _look(self, now: float, silence_s: float) -> bool:
+        """Kill what hangs; tell whether any worker lives, be it between two processes of it."""
+        for worker in self._workers:
+            if worker.process is not None and not worker.is_alive(now, silence_s) and not self._stopping.is_set():
+                silent_s = round(now - worker.heard_at, 1)
+                _log.error("worker hangs, killing it", worker=worker.number, silent_s=silent_s)
+                worker.process.kill()
+        if self._has_been_ready and self._owes_ready and now > self._reload_until:
+            unsettled = [worker for worker in self._workers if not worker.is_settled]
+            _log.error("workers have not reloaded in time", workers=[worker.number for worker in unsettled])
+            self._owes_ready = False
+            notify("READY=1")
+        kept = [worker for worker in self._workers if not worker.is_given_up]
+        return any(worker.process is None or worker.is_alive(now, silence_s) for worker in kept)
+
+
+def _code_at_stop(status: int) -> int:
+    """Return what a worker's end means once it was told to stop: SIGTERM before it had a handler ends it in order."""
+    if status in (-signal.SIGTERM, -signal.SIGKILL):  # the latter is ours, and was warned of
+        return ExitCode.OK
+    return status if status >= 0 else ExitCode.INTERNAL
