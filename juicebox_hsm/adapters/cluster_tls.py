@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import datetime as dt
 import ssl
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
+import trio
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 
+from juicebox_hsm.adapters.logging import get_logger
 from juicebox_hsm.errors import LocalError, PeerError
 from juicebox_hsm.wire.rpc import PeerRole
 
@@ -27,6 +30,7 @@ KEY_FILE: Final = "key.pem"
 ROLE_URI_PREFIX: Final = "juicebox:role:"
 FILE_BYTES_MAX: Final = 1 << 20  # own: a CA bundle during a rotation has a few kB
 
+_log = get_logger("cluster-tls")
 _ISSUE: Final = "issue one with `juicebox-hsm cluster ca issue --dir CA --role ROLE --name NAME --out DIR`"
 
 
@@ -108,6 +112,18 @@ class ClusterTls:
 def certificate_end(tls: ClusterTls | None) -> dt.datetime | None:
     """Return when the certificate in service ends (UTC), None without TLS; a reload may change it."""
     return None if tls is None else tls.not_after
+
+
+def cluster_reloads(tls: ClusterTls | None) -> dict[str, Callable[[], Awaitable[None]]]:
+    """Return what a service reloads on SIGHUP of its cluster identity: nothing without TLS."""
+    if tls is None:
+        return {}
+
+    async def reload() -> None:
+        await trio.to_thread.run_sync(tls.reload)
+        _log.info("cluster certificate reloaded", name=tls.identity.name, not_after=tls.not_after.isoformat())
+
+    return {"cluster certificate": reload}
 
 
 class _Verified(Protocol):

@@ -10,7 +10,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Final, TextIO
 
@@ -69,17 +69,38 @@ def watchdog_interval_s() -> float | None:
     return int(interval) / 2e6
 
 
+Reloads = Mapping[str, Callable[[], Awaitable[object]]]
+"""What a service reloads on SIGHUP, by its name in the log. Each part keeps what it has when it raises `RealmError`."""
+
+
+async def reload_all(parts: Reloads) -> None:
+    """Reload each part, whatever becomes of the others, and say in one line which was reloaded and which was kept."""
+    reloaded: list[str] = []
+    kept: dict[str, str] = {}
+    for name, reload in parts.items():
+        try:
+            await reload()
+            reloaded.append(name)
+        except RealmError as error:
+            kept[name] = str(error)
+    if not kept:
+        _log.info("reloaded" if reloaded else "nothing to reload", reloaded=reloaded)
+    elif reloaded:
+        _log.error("reloaded in part", reloaded=reloaded, kept=kept)
+    else:
+        _log.error("reload refused, nothing changed", kept=kept)
+
+
 async def handle_signals(
     on_stop: Callable[[str], None],
-    on_reload: Callable[[], Awaitable[None]] | None = None,
+    reloads: Reloads,
     *,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Turn signals into calls until cancelled.
 
-    SIGTERM, SIGINT, SIGQUIT: `on_stop(name)`, each time. SIGHUP: `on_reload()` between RELOADING and READY; a
-    `RealmError` of it is logged and changes nothing. SIGUSR1 and SIGUSR2: more and less verbose. Reports started once
-    signals are caught.
+    SIGTERM, SIGINT, SIGQUIT: `on_stop(name)`, each time. SIGHUP: `reload_all(reloads)` between RELOADING and READY.
+    SIGUSR1 and SIGUSR2: more and less verbose. Reports started once signals are caught.
     """
     more = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
     with trio.open_signal_receiver(*STOP_SIGNALS, *more) as signals:
@@ -93,14 +114,9 @@ async def handle_signals(
                 louder()
             elif number == signal.SIGUSR2:
                 quieter()
-            elif on_reload is not None:
+            else:
                 notify_reloading()
-                try:
-                    await on_reload()
-                except RealmError as error:
-                    _log.error("reload refused, nothing changed", error=str(error))
-                else:
-                    _log.info("reloaded")
+                await reload_all(reloads)
                 notify("READY=1")
 
 

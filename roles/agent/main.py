@@ -18,7 +18,7 @@ import trio
 from juicebox_hsm import __version__
 from juicebox_hsm.adapters import build_info
 from juicebox_hsm.adapters.certificate_end import report_cluster_end
-from juicebox_hsm.adapters.cluster_tls import ClusterTls, certificate_end
+from juicebox_hsm.adapters.cluster_tls import ClusterTls, certificate_end, cluster_reloads
 from juicebox_hsm.adapters.dogstatsd import send_metrics
 from juicebox_hsm.adapters.faults import FaultSwitch
 from juicebox_hsm.adapters.hsm_host import FilePlatform, InProcessHsm, open_hsm_dir
@@ -184,7 +184,7 @@ async def _serve(
         log.warning("advertising a loopback address: only this machine can reach it", address=str(common.advertise))
     stop = trio.Event()
     async with trio.open_nursery() as nursery:
-        await nursery.start(_catch_signals, stop, tls)
+        await nursery.start(handle_signals, lambda _signal: stop.set(), cluster_reloads(tls))
         pool = RpcPool(nursery, tls, build=__version__, metrics=metrics)
         config = AgentConfig(
             name=common.name,
@@ -231,16 +231,6 @@ async def _cancel_on(event: trio.Event, scope: trio.CancelScope) -> None:
 
 def _hex(agent: Agent) -> str:
     return "" if agent.hsm_id is None else agent.hsm_id.hex()
-
-
-async def _catch_signals(
-    stop: trio.Event, tls: ClusterTls | None, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
-) -> None:
-    async def reload() -> None:
-        if tls is not None:
-            tls.reload()
-
-    await handle_signals(lambda _signal: stop.set(), reload, task_status=task_status)
 
 
 async def _serve_rpc(

@@ -18,7 +18,7 @@ import trio
 from juicebox_hsm import __version__
 from juicebox_hsm.adapters import build_info
 from juicebox_hsm.adapters.certificate_end import report_cluster_end
-from juicebox_hsm.adapters.cluster_tls import ClusterTls, certificate_end
+from juicebox_hsm.adapters.cluster_tls import ClusterTls, certificate_end, cluster_reloads
 from juicebox_hsm.adapters.dogstatsd import send_metrics
 from juicebox_hsm.adapters.faults import FaultSwitch
 from juicebox_hsm.adapters.http.drain import DrainController
@@ -255,7 +255,8 @@ class LoadBalancer:
     async def run(self, nursery: trio.Nursery, listener: trio.SocketListener) -> None:
         """Serve on `listener` until a stop signal and the drain after it."""
         options, common = self._options, self._options.common
-        await nursery.start(handle_signals, self._on_stop, self._reload)
+        reloads = {"edge certificate": self._reload_edge, **cluster_reloads(self._cluster_tls)}
+        await nursery.start(handle_signals, self._on_stop, reloads)
         rpc = RpcPool(
             nursery,
             self._cluster_tls,
@@ -366,22 +367,10 @@ class LoadBalancer:
             self._hurry.set()
         self._stop.set()
 
-    async def _reload(self) -> None:
-        """Swap what verifies; each pair of files is judged on its own."""
-        refusals: list[str] = []
-        try:
-            leaf = await trio.to_thread.run_sync(self._edge_tls.reload)
-            not_after = leaf.not_after.isoformat()
-            _log.info("edge certificate reloaded", subject=leaf.subject, serial=leaf.serial, not_after=not_after)
-        except LocalError as error:
-            refusals.append(str(error))
-        if self._cluster_tls is not None:
-            try:
-                self._cluster_tls.reload()
-            except LocalError as error:
-                refusals.append(str(error))
-        if refusals:
-            raise LocalError("; ".join(refusals))
+    async def _reload_edge(self) -> None:
+        leaf = await trio.to_thread.run_sync(self._edge_tls.reload)
+        not_after = leaf.not_after.isoformat()
+        _log.info("edge certificate reloaded", subject=leaf.subject, serial=leaf.serial, not_after=not_after)
 
     async def _probes(
         self, readiness: Readiness, *, task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED

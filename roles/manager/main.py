@@ -12,7 +12,7 @@ import trio
 from juicebox_hsm import __version__
 from juicebox_hsm.adapters import build_info
 from juicebox_hsm.adapters.certificate_end import report_cluster_end
-from juicebox_hsm.adapters.cluster_tls import ClusterTls, certificate_end
+from juicebox_hsm.adapters.cluster_tls import ClusterTls, certificate_end, cluster_reloads
 from juicebox_hsm.adapters.dogstatsd import send_metrics
 from juicebox_hsm.adapters.faults import FaultSwitch
 from juicebox_hsm.adapters.http.probes import serve_probes
@@ -124,7 +124,7 @@ class _Manager:
 
     async def run(self, nursery: trio.Nursery, interval_s: float, rebalance_interval_s: float) -> None:
         """Start everything in order, wait for a stop signal, and leave in order."""
-        await nursery.start(handle_signals, self._on_stop, self._reload)
+        await nursery.start(handle_signals, self._on_stop, cluster_reloads(self.tls))
         pool = RpcPool(nursery, self.tls, build=__version__, metrics=self.metrics, passes_trace=self.traces is not None)
         context = ManagerContext(
             store=self.store,
@@ -179,10 +179,6 @@ class _Manager:
 
     def _on_stop(self, signal_name: str) -> None:  # noqa: ARG002 - the log line is written by the caller
         self.stop.set()
-
-    async def _reload(self) -> None:
-        if self.tls is not None:
-            self.tls.reload()
 
     async def _livez(self) -> tuple[bool, str]:
         if self.registered.is_set():

@@ -154,7 +154,7 @@ async def run(options: ServeOptions) -> None:
             stop.set()
 
         async with trio.open_nursery() as nursery:
-            await nursery.start(handle_signals, on_stop, secrets.load)
+            await nursery.start(handle_signals, on_stop, {"secrets": secrets.load})
             http_port: int = await nursery.start(partial(_probes, options, store, secrets, metrics))
             nursery.start_soon(secrets.refresh_forever)
             nursery.start_soon(_report, metrics)

@@ -14,7 +14,7 @@ import trio
 import trio.testing
 
 from juicebox_hsm.adapters import logging, supervision
-from juicebox_hsm.adapters.supervision import ExitCode, exit_code_of, handle_signals, notify, report_crash
+from juicebox_hsm.adapters.supervision import ExitCode, exit_code_of, handle_signals, notify, reload_all, report_crash
 from juicebox_hsm.errors import InvariantViolation, LocalError, RealmError, check
 from juicebox_hsm.ports import HsmGone
 
@@ -167,6 +167,33 @@ def test_watchdog_interval(monkeypatch: pytest.MonkeyPatch, usec: str, pid: str 
     assert supervision.watchdog_interval_s() == expected
 
 
+async def test_a_reload_says_what_it_did(capsys: pytest.CaptureFixture[str]) -> None:
+    """Parts are judged on their own, and the log tells exactly which one was reloaded and which one is the old one."""
+    done: list[str] = []
+
+    async def works() -> None:
+        done.append("works")
+
+    async def fails() -> None:
+        raise LocalError("key.pem: not readable")
+
+    logging.configure("info", json=True)
+    await reload_all({"cluster certificate": fails, "edge certificate": works})
+    await reload_all({"cluster certificate": fails})
+    await reload_all({"edge certificate": works})
+    await reload_all({})
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    told = [(line["message"], line.get("reloaded"), line.get("kept")) for line in lines]
+    kept = {"cluster certificate": "key.pem: not readable"}
+    assert told == [
+        ("reloaded in part", ["edge certificate"], kept),
+        ("reload refused, nothing changed", None, kept),
+        ("reloaded", ["edge certificate"], None),
+        ("nothing to reload", [], None),
+    ]
+    assert len(done) == 2
+
+
 async def test_signals(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each signal does what operators expect of it; a refused reload changes nothing and is not fatal."""
     monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
@@ -185,7 +212,7 @@ async def test_signals(monkeypatch: pytest.MonkeyPatch) -> None:
 
     level = logging._output.level
     async with trio.open_nursery() as nursery:
-        await nursery.start(handle_signals, stops.append, reload)
+        await nursery.start(handle_signals, stops.append, {"cluster certificate": reload})
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
             os.kill(os.getpid(), number)
             await settle()
