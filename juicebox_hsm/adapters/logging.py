@@ -2,6 +2,7 @@
 
 Loggers may be made before `configure` and follow it, for level and output are looked up when a line is written.
 Warnings and errors of one code location appear once per second; how many were held back is said in a line of its own.
+A line carries what its task said it is about (`bind_context`), such as realm and group, request and tenant.
 Values are made harmless on the way out: secrets redact themselves, byte strings longer than an id show only their
 length, control characters are escaped, long texts are cut.
 """
@@ -9,6 +10,7 @@ length, control characters are escaped, long texts are cut.
 from __future__ import annotations
 
 import atexit
+import contextvars
 import dataclasses
 import enum
 import json as jsonlib
@@ -108,6 +110,27 @@ class Logger(structlog.BoundLoggerBase):
 def get_logger(name: str) -> Logger:
     """Return a logger; `name` says which part speaks."""
     return Logger(_output, _processors, {"logger": name})
+
+
+def bind_context(**values: object) -> None:
+    """Add `values` to every line of this task, and of the tasks that it starts from now on; looked at per line only.
+
+    A value given with a line counts before one of the context.
+    """
+    structlog.contextvars.bind_contextvars(**values)
+
+
+def unbind_context(*names: str) -> None:
+    """Take values out of this task's context again; names that are not bound are fine."""
+    structlog.contextvars.unbind_contextvars(*names)
+
+
+def outside_context(start: Callable[..., object], *arguments: object) -> None:
+    """Call `start`, such as a nursery's `start_soon`, without the context of the caller.
+
+    For tasks that serve others too: lines about them must not name the request that happened to start them.
+    """
+    contextvars.Context().run(start, *arguments)
 
 
 def parse_level(text: str) -> int:
@@ -252,6 +275,7 @@ def _text(value: str) -> str:
 def _chain(*, as_json: bool, colors: bool) -> list[Processor]:
     first: list[Processor] = [
         _limit,
+        structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=as_json),
         structlog.processors.format_exc_info,

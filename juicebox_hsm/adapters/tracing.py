@@ -62,6 +62,11 @@ class Parent:
         self.sampled = sampled
 
 
+def trace_id(traceparent: str) -> str:
+    """Return the trace id, in hex, of a header that we made."""
+    return traceparent.split("-")[1]
+
+
 def parse_traceparent(text: str | None) -> Parent | None:
     """Return the trace context of a header, None for none or a bad one, which then begins a new trace."""
     found = None if text is None else _TRACEPARENT.fullmatch(text)

@@ -14,6 +14,7 @@ from typing import Any, Final, Protocol
 
 import trio
 
+from juicebox_hsm.adapters.logging import bind_context
 from juicebox_hsm.consensus.types import RoleStatus, Witness
 from juicebox_hsm.errors import RealmError, check
 from juicebox_hsm.hsm.messages import NotLeader, Outcome, StepDown, StepDownOk
@@ -203,20 +204,22 @@ class Agent:
     def adopt(self, group: GroupState, status: RoleStatus) -> None:
         """Apply a role the HSM reported; starts the tasks of a new leadership, ends those of an old one."""
         change = group.adopt(status)
+        about: dict[str, object] = {"realm": group.realm.hex(), "group": group.group.hex()}
         if change.stale:
-            self.log.warning("stale role dropped", group=group.group.hex(), at=status.at, have=group.role.at)
+            self.log.warning("stale role dropped", **about, at=status.at, have=group.role.at)
         if change.ended is not None:
-            self.log.info("leadership ended", group=group.group.hex(), starting=change.ended.starting)
+            self.log.info("leadership ended", **about, starting=change.ended.starting)
             if not change.ended.asked_to_leave and not self.stopping:
                 self.lost_hints[group.realm, group.group] = change.ended.claim
         if change.started is not None:
-            self.log.info("leadership began", group=group.group.hex(), starting=change.started.starting)
+            self.log.info("leadership began", **about, starting=change.started.starting)
             self.lost_hints.pop((group.realm, group.group), None)
             self.leaderships += 1
             self.nursery.start_soon(self._lead, group, change.started, name=f"lead {group.group.hex()}")
             self.persister.request()
 
     async def _lead(self, group: GroupState, leader: LeaderState) -> None:
+        bind_context(realm=group.realm.hex(), group=group.group.hex())  # once for all tasks of the leadership
         try:
             await self._run_leadership(self, group, leader)
         finally:
@@ -225,7 +228,7 @@ class Agent:
     async def step_down(self, group: GroupState, *, force: bool, why: str) -> StepDownOk | None:
         """Ask the HSM to leave leadership of `group`; None when it does not lead."""
         say = self.log.warning if force else self.log.info
-        say("stepping down", group=group.group.hex(), forced=force, why=why)
+        say("stepping down", realm=group.realm.hex(), group=group.group.hex(), forced=force, why=why)
         self.metrics.count("agent.stepdown", forced=str(force).lower())
         reply = await self.hsm.send(StepDown(group.realm, group.group, force))
         match reply:

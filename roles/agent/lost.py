@@ -136,7 +136,7 @@ class LeaderWatch:
     async def _hint(self, group: GroupState, starting: int) -> None:
         agent = self._agent
         agent.metrics.count("agent.leader_lost")
-        agent.log.info("no leader heard", group=group.group.hex(), starting=starting)
+        agent.log.info("no leader heard", realm=group.realm.hex(), group=group.group.hex(), starting=starting)
         body = LeaderLost(group.realm, group.group, starting)
         for url in agent.peers.manager_urls:
             agent.nursery.start_soon(self._tell, url, body)

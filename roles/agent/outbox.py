@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
+from juicebox_hsm.adapters.logging import bind_context
 from juicebox_hsm.consensus.types import LogEntry
 from juicebox_hsm.errors import RealmError
 from juicebox_hsm.hsm.messages import ResultKind, ResultType
@@ -227,6 +228,7 @@ class Dispatcher:
         while True:
             moved = 0
             for realm in agent.groups.realms:
+                bind_context(realm=realm.hex())
                 try:
                     moved += await self.dispatch(realm)
                 except BusTrouble as error:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import trio
 
 from juicebox_hsm.adapters.certificate_end import to_unix_ms
+from juicebox_hsm.adapters.logging import bind_context
 from juicebox_hsm.consensus.types import Leader as LeaderRole
 from juicebox_hsm.consensus.types import RoleStatus, SteppingDown, Transferring, TransferringOut, Witness
 from juicebox_hsm.errors import RealmError
@@ -110,6 +111,7 @@ class AgentService:
 
         def plain(handle: Callable[[Agent, Any], Awaitable[Any]]) -> Handler:
             async def handler(body: Any, _caller: Connection) -> Any:
+                bind_context(**_named(body))
                 return await handle(agent, body)
 
             return handler
@@ -146,6 +148,7 @@ class AgentService:
         }
 
     async def _replicate(self, body: Replicate, caller: Connection) -> Any:
+        bind_context(realm=body.realm.hex(), group=body.group.hex())
         group = self.agent.groups.get(body.realm, body.group)
         if group is not None:
             self.leader_watch.heard(group, Claim(body.last, body.starting), caller)
@@ -162,6 +165,12 @@ class AgentService:
 
     async def _status(self, _body: object, _caller: Connection) -> AgentStatus:
         return await agent_status(self.agent)
+
+
+def _named(body: object) -> dict[str, str]:
+    """Return what a request is about, for the log. Not asked for `app`, which logs in the leadership's tasks."""
+    named = {name: getattr(body, name, None) for name in ("realm", "group", "source", "destination")}
+    return {name: value.hex() for name, value in named.items() if isinstance(value, bytes)}
 
 
 async def hsm_status(agent: Agent) -> StatusOk | None:

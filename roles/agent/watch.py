@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
+from juicebox_hsm.adapters.logging import bind_context
 from juicebox_hsm.consensus.codec import decode_captured
 from juicebox_hsm.consensus.types import Captured, LogEntry
 from juicebox_hsm.errors import RealmError, check
@@ -146,6 +147,7 @@ class Follower:
 
     async def run(self) -> None:
         """Read the log from our position for ever."""
+        bind_context(realm=self._group.realm.hex(), group=self._group.group.hex())
         timings = self._agent.timings
         idle_s = timings.watch_idle_first_s
         failures = 0

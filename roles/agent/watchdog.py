@@ -46,7 +46,9 @@ async def watchdog(agent: Agent) -> None:
             continue
         bad = {key: bad.get(key, 0) + 1 for key in suspects(agent, status)}
         for (realm, group_id), times in bad.items():
-            agent.log.error("the HSM leads a group unknown to the agent", group=group_id.hex(), checks=times)
+            agent.log.error(
+                "the HSM leads a group unknown to the agent", realm=realm.hex(), group=group_id.hex(), checks=times
+            )
             if times >= WATCHDOG_CHECKS:
                 reason = f"HSM and agent disagree about group {group_id.hex()} for {times} checks"
                 agent.metrics.count("agent.watchdog.crash")

@@ -13,6 +13,7 @@ from typing import Final
 
 import trio
 
+from juicebox_hsm.adapters.logging import outside_context
 from juicebox_hsm.adapters.rpc import RpcError, RpcUnreachable
 from juicebox_hsm.adapters.tracing import Traces, active
 from juicebox_hsm.errors import RealmError
@@ -114,7 +115,7 @@ class Poller:
             if self._nursery is None:
                 return
             self._forced = trio.Event()
-            self._nursery.start_soon(self._refresh, self._forced, FORCED_S_MAX)
+            outside_context(self._nursery.start_soon, self._refresh, self._forced, FORCED_S_MAX)
         await self._forced.wait()
 
     async def _refresh(self, done: trio.Event, patience_s: float) -> None:

@@ -6,12 +6,14 @@ before anything that costs others work. Clients never learn why a token was refu
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from typing import Final
 
 from juicebox_hsm.adapters.http.exchange import BodyTooLarge, Request, Response
-from juicebox_hsm.adapters.tracing import Traces
+from juicebox_hsm.adapters.logging import bind_context, unbind_context
+from juicebox_hsm.adapters.tracing import Traces, trace_id
 from juicebox_hsm.crypto.secret import Secret
 from juicebox_hsm.errors import DecodingError
 from juicebox_hsm.ids import RealmId
@@ -37,6 +39,7 @@ from roles.lb.guard import RealmGuard
 
 VERSION_HEADER: Final = b"x-juicebox-version"
 TRACE_HEADER: Final = b"traceparent"
+REQUEST_ID_BYTES: Final = 8  # own: names a request in the log of one balancer, nowhere else
 
 CORS_HEADERS: Final = (
     (b"access-control-allow-origin", b"*"),
@@ -100,6 +103,8 @@ class ClientService:
         span = None
         if self._traces is not None:
             span = self._traces.edge("POST /req", request.header(TRACE_HEADER), self._trace_rate)
+        # Not undone when an exception passes: whoever reports it names the request, and the connection ends with it.
+        bind_context(request=os.urandom(REQUEST_ID_BYTES).hex() if span is None else trace_id(span.traceparent))
         answer = await self._outcome(request, tags, None if span is None else span.traceparent)
         if isinstance(answer, ClientOutcome):
             result, response = answer.value, OUTCOME_RESPONSES[answer]
@@ -114,6 +119,7 @@ class ClientService:
         )
         if span is not None:
             span.end(failed="" if result == "Ok" else result, status_code=response.status, **tags)
+        unbind_context("request", "realm", "tenant")
         return response
 
     async def _outcome(self, request: Request, tags: dict[str, str], trace: str | None) -> Answer:
@@ -129,11 +135,12 @@ class ClientService:
             message.auth_token, realm=message.realm, now_s=self._now_s(), keys=self._keys, scope=Scope.USER
         )
         if isinstance(token, TokenRejection):
-            self._note_rejection(token)
+            self._note_rejection(token, message.realm)
             return ClientOutcome.INVALID_AUTH
         # Tags come from here on: unauthenticated input must not be able to make series.
         tags["realm"] = message.realm.hex()
         tags["tenant"] = token.tenant
+        bind_context(realm=tags["realm"], tenant=token.tenant)
         if token.scope is None:
             tags["missing_scope"] = "true"
         if not await self._is_served(message.realm):
@@ -166,9 +173,13 @@ class ClientService:
             user=event_user_id(token.tenant, token.user),
         )
 
-    def _note_rejection(self, rejection: TokenRejection) -> None:
+    def _note_rejection(self, rejection: TokenRejection, realm: RealmId) -> None:
+        """Count and tell why; the tenant only where the key id could be read, never who asked with what."""
         self._metrics.count("load_balancer.auth.failures", reason=rejection.reason.value)
         if rejection.reason is RejectionReason.BAD_KEY:
-            self._log.warning("unusable tenant key", tenant=rejection.tenant, version=rejection.version)
+            self._log.warning(
+                "unusable tenant key", tenant=rejection.tenant, version=rejection.version, realm=realm.hex()
+            )
         else:
-            self._log.debug("token refused", reason=rejection.reason.value)
+            named = {} if rejection.tenant is None else {"tenant": rejection.tenant}
+            self._log.debug("token refused", reason=rejection.reason.value, realm=realm.hex(), **named)

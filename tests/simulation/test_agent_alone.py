@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import datetime as dt
+import io
+import json
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
 import trio
 
+from juicebox_hsm.adapters import logging
 from juicebox_hsm.adapters.certificate_end import from_unix_ms
 from juicebox_hsm.client import InvalidPin, NotRegistered
 from juicebox_hsm.ids import RealmId
-from juicebox_hsm.ports import EventKind
+from juicebox_hsm.ports import AppendOutcome, EventKind
 from juicebox_hsm.wire.rpc import Empty
 from tests.simulation.cluster import KEEP_EVENTS, TENANT, simulation
 
@@ -41,6 +46,32 @@ async def test_status_tells_the_end_of_the_certificate(tmp_path: Path) -> None:
         end = dt.datetime(2026, 11, 20, tzinfo=dt.UTC)
         one.agent.config = dataclasses.replace(one.agent.config, certificate_end=lambda: end)
         assert from_unix_ms((await one.call("status", Empty())).certificate_end_ms) == end
+
+
+async def test_lines_about_a_group_name_it(tmp_path: Path) -> None:
+    """What the tasks of a leadership log says which realm and group it is about, and so does its beginning."""
+    output = io.StringIO()
+    speaker = logging.get_logger("test")
+
+    async def append(really: Callable[[], Awaitable[AppendOutcome]]) -> AppendOutcome:
+        speaker.info("appending")
+        return await really()
+
+    logging.configure("info", json=True, stream=output)
+    async with simulation(tmp_path) as sim:
+        await sim.new_realm(1)
+        (one,) = sim.agents
+        (group,) = one.agent.groups
+        one.log.on_append = append
+        await sim.client("alice").register(b"1234", b"secret", b"info", 3)
+        speaker.info("outside")
+    logging.configure("info", json=True)
+    atexit.unregister(logging.report_suppressed)
+    lines = [json.loads(line) for line in output.getvalue().splitlines()]
+    about = {line["message"]: (line.get("realm"), line.get("group")) for line in lines}
+    for message in ("leadership began", "appending"):
+        assert about[message] == (group.realm.hex(), group.group.hex())
+    assert about["outside"] == (None, None)
 
 
 async def test_sixteen_clients_share_batches(tmp_path: Path) -> None:

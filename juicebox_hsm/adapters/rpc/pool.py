@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import trio
 
 from juicebox_hsm.adapters.cluster_tls import ClusterTls, peer_identity
-from juicebox_hsm.adapters.logging import get_logger
+from juicebox_hsm.adapters.logging import get_logger, outside_context
 from juicebox_hsm.adapters.metrics import Metrics, Timer
 from juicebox_hsm.adapters.rpc.client import RpcConnection
 from juicebox_hsm.adapters.rpc.errors import RpcError, RpcFailed, RpcUnreachable
@@ -160,7 +160,7 @@ class RpcPool:
             if trio.current_time() < peer.retry_at:
                 raise RpcUnreachable(f"{url}: {peer.reason}", maybe_delivered=False)
             peer.connecting = trio.Event()
-            self._nursery.start_soon(self._run_peer, peer)
+            outside_context(self._nursery.start_soon, self._run_peer, peer)
         with trio.move_on_at(deadline):
             await peer.connecting.wait()
         connection = peer.connection

@@ -10,6 +10,7 @@ import logging as stdlib
 from collections.abc import Iterator
 
 import pytest
+import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -175,6 +176,40 @@ def test_suppressed_lines_are_said_without_another_line(clock: Clock) -> None:
     assert [line.get("suppressed") for line in lines(output)] == [None, 2]
     logging.report_suppressed(everything=True)
     assert len(lines(output)) == 2
+
+
+async def test_a_task_says_what_it_is_about(clock: Clock) -> None:
+    """Bound values are on lines of a task and of those it starts, on no others; what a line says itself comes first."""
+    output = io.StringIO()
+    logging.configure("info", json=True, stream=output)
+
+    async def speak(name: str) -> None:
+        await trio.lowlevel.checkpoint()
+        LOG.info(name)
+
+    async def request(nursery: trio.Nursery) -> None:
+        logging.bind_context(request="r1", realm="aa", key=SECRET, pin=Secret(b"1234"))
+        LOG.info("own", realm="bb")
+        nursery.start_soon(speak, "started by it")
+        logging.outside_context(nursery.start_soon, speak, "serves others")
+        await trio.lowlevel.checkpoint()
+        logging.unbind_context("request", "realm", "key", "pin", "never bound")
+        LOG.info("after")
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(request, nursery)
+        await speak("other")
+    told = {line["message"]: (line.get("request"), line.get("realm")) for line in lines(output)}
+    assert told == {
+        "own": ("r1", "bb"),
+        "started by it": ("r1", "aa"),
+        "serves others": (None, None),
+        "after": (None, None),
+        "other": (None, None),
+    }
+    assert SECRET.decode("latin-1") not in output.getvalue()
+    assert SECRET.hex() not in output.getvalue()
+    assert "1234" not in output.getvalue()
 
 
 def test_info_is_not_limited(clock: Clock) -> None:

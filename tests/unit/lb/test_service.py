@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
+import io
+import json
+from collections.abc import Iterator
+
 import pytest
 import trio
 from hypothesis import given
 from hypothesis import strategies as st
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from juicebox_hsm.adapters import logging
 from juicebox_hsm.adapters.tracing import Traces, make_provider
 from juicebox_hsm.crypto.secret import Secret
 from juicebox_hsm.ids import RealmId
@@ -261,6 +267,61 @@ async def test_nothing_secret_is_logged(nursery: trio.Nursery, autojump_clock: o
 
     assert "noise" not in repr(job()).replace("NoiseRequest", "")
     assert "0000" not in repr(job())
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
+    """Give balancers the real log, at its most talkative, and return what it writes."""
+    output = io.StringIO()
+    logging.configure("trace", json=True, stream=output)
+    yield output
+    logging.configure("info", json=True)
+    atexit.unregister(logging.report_suppressed)
+
+
+async def test_lines_name_the_request(nursery: trio.Nursery, autojump_clock: object, log: io.StringIO) -> None:
+    """A line about a client's request has the request's id, realm and, once the key id was read, tenant: no more."""
+    balancer = Balancer(FakeAgent("tls://a"))
+    balancer.service._log = logging.get_logger("lb")
+    await balancer.start(nursery, settle=False)
+    wrong = token(user="mario", secret=TenantSecret(Secret(b"k" * 32), SecretAlgorithm.HMAC_SHA256))
+    for text in ("a.b.c", wrong):
+        await balancer.service.answer(FakeRequest(body=body(text)))
+    lines = [json.loads(line) for line in log.getvalue().splitlines()]
+    first, second = [line for line in lines if line["message"] == "token refused"]
+    assert (first["reason"], first["realm"], "tenant" in first) == ("malformed", REALM.hex(), False)
+    assert (second["reason"], second["realm"], second["tenant"]) == ("signature", REALM.hex(), "test-acme")
+    assert len(first["request"]) == 16
+    assert first["request"] != second["request"]
+    for secret in ("mario", wrong, wrong.split(".")[1], wrong.split(".")[2]):
+        assert secret not in log.getvalue()
+
+
+async def test_what_goes_wrong_in_a_request_names_it(
+    nursery: trio.Nursery, autojump_clock: object, log: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once authenticated, lines name realm and tenant, also the report of an error nobody foresaw; then no more."""
+    speaker = logging.get_logger("test")
+    balancer = Balancer(FakeAgent("tls://a"))
+    await balancer.start(nursery)
+
+    async def fail(_: object) -> bytes:
+        await trio.lowlevel.checkpoint()
+        speaker.info("forwarding")
+        raise KeyError("odd")
+
+    assert (await balancer.service.answer(FakeRequest(body=body()))).status == 200
+    speaker.info("between requests")
+    monkeypatch.setattr(balancer.service._forwarder, "forward", fail)
+    with pytest.raises(KeyError):
+        await balancer.service.answer(FakeRequest(body=body()))
+    speaker.info("reported")
+    said = {line["message"]: line for line in map(json.loads, log.getvalue().splitlines())}
+    assert "request" not in said["between requests"]
+    for message in ("forwarding", "reported"):
+        line = said[message]
+        assert (line["realm"], line["tenant"]) == (REALM.hex(), "test-acme")
+    assert said["forwarding"]["request"] == said["reported"]["request"]
 
 
 @given(data=st.one_of(st.binary(max_size=300), st.binary(max_size=40).map(lambda tail: body()[:-20] + tail)))
