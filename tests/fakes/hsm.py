@@ -201,12 +201,13 @@ class World:
     nodes: Nodes = field(default_factory=Nodes)
     logs: dict[GroupId, list[LogEntry]] = field(default_factory=dict)
     members: dict[GroupId, list[int]] = field(default_factory=dict)
+    platform: type[MemoryPlatform] = MemoryPlatform
     realm: RealmId = field(init=False)
     first: GroupId = field(init=False)
 
     def __post_init__(self) -> None:
         keys = realm_keys()
-        self.platforms = [MemoryPlatform(keys, (self.seed, number)) for number in range(self.size)]
+        self.platforms = [self.platform(keys, (self.seed, number)) for number in range(self.size)]
         self.hsms = [Hsm(platform, max_sessions=4, tree_overlay_size=8) for platform in self.platforms]
         created = expect(self.send(0, NewRealm()), NewRealmOk)
         self.realm, self.first = created.realm, created.group

@@ -1,4 +1,4 @@
-"""A malicious host over several HSMs: it keeps everything, replays, reorders, crashes, and runs many leaders at once.
+"""A malicious host over several HSMs: replays, reorders and alters everything, crashes, runs many leaders at once.
 
 Every action draws what it needs from a `random.Random`, so that hypothesis can choose seeds and a plain loop can run
 thousands of steps. Checks are the ledger's, after every request.
@@ -7,17 +7,18 @@ thousands of steps. Checks are the ledger's, after every request.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections import Counter
 from dataclasses import dataclass, field, replace
 
 from juicebox_hsm.consensus.types import ZERO_MAC, Captured, LogEntry, TransferringIn, TransferringOut
 from juicebox_hsm.hsm import messages as m
-from juicebox_hsm.hsm.core import Hsm
 from juicebox_hsm.hsm.state import GroupState, LeaderState, Poisoned, WitnessState
 from juicebox_hsm.ids import FULL_RANGE, GroupId, OwnedRange, RecordId
 from juicebox_hsm.merkle.kernel import Side
 from juicebox_hsm.wire import secrets
-from tests.fakes.hsm import Client, World, realm_keys
+from tests.fakes.counter_nvram import CounterPlatform, PowerCut, RollbackRefused
+from tests.fakes.hsm import Client, MemoryPlatform, World, realm_keys
+from tests.property.hsm.forgery import alter
 from tests.property.hsm.ledger import RECORDS, Ledger
 
 LOWER = OwnedRange(FULL_RANGE.start, RecordId(b"\x7f" + b"\xff" * 31))
@@ -25,21 +26,25 @@ UPPER = OwnedRange(RecordId(b"\x80" + bytes(31)), FULL_RANGE.end)
 RANGES = [FULL_RANGE, LOWER, UPPER]
 
 
-class RollbackRefused(Exception):
-    """The NVRAM back end noticed that an image is not the newest one."""
-
-
 @dataclass
 class Adversary(World):
     """The host. `groups` 1 to 3: the realm's first group of HSM 0 alone, then groups of all HSMs."""
 
+    platform: type[MemoryPlatform] = CounterPlatform
     groups: int = 2
     ledger: Ledger = field(init=False)
     users: list[Client] = field(init=False)
-    sent: list[tuple[int, m.Request]] = field(default_factory=list)
+    sent: dict[type[m.Request], list[m.Request]] = field(default_factory=dict)
+    """Everything ever asked, by kind; what the HSMs ever output is kept by the ledger and stands in later requests."""
     steps: int = 0
+    seen: Counter[str] = field(default_factory=Counter)
+    """How often what happened: answers by `answer_name`, alterations, replays, refused rollbacks."""
+    tampering: random.Random | None = None
+    """Alters about half of the requests on their way while it is set."""
     withheld: GroupId | None = None
     """The source whose transfers this host never completes."""
+    neglected: int | None = None
+    """The HSM that this host shows no entries, so that only a jump takes it along."""
 
     def __post_init__(self) -> None:
         self.ledger = Ledger(self.nodes, realm_keys().record_key.expose())
@@ -52,23 +57,68 @@ class Adversary(World):
         self.users = [Client(public, record, (self.seed, record)) for record in RECORDS]
 
     def send(self, number: int, request: m.Request) -> m.Response:
-        """Send one request and let the ledger see it, and every NVRAM write before it."""
+        """Send one request, perhaps altered, and let the ledger see it, and every NVRAM write before it."""
+        if self.tampering is not None and self.tampering.random() < 0.5:
+            request = self.altered(request, self.tampering)
+        self.sent.setdefault(type(request), []).append(request)
         hsm, platform = self.hsms[number], self.platforms[number]
         written = len(platform.history)
         try:
             response = hsm.handle(request)
         finally:
-            if number not in self.ledger.persisted:
-                written = 0
-            for content in platform.history[written:]:
-                self.ledger.wrote(number, content)
+            self._tell_writes(number, written if number in self.ledger.persisted else 0)
         self.ledger.observe(number, hsm, request, response)
+        self.seen[answer_name(request, response)] += 1
+        if isinstance(response, m.NewGroupOk):  # also of a replayed request, which nobody else knows of
+            self.logs[response.group] = []
+            self.members[response.group] = [number]
         return response
 
+    def _tell_writes(self, number: int, known: int) -> None:
+        for content in self.platforms[number].history[known:]:
+            self.ledger.wrote(number, content)
+
+    def altered(self, request: m.Request, chooser: random.Random) -> m.Request:
+        """Return the request with one thing changed, perhaps for something that was asked before."""
+        altered = alter(request, chooser, [self.recorded(chooser) for _ in range(4)])
+        self.seen["altered"] += altered != request
+        return altered
+
+    def recorded(self, chooser: random.Random) -> m.Request:
+        """Choose a request of any age; rare kinds are as likely as frequent ones."""
+        return chooser.choice(chooser.choice(list(self.sent.values())))
+
     def crash(self, number: int) -> None:
-        """Lose volatile state; start again from the newest image."""
+        """Lose volatile state; start again from what lies on disk. Raises `RollbackRefused` and `PowerCut`."""
         self.ledger.crashed(number)
+        written = len(self.platforms[number].history)
         super().crash(number)
+        self._tell_writes(number, written)
+
+    def counted(self, number: int) -> CounterPlatform:
+        """Return an HSM's platform as its host sees it."""
+        platform = self.platforms[number]
+        assert isinstance(platform, CounterPlatform)
+        return platform
+
+    def restore(self, number: int, files: list[bytes]) -> bool:
+        """Restart an HSM on these files instead of those it wrote; False if it refused or the power failed again.
+
+        Then the host shows it everything it ever wrote, as an operator would who wants it back.
+        """
+        platform = self.counted(number)
+        platform.files = files
+        try:
+            self.crash(number)
+        except (RollbackRefused, PowerCut) as refusal:
+            self.seen[type(refusal).__name__] += 1
+            platform.cut_after = None
+            platform.files = list(platform.envelopes)
+            self.crash(number)
+            return False
+        finally:
+            platform.cut_after = None
+        return True
 
     # choices ------------------------------------------------------------------------------------------------
 
@@ -90,11 +140,14 @@ class Adversary(World):
         return chooser.choice(leading) if leading else None
 
     def votes(self, chooser: random.Random, group: GroupId) -> tuple[Captured, ...]:
-        """Choose captures to show: the newest ones, some of them, old ones, or another group's."""
+        """Choose captures to show: the newest, some of any age, another group's, or one under every member's name."""
         known = self.ledger.captures.get(group, [])
-        match chooser.randrange(6):
+        match chooser.randrange(7):
             case 0:
                 return tuple(chooser.choices(known, k=3)) if known else ()
+            case 2 if known:
+                shown = chooser.choice(known[-3 * self.size :])
+                return tuple(replace(shown, hsm=self.id(voter)) for voter in self.members[group])
             case 1:
                 other = self.ledger.captures.get(chooser.choice(list(self.logs)), [])
                 return (*known[-2:], *(replace(vote, group=group) for vote in other[-3:]))
@@ -134,7 +187,7 @@ class Adversary(World):
         """Show an HSM what it lacks of these entries."""
         captured = self.captured(number, group)
         missing = tuple(entry for entry in entries if entry.index > captured)
-        if missing:
+        if missing and number != self.neglected:
             self.send(number, m.CaptureNext(self.realm, group, missing))
 
     def serve(self, chooser: random.Random, number: int, group: GroupId, leader: LeaderState) -> None:
@@ -154,6 +207,17 @@ class Adversary(World):
             secrets.Delete(),
         ]
         request = chooser.choice(requests)
+        shown = leader.log.last
+        if chooser.random() < 0.2:
+            shown = chooser.choice(self.path(group, shown, 6))
+        if shown.partition is None or not shown.partition.range.contains(client.record):
+            return
+        proof = self.nodes.proof(shown.partition, client.record)
+        index = shown.index + (1 if chooser.random() < 0.02 else 0)
+        if chooser.random() < 0.1:
+            message = client.handshake(request)
+            self.send(number, m.AppRequest(self.realm, group, client.record, client.session_id, message, proof, index))
+            return
         begun = client.handshake(None)
         opened = self.send(
             number,
@@ -169,18 +233,8 @@ class Adversary(World):
         if not isinstance(opened, m.HandshakeOk):
             return
         client.read(opened.noise)
-        shown = leader.log.last
-        if chooser.random() < 0.2:
-            shown = chooser.choice(self.path(group, shown, 6))
-        if shown.partition is None or not shown.partition.range.contains(client.record):
-            return
-        proof = self.nodes.proof(shown.partition, client.record)
-        index = shown.index + (1 if chooser.random() < 0.02 else 0)
-        message = m.AppRequest(
-            self.realm, group, client.record, client.session_id, client.transport(request), proof, index
-        )
-        self.sent.append((number, message))
-        self.send(number, message)
+        sealed = client.transport(request)
+        self.send(number, m.AppRequest(self.realm, group, client.record, client.session_id, sealed, proof, index))
 
     def act_capture(self, chooser: random.Random) -> None:
         """Let an HSM capture up to three entries along some branch."""
@@ -239,14 +293,23 @@ class Adversary(World):
         self.send(number, m.StepDown(self.realm, group, force=chooser.random() < 0.5))
 
     def act_jump(self, chooser: random.Random) -> None:
-        """Try to move an HSM onto any entry, with any captures; depose it first if it leads."""
-        number, group, state = self.pick(chooser)
-        if not isinstance(state.role, WitnessState):
-            self.send(number, m.StepDown(self.realm, group, force=True))
+        """Move an HSM that lags onto a committed entry with its certificate, or any HSM onto anything."""
+        number, group, _ = self.pick(chooser)
         last = chooser.choice(list(self.ledger.entries[group].values())[-8:])
+        lagging = [
+            (voter, behind, max(chain))
+            for behind, chain in self.ledger.committed.items()
+            for voter in self.members[behind]
+            if self.captured(voter, behind) < max(chain)
+        ]
+        if lagging and chooser.random() < 0.7:
+            number, group, index = chooser.choice(lagging)
+            last = self.ledger.entries[group][self.ledger.committed[group][index]]
+        if not isinstance(self.hsms[number]._state.groups[group].role, WitnessState):  # deposed first if it leads
+            self.send(number, m.StepDown(self.realm, group, force=True))
         entries = self.path(group, last, chooser.randint(1, 4))
-        votes = tuple(self.ledger.captures.get(group, [])[-12:])
-        if chooser.random() < 0.3:
+        votes = tuple(self.ledger.captures.get(group, []))
+        if chooser.random() < 0.2:
             votes = self.votes(chooser, group)
         self.send(number, m.CaptureJump(self.realm, group, entries, votes))
 
@@ -255,42 +318,40 @@ class Adversary(World):
         self.crash(chooser.randrange(self.size))
 
     def act_crash_in_write(self, chooser: random.Random) -> None:
-        """Crash an HSM while it writes NVRAM, before or after the bytes landed, and try to restore an old image."""
+        """Cut the power between any two steps of an NVRAM write, and perhaps of the start after it."""
         number = chooser.randrange(self.size)
-        platform = self.platforms[number]
-        landed = chooser.random() < 0.5
-
-        def fail(content: bytes) -> None:
-            if landed:
-                platform.nvram = content
-                platform.history.append(content)
-            raise OSError("power cut")
-
-        platform.on_write = fail
+        platform = self.counted(number)
+        platform.cut_after = chooser.randrange(3)
         try:
             self.send(number, m.PersistState())
         except Poisoned:
-            pass
-        platform.on_write = None
-        try:
-            self.restore(number, chooser.choice(platform.history))
-        except RollbackRefused:
-            pass
-        self.crash(number)
+            self.seen["PowerCut"] += 1
+        platform.cut_after = chooser.choice([None, None, *range(4)])
+        self.restore(number, chooser.sample(platform.files, len(platform.files)))
 
-    def restore(self, number: int, image: bytes) -> None:
-        """Put an NVRAM image back; a fresh back end (hardware.md 2.2) accepts the newest one only."""
-        if image != self.platforms[number].nvram:
-            raise RollbackRefused
-        self.platforms[number].nvram = image
+    def act_restore(self, chooser: random.Random) -> None:
+        """Restart an HSM on files of any age, perhaps of another HSM or damaged."""
+        number = chooser.randrange(self.size)
+        owner = number if chooser.random() < 0.8 else chooser.randrange(self.size)
+        files = chooser.choices(self.counted(owner).envelopes[-chooser.choice([2, 4, 10**6]) :], k=2)
+        if chooser.random() < 0.2:
+            files[0] = files[0][:-1] + bytes([files[0][-1] ^ 1])
+        self.restore(number, files)
 
     def act_replay(self, chooser: random.Random) -> None:
-        """Send an old client message again, to anyone."""
-        if self.sent:
-            number, message = chooser.choice(self.sent[-20:])
-            if chooser.random() < 0.5:
-                number = chooser.randrange(self.size)
-            self.send(number, message)
+        """Send anything that was ever asked again, to anyone."""
+        self.seen["replayed"] += 1
+        self.send(chooser.randrange(self.size), self.recorded(chooser))
+
+    def act_forge(self, chooser: random.Random) -> None:
+        """Alter anything that was ever asked and send it to anyone."""
+        self.send(chooser.randrange(self.size), self.altered(self.recorded(chooser), chooser))
+
+    def act_tamper(self, chooser: random.Random) -> None:
+        """Do something else, with about half of its requests altered on the way: fresh ones, at the right HSM."""
+        self.tampering = chooser
+        chooser.choice(HONEST_ACTIONS)(self, chooser)
+        self.tampering = None
 
     def act_transfer(self, chooser: random.Random) -> None:
         """Take some transfer a step further at some leader, or a step that does not fit."""
@@ -409,51 +470,20 @@ class Adversary(World):
                 ),
             )
 
-    # driving ------------------------------------------------------------------------------------------------
 
-    def step(self, chooser: random.Random, weights: Sequence[int]) -> None:
-        """Do one thing, chosen by weight."""
-        action = chooser.choices(ACTIONS, weights)[0]
-        self.steps += 1
-        action(self, chooser)
-
-
-ACTION_WEIGHTS: list[tuple[Callable[[Adversary, random.Random], None], int]] = [
-    (Adversary.act_client, 10),
-    (Adversary.act_capture, 8),
-    (Adversary.act_persist, 4),
-    (Adversary.act_commit, 6),
-    (Adversary.act_settle, 8),
-    (Adversary.act_lead, 5),
-    (Adversary.act_step_down, 2),
-    (Adversary.act_jump, 3),
-    (Adversary.act_crash, 1),
-    (Adversary.act_crash_in_write, 1),
-    (Adversary.act_replay, 1),
-    (Adversary.act_rival, 4),
-    (Adversary.act_transfer, 6),
-    (Adversary.act_move, 3),
+HONEST_ACTIONS = [
+    Adversary.act_client,
+    Adversary.act_capture,
+    Adversary.act_settle,
+    Adversary.act_lead,
+    Adversary.act_jump,
+    Adversary.act_transfer,
+    Adversary.act_move,
 ]
-ACTIONS = [action for action, _ in ACTION_WEIGHTS]
-WEIGHTS = [weight for _, weight in ACTION_WEIGHTS]
+"""What the host does for its users, so that altering its requests is most likely to matter."""
 
 
-def run(seed: int, steps: int, *, size: int = 0, groups: int = 0) -> Adversary:
-    """Run one random schedule; raises `AssertionError` when an invariant breaks.
-
-    Each schedule draws its own weights (swarm testing): attacks need runs in which the disturbing actions are rare.
-    `size` (HSMs) and `groups` are drawn too unless given.
-    """
-    chooser = random.Random(seed)
-    world = Adversary(
-        size or chooser.choice([1, 2, 3, 3, 3, 4, 5]), seed, groups=groups or chooser.choice([1, 2, 2, 3, 3])
-    )
-    weights = [weight * chooser.choice((0, 1, 1, 4)) for weight in WEIGHTS]
-    weights[0] += 1
-    world.withheld = chooser.choice([None, *world.logs])
-    for _ in range(steps):
-        world.step(chooser, weights)
-    return world
-
-
-__all__ = ["ACTIONS", "Adversary", "Hsm", "run"]
+def answer_name(request: m.Request, response: m.Response) -> str:
+    """Return a name for what a request came to, as `CaptureNext: INVALID_MAC`."""
+    answer = response.name if isinstance(response, m.Outcome) else type(response).__name__
+    return f"{type(request).__name__}: {answer}"

@@ -54,11 +54,12 @@ class Ledger:
     children: dict[tuple[GroupId, bytes], list[LogEntry]] = field(default_factory=dict)
     captures: dict[GroupId, list[Captured]] = field(default_factory=dict)
     signed: dict[tuple[HsmId, GroupId, int], bytes] = field(default_factory=dict)
-    statements: set[bytes] = field(default_factory=set)
+    statements: set[Captured] = field(default_factory=set)
     prepared: list[tuple[m.PrepareTransfer, m.PrepareTransferOk]] = field(default_factory=list)
     transfers: list[tuple[m.TransferStatement, m.TransferStatementOk, Partition]] = field(default_factory=list)
     persisted: dict[int, PersistentState] = field(default_factory=dict)
     jumped: dict[tuple[int, GroupId], bytes] = field(default_factory=dict)
+    configurations: dict[GroupId, tuple[HsmId, ...]] = field(default_factory=dict)
     leaderships: dict[tuple[int, GroupId], Leadership] = field(default_factory=dict)
     clocks: dict[tuple[int, GroupId, int], tuple[str, int]] = field(default_factory=dict)
     touched: dict[bytes, tuple[RecordId, m.ResultType]] = field(default_factory=dict)
@@ -117,6 +118,10 @@ class Ledger:
             self.jumped[number, request.group] = hsm._state.captured[request.group][1]
         if isinstance(request, m.PrepareTransfer) and isinstance(response, m.PrepareTransferOk):
             self.prepared.append((request, response))
+        if isinstance(request, m.TransferOut) and isinstance(response, m.TransferOutOk):
+            wanted = (request.source, request.destination, request.range)
+            prepared = [(asked.source, asked.destination, asked.range) for asked, _ in self.prepared]
+            assert wanted in prepared, "I4: a range leaves only towards a group that prepared for it"
         if isinstance(request, m.TransferStatement) and isinstance(response, m.TransferStatementOk):
             role = hsm._state.groups[request.source].role
             assert isinstance(role, LeaderState)
@@ -127,7 +132,13 @@ class Ledger:
             self._committed(number, hsm, request, response)
         self._follow_roles(number, hsm, request)
         for group in hsm._state.groups.values():
+            configuration = self.configurations.setdefault(group.id, group.configuration)
+            assert group.configuration == configuration, "I6: a group has one configuration"
             self._check_role(number, group)
+        for id_, (index, mac) in hsm._state.captured.items():
+            made = self.entries[id_].get(mac)
+            assert made is not None, "I9: only entries that an HSM made are captured"
+            assert made.index == index, "I9: an entry is captured at its index"
 
     def crashed(self, number: int) -> None:
         """Take in that an HSM lost its volatile state."""
@@ -203,8 +214,8 @@ class Ledger:
             assert durable == (statement.index, statement.mac), "I7: signed implies durable"
             key = (statement.hsm, statement.group, statement.index)
             assert self.signed.setdefault(key, statement.mac) == statement.mac, "I8: no two macs at one index"
-            if statement.statement not in self.statements:
-                self.statements.add(statement.statement)
+            if statement not in self.statements:
+                self.statements.add(statement)
                 self.captures.setdefault(statement.group, []).append(statement)
 
     # commits ------------------------------------------------------------------------------------------------
@@ -254,9 +265,7 @@ class Ledger:
             element = role.log.get(role.log.first)
             assert element is not None
             return element.entry
-        votes = {
-            vote.mac for vote in request.captures if vote.group == request.group and vote.statement in self.statements
-        }
+        votes = {vote.mac for vote in request.captures if vote.group == request.group and vote in self.statements}
         heads = set()
         for mac in votes:
             entry = self.entries[request.group].get(mac)
@@ -276,7 +285,7 @@ class Ledger:
             for vote in request.captures
             if vote.group == group
             and vote.hsm in configuration
-            and vote.statement in self.statements
+            and vote in self.statements
             and self._is_ancestor(group, (target.index, mac), vote.mac)
         }
         return 2 * len(voters) > len(configuration)
@@ -362,6 +371,7 @@ class Ledger:
         for index in range(log.first, log.last.index + 1):
             element = log.get(index)
             assert element is not None, "I9: consecutive"
+            assert element.entry == self.entries[group.id].get(element.entry.entry_mac), "I9: entries stay as made"
             if chained is not None:
                 assert element.entry.prev_mac == chained.entry_mac, "I9: chained"
             chained = element.entry

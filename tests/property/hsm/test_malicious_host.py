@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Collection
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
+from juicebox_hsm.consensus.macs import Macs
 from juicebox_hsm.hsm import capture, leadership, transfer
 from juicebox_hsm.hsm.messages import CaptureJump, Commit, CommitOk, NotLeader, Outcome
 from juicebox_hsm.hsm.state import GroupState, HsmState
-from tests.property.hsm.adversary import Adversary, run
+from tests.property.hsm.adversary import Adversary
+from tests.property.hsm.schedules import ACTIONS, MOVING_ACTIONS, UNALTERED_ACTIONS, Action, run
 
 seeds = st.integers(0, 2**32)
 
@@ -21,11 +25,14 @@ seeds = st.integers(0, 2**32)
 class MaliciousHost(RuleBasedStateMachine):
     """Hypothesis chooses the order of actions and a seed for each; the ledger checks inside every request."""
 
-    @initialize(size=st.integers(1, 5), groups=st.integers(1, 3), withheld=st.integers(0, 3))
-    def start(self, size: int, groups: int, withheld: int) -> None:
+    @initialize(
+        size=st.integers(1, 5), groups=st.integers(1, 3), withheld=st.integers(0, 3), neglected=st.integers(0, 5)
+    )
+    def start(self, size: int, groups: int, withheld: int, neglected: int) -> None:
         """Create a realm."""
         self.world = Adversary(size, "hypothesis", groups=groups)
         self.world.withheld = [None, *self.world.logs][min(withheld, groups)]
+        self.world.neglected = neglected if neglected < size else None
 
     def act(self, action: Callable[[Adversary, random.Random], None], seed: int) -> None:
         """Run one action."""
@@ -84,9 +91,20 @@ class MaliciousHost(RuleBasedStateMachine):
         self.act(chosen, seed)
 
     @rule(seed=seeds)
+    def restore(self, seed: int) -> None:
+        """Restart on old NVRAM files."""
+        self.act(Adversary.act_restore, seed)
+
+    @rule(seed=seeds)
     def replay(self, seed: int) -> None:
-        """Replay a client's message."""
+        """Replay anything."""
         self.act(Adversary.act_replay, seed)
+
+    @rule(seed=seeds)
+    def forge(self, seed: int) -> None:
+        """Alter something old, or something fresh on its way."""
+        chosen = Adversary.act_forge if seed % 3 == 0 else Adversary.act_tamper
+        self.act(chosen, seed)
 
     @rule(seed=seeds)
     def transfer(self, seed: int) -> None:
@@ -107,26 +125,49 @@ def test_i1_to_i14_long_schedules(seed: int) -> None:
 
 
 def test_schedules_reach_deep_states() -> None:
-    """The schedules are not vacuous: replies are released, forks and jumps happen, ranges arrive at other groups."""
-    released = arrived = forks = depth = 0
-    for seed in range(12):
-        world = run(seed, 200)
-        released += world.ledger.releases
-        forks += sum(len(children) > 1 for children in world.ledger.children.values())
-        depth = max(depth, *(len(chain) for chain in world.ledger.committed.values()))
-        for group in world.logs:
-            arrived += sum(bool(entry.consumed) for entry in world.ledger.entries[group].values())
-    assert released > 50
-    assert forks > 10
-    assert arrived > 50
+    """The schedules are not vacuous: every size of realm occurs, and what the attacks need to begin with happens."""
+    seen: Counter[str] = Counter()
+    shapes = set()
+    depth = 0
+    for seed, (size, groups) in enumerate(itertools.product(range(1, 6), range(1, 4))):
+        for world in (run(seed + turn, 160, size=size, groups=groups) for turn in (0, 100, 200)):
+            shapes.add((len(world.hsms), len(world.ledger.configurations)))
+            seen += world.seen
+            seen["released"] += world.ledger.releases
+            seen["forks"] += sum(len(children) > 1 for children in world.ledger.children.values())
+            depth = max(depth, *(len(chain) for chain in world.ledger.committed.values()))
+    assert shapes >= set(itertools.product(range(1, 6), range(1, 4)))
+    assert seen["released"] > 150
+    assert seen["forks"] > 30
     assert depth > 15
+    assert seen["CaptureJump: CaptureJumpOk"] > 10
+    assert seen["TransferIn: TransferInOk"] > 30
+    assert seen["altered"] > 500
+    assert seen["replayed"] > 150
+    assert seen["RollbackRefused"] > 30
+    assert seen["PowerCut"] > 50
+    for refusal in (
+        "CaptureNext: INVALID_MAC",
+        "BecomeLeader: INVALID_MAC",
+        "CaptureJump: INVALID_MAC",
+        "AppRequest: INVALID_PROOF",
+        "TransferOut: INVALID_STATEMENT",
+        "TransferIn: INVALID_NONCE",
+    ):
+        assert seen[refusal] > 0, (refusal, sorted(seen.items()))
 
 
-def first_violation(schedules: int, steps: int, size: int, groups: int) -> str | None:
-    """Return the message of the first broken invariant in these schedules."""
+def first_violation(
+    schedules: int,
+    steps: int,
+    size: int,
+    groups: int,
+    actions: Collection[Action] = UNALTERED_ACTIONS,
+) -> str | None:
+    """Return the message of the first broken invariant in these schedules; fewer kinds of `actions` search deeper."""
     for seed in range(schedules):
         try:
-            run(seed, steps, size=size, groups=groups)
+            run(seed, steps, size=size, groups=groups, actions=actions)
         except AssertionError as violation:
             return str(violation).splitlines()[0]
     return None
@@ -149,7 +190,7 @@ def test_h1_is_found_in_a_core_without_it(monkeypatch: pytest.MonkeyPatch) -> No
 def test_h2_is_found_in_a_core_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """The search finds the resurrected range when a destination forgets what it consumed."""
     monkeypatch.setattr(transfer, "is_consumed", lambda *_: False)
-    violation = first_violation(500, 200, 1, 3)
+    violation = first_violation(100, 200, 1, 3, MOVING_ACTIONS)
     assert violation is not None
     assert violation.startswith(("I4", "I5"))
 
@@ -175,3 +216,20 @@ def test_missing_step_down_cap_is_found(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(leadership, "commit", uncapped)
     assert first_violation(100, 150, 3, 2) is not None, "a foreign entry passes as one's own"
+
+
+@pytest.mark.parametrize("check", ["verify_log_entry", "verify_captured"])
+def test_an_unchecked_mac_is_found(check: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The alterations reach the MACs of entries and captures: a core that trusts either is seen."""
+    monkeypatch.setattr(Macs, check, lambda *_: True)
+    violation = first_violation(100, 150, 3, 2, ACTIONS)
+    assert violation is not None
+    assert violation.startswith(("I2", "I3", "I9"))
+
+
+def test_an_unchecked_transfer_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The alterations reach transfers: a core that compares neither their statements nor their nonces is seen."""
+    monkeypatch.setattr(transfer, "same", lambda *_: True)
+    violation = first_violation(200, 150, 1, 3, ACTIONS)
+    assert violation is not None
+    assert violation.startswith(("I4", "I5"))
