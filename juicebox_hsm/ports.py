@@ -11,7 +11,7 @@ import enum
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from juicebox_hsm.consensus.types import Certificate, LogEntry, Partition
 from juicebox_hsm.errors import RealmError
@@ -277,11 +277,24 @@ class EventOutbox(Protocol):
         ...
 
 
+class AccountingEvent(NamedTuple):
+    """A record came or went: `seq` is the event's number in the tenant's outbox, `when_ms` says the UTC day."""
+
+    tenant: str
+    record: RecordId
+    seq: int
+    when_ms: int
+    registered: bool
+
+
 class Accounting(Protocol):
     """Which records existed when, per tenant and day (storage.md 2.3)."""
 
-    async def write(self, realm: RealmId, events: Sequence[tuple[str, RecordId, int, bool]]) -> None:
-        """Write (tenant, record, when_ms, registered); the last event of a UTC day counts. Idempotent."""
+    async def write(self, realm: RealmId, events: Sequence[AccountingEvent]) -> None:
+        """Write events; of one record and UTC day the one with the highest `seq` counts, in whatever order they come.
+
+        So an event that is written again, or late by a dispatcher that was overtaken, changes nothing.
+        """
         ...
 
     async def count_users(self, realm: RealmId, start_ms: int, end_ms: int) -> dict[str, int]:

@@ -20,7 +20,7 @@ from juicebox_hsm.consensus.types import LogEntry
 from juicebox_hsm.errors import RealmError
 from juicebox_hsm.hsm.messages import ResultKind, ResultType
 from juicebox_hsm.ids import GroupId, RealmId
-from juicebox_hsm.ports import EventKind, Intent, Lease, NewEvent, OutboxEvent, TenantCursor
+from juicebox_hsm.ports import AccountingEvent, EventKind, Intent, Lease, NewEvent, OutboxEvent, TenantCursor
 from roles.agent.retry import retrying
 from roles.agent.state import GroupState, LeaderState, PendingRequest
 
@@ -213,7 +213,8 @@ class Dispatcher:
     """Publishes outbox rows in order per tenant: bus, accounting, then cursor and counters in one conditional write.
 
     The embedded bus serves the rows themselves, so there moving the cursor is all of it. One dispatcher per realm holds
-    the lease; two at once only repeat events, which keep their sequence numbers, and accounting, which is idempotent.
+    the lease; two at once only repeat events, which keep their sequence numbers, and accounting, whose higher number
+    counts: a dispatcher that was held up by the bus and overtaken writes what is older than what is there.
     """
 
     def __init__(self, agent: Agent) -> None:
@@ -292,7 +293,7 @@ class Dispatcher:
             await self._hand_over(realm, tenant, events)
         for day, rows in by_day(page):
             accounting = [
-                (tenant, row.new.record_id, row.new.when_ms, row.new.accounting == "registered")
+                AccountingEvent(tenant, row.new.record_id, row.seq, row.new.when_ms, row.new.accounting == "registered")
                 for row in rows
                 if row.new.accounting is not None
             ]

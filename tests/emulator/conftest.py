@@ -14,6 +14,7 @@ from roles.tools.demo_emulator import EMULATOR_VARIABLE, HOW_TO_GET, Emulator, f
 pytest.register_assert_rewrite(
     "tests.emulator.contract",
     "tests.emulator.contract_bus",
+    "tests.emulator.contract_dispatch",
     "tests.emulator.contract_outbox",
     "tests.emulator.realm_data",
 )

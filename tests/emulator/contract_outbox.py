@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import trio
 
 from juicebox_hsm.ids import RecordId
-from juicebox_hsm.ports import Backlog, EventKind, OutboxEvent, Store, TenantCursor
+from juicebox_hsm.ports import AccountingEvent, Backlog, EventKind, OutboxEvent, Store, TenantCursor
 from tests.emulator.contract import Backend
 from tests.emulator.realm_data import GROUP, OTHER_GROUP, REALM, event
 
@@ -151,14 +151,14 @@ class AccountingContract:
         await store.accounting.write(
             REALM,
             [
-                ("t", before, at(-50), True),
-                ("t", within, at(1.5), True),
-                ("t", deleted_before, at(-9), True),
-                ("t", deleted_before, at(-1), False),
-                ("t", deleted_within, at(-9), True),
-                ("t", deleted_within, at(0.1), False),
-                ("t", after, at(2), True),
-                ("u", after, at(1), True),
+                AccountingEvent("t", before, 1, at(-50), True),
+                AccountingEvent("t", deleted_before, 2, at(-9), True),
+                AccountingEvent("t", deleted_within, 3, at(-9), True),
+                AccountingEvent("t", deleted_before, 4, at(-1), False),
+                AccountingEvent("t", deleted_within, 5, at(0.1), False),
+                AccountingEvent("t", within, 6, at(1.5), True),
+                AccountingEvent("t", after, 7, at(2), True),
+                AccountingEvent("u", after, 1, at(1), True),
             ],
         )
         assert await store.accounting.count_users(REALM, at(0), at(2)) == {"t": 3, "u": 1}
@@ -166,12 +166,20 @@ class AccountingContract:
         assert await store.accounting.count_users(REALM, at(-100), at(-60)) == {}
 
     async def test_the_last_event_of_a_day_counts(self, store: Store) -> None:
-        """Of several events of one record and day the latest decides; writing them again changes nothing."""
+        """Of several events of one record and day the highest number decides, in whatever order and however often
+        they are written: clocks of different agents, repeats and late writers change nothing."""
         day, record = 19_000 * DAY_MS, RecordId(b"\x01" * 32)
-        events = [("t", record, day + 5_000, False), ("t", record, day + 1_000, True)]
-        for _ in range(2):
-            await store.accounting.write(REALM, events)
-            assert await store.accounting.count_users(REALM, day + DAY_MS, day + 2 * DAY_MS) == {}
+        turn = DAY_MS - 1
+        events = [
+            AccountingEvent("t", record, seq, day + 9_000 - place * 1_000, place % 2 == 0)
+            for place, seq in enumerate((1, 7, 8, turn, turn + 1, turn + 5, 3 * turn, 2**40))
+        ]
+        for last in range(1, len(events) + 1):
+            for order in (events[:last], events[last - 1 :: -1], events[:last:2], [events[0]]):
+                for event_ in order:
+                    await store.accounting.write(REALM, [event_])
+                await store.accounting.write(REALM, order)
+            users = {"t": 1} if events[last - 1].registered else {}
+            assert await store.accounting.count_users(REALM, day + DAY_MS, day + 2 * DAY_MS) == users
             assert await store.accounting.count_users(REALM, day, day + DAY_MS) == {"t": 1}
-        await store.accounting.write(REALM, [("t", record, day + 6_000, True)])
-        assert await store.accounting.count_users(REALM, day + DAY_MS, day + 2 * DAY_MS) == {"t": 1}
+            assert await store.accounting.count_users(REALM, day - DAY_MS, day) == {}

@@ -8,6 +8,7 @@ from tests.emulator import contract
 from tests.emulator.bigtable_backend import BigtableBackend
 from tests.emulator.contract import ClusterContract, LogContract, NodeContract
 from tests.emulator.contract_bus import BusContract
+from tests.emulator.contract_dispatch import DispatchContract
 from tests.emulator.contract_outbox import AccountingContract, OutboxContract
 
 pytestmark = pytest.mark.emulator
@@ -38,6 +39,10 @@ class TestOutbox(OutboxContract):
 
 class TestAccounting(AccountingContract):
     """Accounting in one instance."""
+
+
+class TestDispatch(DispatchContract):
+    """Two dispatchers on one instance."""
 
 
 class TestBus(BusContract):

@@ -117,6 +117,8 @@ async def test_mistakes_are_caught_before_they_are_sent(table: Table, faults: Fa
         (SetCell("f", b"q", b"v", -2000),),
         (SetCell("f", bytes(16_385), b"v"),),
         (DeleteColumn("f", b"q", before=1),),
+        (DeleteColumn("f", b"q", since=1000),),
+        (DeleteColumn("f", b"q", before=1000, since=1000),),
         (DeleteFamily("x"),),
     ]
     for mutations in bad:

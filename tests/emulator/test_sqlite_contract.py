@@ -12,6 +12,7 @@ from juicebox_hsm.ports import Store
 from tests.emulator import contract
 from tests.emulator.contract import ClusterContract, LogContract, NodeContract
 from tests.emulator.contract_bus import BusContract
+from tests.emulator.contract_dispatch import DispatchContract
 from tests.emulator.contract_outbox import AccountingContract, OutboxContract
 
 store = contract.store
@@ -52,6 +53,10 @@ class TestOutbox(OutboxContract):
 
 class TestAccounting(AccountingContract):
     """Accounting in one file."""
+
+
+class TestDispatch(DispatchContract):
+    """Two dispatchers on one file."""
 
 
 class TestBus(BusContract):

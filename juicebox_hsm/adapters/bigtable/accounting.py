@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from typing import Final
 
 from juicebox_hsm.adapters.bigtable import keys
-from juicebox_hsm.adapters.bigtable.codec import Mutation, Selection, SetCell
+from juicebox_hsm.adapters.bigtable.codec import Cell, DeleteColumn, Mutation, Selection, SetCell
 from juicebox_hsm.adapters.bigtable.table import Endpoint, Table
 from juicebox_hsm.errors import LocalError
-from juicebox_hsm.ids import RealmId, RecordId
+from juicebox_hsm.ids import RealmId
+from juicebox_hsm.ports import AccountingEvent
 
 DAY_MS: Final = 86_400_000
 COLUMN: Final = b"e"
@@ -23,6 +24,21 @@ def day_micros(when_ms: int) -> int:
     return when_ms // DAY_MS * DAY_MS * 1000
 
 
+def cell_place(midnight: int, seq: int) -> tuple[bytes, int]:
+    """Return (column, time) of an event's cell: time within its day counts the tenant's events, not milliseconds.
+
+    So the later event of a day is the newer cell, whichever is written last. A day has 86.4 million milliseconds, the
+    unit of the service; the events after so many go to another column, and so on.
+    """
+    turn, place = divmod(seq, DAY_MS)
+    return COLUMN + (turn.to_bytes(4, "big") if turn else b""), midnight + place * 1000
+
+
+def _order(cell: Cell) -> tuple[int, bytes, int]:
+    """Return what a row's cells are ordered by: day, turn, place."""
+    return cell.timestamp // (DAY_MS * 1000), cell.qualifier, cell.timestamp
+
+
 class BigtableAccounting:
     """`ports.Accounting` on one instance."""
 
@@ -32,17 +48,20 @@ class BigtableAccounting:
     def _table(self, realm: RealmId) -> Table:
         return Table(self._endpoint, keys.realm_tables(realm)[2])
 
-    async def write(self, realm: RealmId, events: Sequence[tuple[str, RecordId, int, bool]]) -> None:
-        """Write (tenant, record, when_ms, registered); of a day the last event counts, so repeats change nothing.
+    async def write(self, realm: RealmId, events: Sequence[AccountingEvent]) -> None:
+        """Write events; of one record and day the one with the highest `seq` counts, so repeats change nothing.
 
-        The cell's time is the day: events of one day overwrite each other in the order in which they are written.
+        A write removes only the day's cells that are older than its own: one that comes too late stays below.
         """
-        last: dict[tuple[bytes, int], bool] = {}
-        for tenant, record, when_ms, registered in sorted(events, key=lambda event: event[2]):
-            last[keys.user_key(tenant, record), day_micros(when_ms)] = registered
+        newest: dict[tuple[bytes, int], AccountingEvent] = {}
+        for event in sorted(events, key=lambda event: event.seq):
+            newest[keys.user_key(event.tenant, event.record), day_micros(event.when_ms)] = event
         rows: dict[bytes, list[Mutation]] = defaultdict(list)
-        for (key, micros), registered in last.items():
-            rows[key].append(SetCell("f", COLUMN, REGISTERED if registered else DELETED, micros))
+        for (key, midnight), event in newest.items():
+            column, micros = cell_place(midnight, event.seq)
+            if micros > midnight:
+                rows[key].append(DeleteColumn("f", column, before=micros, since=midnight))
+            rows[key].append(SetCell("f", column, REGISTERED if event.registered else DELETED, micros))
         await self._table(realm).mutate_rows(list(rows.items()))
 
     async def count_users(self, realm: RealmId, start_ms: int, end_ms: int) -> dict[str, int]:
@@ -53,11 +72,11 @@ class BigtableAccounting:
         """
         if start_ms % DAY_MS or end_ms % DAY_MS or not 0 <= start_ms < end_ms:
             raise LocalError(f"the period {start_ms}..{end_ms} ms is not one or more whole UTC days")
-        selection = Selection(family="f", qualifier=COLUMN, before=end_ms * 1000, cells_per_column=1)
+        selection = Selection(family="f", before=end_ms * 1000, cells_per_column=1)
         counts: dict[str, int] = {}
         async for page in self._table(realm).scan(keys.whole_table(), selection):
             for row in page:
-                newest = row.cells[0]
+                newest = max(row.cells, key=_order)
                 if newest.value == REGISTERED or newest.timestamp >= start_ms * 1000:
                     tenant = keys.user_tenant(row.key)
                     counts[tenant] = counts.get(tenant, 0) + 1

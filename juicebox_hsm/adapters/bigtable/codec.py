@@ -68,11 +68,12 @@ class SetCell:
 
 @dataclass(frozen=True, slots=True)
 class DeleteColumn:
-    """Delete the cells of one column, only those older than `before` (microseconds) if it is given."""
+    """Delete the cells of one column, only those from `since` on and older than `before` (microseconds) if given."""
 
     family: str
     qualifier: bytes
     before: int | None = None
+    since: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,12 +225,14 @@ def _fill(messages: Any, mutations: Iterable[Mutation]) -> None:
                 cell.column_qualifier = qualifier
                 cell.timestamp_micros = timestamp
                 cell.value = value
-            case DeleteColumn(family, qualifier, before):
+            case DeleteColumn(family, qualifier, before, since):
                 column = message.delete_from_column
                 column.family_name = family
                 column.column_qualifier = qualifier
                 if before is not None:
                     column.time_range.end_timestamp_micros = before
+                if since is not None:
+                    column.time_range.start_timestamp_micros = since
             case DeleteFamily(family):
                 message.delete_from_family.family_name = family
             case DeleteRow():

@@ -260,10 +260,14 @@ def _check_row(key: bytes, mutations: Sequence[Mutation]) -> None:
                     timestamp == codec.SERVER_TIME or (0 <= timestamp <= codec.TIMESTAMP_MAX and timestamp % 1000 == 0),
                     "a timestamp is the server's, or whole milliseconds in microseconds",
                 )
-            case DeleteColumn(family, qualifier, before):
+            case DeleteColumn(family, qualifier, before, since):
                 check(family in FAMILIES, "families are f, t and n")
                 check(len(qualifier) <= QUALIFIER_BYTES_MAX, "a qualifier has at most 16 KiB")
                 check(before is None or (before > 0 and before % 1000 == 0), "a time bound is whole milliseconds")
+                check(
+                    since is None or (before is not None and 0 <= since < before and since % 1000 == 0),
+                    "a time range has an end and contains whole milliseconds",
+                )
             case DeleteFamily(family):
                 check(family in FAMILIES, "families are f, t and n")
             case DeleteRow():

@@ -8,7 +8,8 @@ from typing import Final
 from juicebox_hsm.adapters.sqlite.reads import Reads, fetch
 from juicebox_hsm.adapters.sqlite.writer import Writer
 from juicebox_hsm.errors import LocalError
-from juicebox_hsm.ids import RealmId, RecordId
+from juicebox_hsm.ids import RealmId
+from juicebox_hsm.ports import AccountingEvent
 
 DAY_MS: Final = 86_400_000
 
@@ -24,19 +25,19 @@ class SqliteAccounting:
         self._writer = writer
         self._reads = reads
 
-    async def write(self, realm: RealmId, events: Sequence[tuple[str, RecordId, int, bool]]) -> None:
-        """Write (tenant, record, when_ms, registered); of one day the latest counts, so repeats change nothing."""
+    async def write(self, realm: RealmId, events: Sequence[AccountingEvent]) -> None:
+        """Write events; of one record and day the one with the highest `seq` counts, so repeats change nothing."""
         if not events:
             return
         number = self._reads.realm(realm)
         rows = [
-            (number, tenant, record, when_ms // DAY_MS, when_ms, registered)
-            for tenant, record, when_ms, registered in sorted(events, key=lambda event: event[2])
+            (number, event.tenant, event.record, event.when_ms // DAY_MS, event.seq, event.registered)
+            for event in events
         ]
         await self._writer.run(
             lambda db: db.executemany(
-                "INSERT INTO users VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET when_ms = excluded.when_ms,"
-                " registered = excluded.registered WHERE excluded.when_ms >= users.when_ms",
+                "INSERT INTO users VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET seq = excluded.seq,"
+                " registered = excluded.registered WHERE excluded.seq >= users.seq",
                 rows,
             )
         )

@@ -17,7 +17,7 @@ from juicebox_hsm.errors import LocalError, RealmError
 from juicebox_hsm.ports import StoreInvalid, StoreUnavailable
 
 APPLICATION_ID: Final = 0x4A42_4853  # "JBHS"
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 BUSY_TIMEOUT_MS: Final = 5_000  # only a foreign program (a shell, a backup) can make us wait here
 WRITER_CACHE_KIB: Final = 65_536
 READER_CACHE_KIB: Final = 16_384
@@ -48,7 +48,7 @@ CREATE TABLE settled (grp INTEGER PRIMARY KEY, idx INTEGER NOT NULL);
 CREATE TABLE counters (tenant INTEGER NOT NULL, day TEXT NOT NULL, kind TEXT NOT NULL, count INTEGER NOT NULL,
   PRIMARY KEY (tenant, day, kind)) WITHOUT ROWID;
 CREATE TABLE users (realm INTEGER NOT NULL, tenant TEXT NOT NULL, record BLOB NOT NULL, day INTEGER NOT NULL,
-  when_ms INTEGER NOT NULL, registered INTEGER NOT NULL, PRIMARY KEY (realm, tenant, record, day)) WITHOUT ROWID;
+  seq INTEGER NOT NULL, registered INTEGER NOT NULL, PRIMARY KEY (realm, tenant, record, day)) WITHOUT ROWID;
 CREATE TABLE discovery (kind TEXT NOT NULL, url TEXT NOT NULL, registered_ms INTEGER NOT NULL,
   PRIMARY KEY (kind, url)) WITHOUT ROWID;
 CREATE TABLE leases (name TEXT PRIMARY KEY, owner TEXT NOT NULL, id TEXT NOT NULL, expires_ms INTEGER NOT NULL)
@@ -67,6 +67,12 @@ ALTER TABLE outbox ADD COLUMN acked INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE outbox_tenants ADD COLUMN removed INTEGER NOT NULL DEFAULT 0;
 UPDATE outbox_tenants SET removed = tail - (SELECT count(*) FROM outbox o WHERE o.tenant = number);
 CREATE INDEX outbox_left ON outbox (tenant, seq) WHERE bare = 0 AND acked = 0;
+""",
+    # Accounting ordered by the event's number in its tenant's outbox instead of by the agents' clocks; what was there
+    # before any such number is older than all.
+    2: """
+ALTER TABLE users RENAME COLUMN when_ms TO seq;
+UPDATE users SET seq = 0;
 """,
 }
 """Version -> what brings a file of that version to the next."""

@@ -1,4 +1,4 @@
-"""The dispatcher on a real store: exact under two at once, fair to tenants, kind to late readers."""
+"""The dispatcher on a real store: fair to tenants, kind to late readers (two at once: tests/emulator)."""
 
 from __future__ import annotations
 
@@ -16,13 +16,10 @@ from juicebox_hsm.adapters.logging import get_logger
 from juicebox_hsm.adapters.metrics import Metrics
 from juicebox_hsm.adapters.store import open_store
 from juicebox_hsm.ids import RealmId
-from juicebox_hsm.ports import EventKind, NewEvent, OutboxEvent, Store, StoreUnavailable
-from roles.agent import outbox
+from juicebox_hsm.ports import EventKind, OutboxEvent, Store, StoreUnavailable
 from roles.agent.outbox import KEPT_MS, LATE_MS, BusTrouble, Dispatcher
-from tests.emulator.realm_data import GROUP, REALM, event
-
-DAY_MS = 86_400_000
-NOW_MS = 1_700_000_000_000
+from tests.emulator.contract_dispatch import DAY_MS, NOW_MS, Clock, dispatcher, made
+from tests.emulator.realm_data import GROUP, REALM
 
 
 @pytest.fixture
@@ -32,77 +29,6 @@ async def store(tmp_path: Path) -> AsyncIterator[Store]:
         await opened.realms.create_shared()
         await opened.realms.create_realm(REALM)
         yield opened
-
-
-class Clock:
-    """A clock to set."""
-
-    def __init__(self) -> None:
-        self.ms = NOW_MS
-
-    def __call__(self) -> int:
-        return self.ms
-
-
-def dispatcher(store: Store, clock: Clock, name: str = "one") -> Dispatcher:
-    """Return a dispatcher of an agent that has nothing else."""
-    agent = SimpleNamespace(store=store, now_ms=clock, metrics=Metrics(), config=SimpleNamespace(name=name))
-    return Dispatcher(cast("Any", agent))
-
-
-def made(number: int, kind: EventKind, tenant: str = "acme", when_ms: int = NOW_MS) -> NewEvent:
-    """Return an event as agents write it, of one of seven records."""
-    accounting = {EventKind.REGISTER2: "registered", EventKind.DELETE: "deleted"}.get(kind)
-    body: dict[str, str | int] | None = {"event": kind.value} if kind is not EventKind.RECOVER1 else None
-    new = event(number, tenant, kind, body=body, when_ms=when_ms)
-    return replace(new, accounting=accounting, record_id=event(number % 7).record_id)
-
-
-async def test_exact_under_two_dispatchers(store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Two dispatchers that both believe they hold the lease count every row once and leave true accounting."""
-    monkeypatch.setattr(outbox, "PAGE_EVENTS", 7)
-
-    async def believe(self: Dispatcher, realm: RealmId) -> bool:
-        await trio.lowlevel.checkpoint()
-        return True
-
-    monkeypatch.setattr(Dispatcher, "_hold_lease", believe)
-    kinds = [EventKind.REGISTER2, EventKind.RECOVER1, EventKind.RECOVER2, EventKind.DELETE, EventKind.UNKNOWN]
-    written = [
-        made(number, kinds[number % 5], "ab"[number % 2], NOW_MS + number * DAY_MS // 100) for number in range(1, 301)
-    ]
-    clock = Clock()
-    clock.ms = NOW_MS + 4 * DAY_MS
-    async with open_store(f"sqlite:{tmp_path / 'realm.db'}") as second, trio.open_nursery() as nursery:
-        done = False
-
-        async def run(own: Store) -> None:
-            worker = dispatcher(own, clock)
-            while not done or any(each.published < each.tail for each in await own.outbox.cursors(REALM)):
-                await worker.dispatch(REALM)
-                await trio.lowlevel.checkpoint()
-
-        nursery.start_soon(run, store)
-        nursery.start_soon(run, second)
-        for at in range(0, 300, 10):
-            await store.outbox.record(REALM, written[at : at + 10], {})
-        done = True
-    for tenant in "ab":
-        own = [new for new in written if new.tenant == tenant]
-        counted = await store.outbox.counters(REALM, tenant)
-        assert {kind: sum(day.get(kind, 0) for day in counted.values()) for kind in kinds} == {
-            kind: sum(new.kind is kind for new in own) for kind in kinds
-        }
-        assert len(counted) == 4, "each day of the events has its own counters"
-    last: dict[tuple[str, bytes], bool] = {}
-    for new in written:
-        if new.accounting is not None:
-            last[new.tenant, new.record_id] = new.accounting == "registered"
-    after = (NOW_MS // DAY_MS + 5) * DAY_MS
-    users = await store.accounting.count_users(REALM, after, after + DAY_MS)
-    assert users == {
-        tenant: count for tenant in "ab" if (count := sum(on for (owner, _), on in last.items() if owner == tenant))
-    }
 
 
 async def test_one_tenant_in_trouble_holds_up_no_other(store: Store) -> None:

@@ -182,7 +182,7 @@ def test_read_request() -> None:
 
 def test_conditional_request() -> None:
     """Predicates become filters that mean exactly them; mutations keep their order."""
-    mutations = (DeleteRow(), SetCell("f", b"q", b"v", 1000), DeleteColumn("f", b"q", 2000))
+    mutations = (DeleteRow(), SetCell("f", b"q", b"v", 1000), DeleteColumn("f", b"q", 2000, since=1000))
 
     def ask(predicate: RowExists | AnyTimestampAtLeast | AnyValueEquals) -> Any:
         return Check.FromString(check_and_mutate_request("t", "", b"k", predicate, mutations, ()))
@@ -192,7 +192,8 @@ def test_conditional_request() -> None:
     assert [each.WhichOneof("mutation") for each in request.true_mutations] == [
         "delete_from_row", "set_cell", "delete_from_column"
     ]  # fmt: skip
-    assert request.true_mutations[2].delete_from_column.time_range.end_timestamp_micros == 2000
+    bounds = request.true_mutations[2].delete_from_column.time_range
+    assert (bounds.start_timestamp_micros, bounds.end_timestamp_micros) == (1000, 2000)
     assert not request.false_mutations
     assert ask(AnyTimestampAtLeast(0)).predicate_filter.HasField("timestamp_range_filter")
     exact = ask(AnyValueEquals(b"")).predicate_filter.value_range_filter

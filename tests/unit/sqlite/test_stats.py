@@ -10,7 +10,7 @@ import pytest
 from juicebox_hsm.adapters.sqlite.rows import entries_size
 from juicebox_hsm.adapters.store import open_store
 from juicebox_hsm.ids import RealmId, RecordId
-from juicebox_hsm.ports import StoreInvalid
+from juicebox_hsm.ports import AccountingEvent, StoreInvalid
 from tests.emulator.realm_data import GROUP, OTHER_GROUP, REALM, Grown, append, batch
 
 DAY_MS = 86_400_000
@@ -38,8 +38,11 @@ async def test_counts_are_those_of_the_realm(tmp_path: Path) -> None:
         logs = {stats.group: stats for stats in await store.stats.log(REALM)}
         assert (logs[GROUP].first_index, logs[GROUP].last_index, logs[GROUP].rows) == (1, 7, 7)
         assert (logs[OTHER_GROUP].rows, logs[OTHER_GROUP].entries, logs[OTHER_GROUP].tombstones) == (1, 7, 0)
-        await store.accounting.write(REALM, [("acme", records[0], 0, True), ("acme", records[0], DAY_MS, False)])
-        await store.accounting.write(REALM, [("acme", records[1], 0, True), ("beta", records[1], 0, False)])
+        first, second = records[:2]
+        await store.accounting.write(REALM, [AccountingEvent("acme", first, 1, 0, True)])
+        await store.accounting.write(REALM, [AccountingEvent("acme", first, 2, DAY_MS, False)])
+        await store.accounting.write(REALM, [AccountingEvent("acme", second, 3, 0, True)])
+        await store.accounting.write(REALM, [AccountingEvent("beta", second, 1, 0, False)])
         users = {stats.tenant: (stats.rows, stats.records) for stats in await store.stats.users(REALM)}
         assert users == {"acme": (3, 2), "beta": (1, 0)}
         empty = await store.stats.tree(RealmId(b"\x12" * 16), 20)

@@ -23,7 +23,7 @@ from juicebox_hsm.errors import LocalError
 from juicebox_hsm.hsm.core import Hsm
 from juicebox_hsm.hsm.messages import CaptureNext, NewRealm, NewRealmOk, PersistState
 from juicebox_hsm.ids import GroupId, HsmId, RealmId, RecordId
-from juicebox_hsm.ports import ServiceKind
+from juicebox_hsm.ports import AccountingEvent, ServiceKind
 from roles.cli import cli
 from roles.tools.store_restore import HsmWitness, Membership, restore_problems, witness_of
 from tests.emulator.realm_data import GROUP, OTHER_GROUP, REALM, Grown, entry, event, mac
@@ -171,7 +171,9 @@ def test_gc(path: Path) -> None:
     async def age() -> None:
         async with open_store(f"sqlite:{path}") as store:
             await store.discovery.register(ServiceKind.AGENT, "tls://127.0.0.1:2", 5)
-            days = [(("acme", RecordId(bytes(32)), day * 86_400_000, True)) for day in range(100, 110)]
+            days = [
+                AccountingEvent("acme", RecordId(bytes(32)), day, day * 86_400_000, True) for day in range(100, 110)
+            ]
             await store.accounting.write(REALM, days)
             await store.outbox.advance(REALM, "acme", 0, 2, "20231114", {})
 
