@@ -24,7 +24,9 @@ CREATE_S: Final = 60.0
 DAY_S: Final = 86_400
 TOMBSTONE_DAYS: Final = 7
 USER_DAYS: Final = 116
-USER_VERSIONS: Final = 2
+USER_VERSIONS: Final = 120
+"""Cells of a record that stay whatever their age: one for each day of 116 and today, the newest from before, and two to
+spare for late writers (decision record 0022)."""
 PAGE_TABLES: Final = 1_000
 SELF_TEST_RETRY: Final = RetryProfile(total_s=8.0)
 

@@ -1,8 +1,8 @@
 """Remove what no reader can need any more: hourly, jittered, by one process at a time (storage.md 10).
 
 Runs on the writer's thread, one slice of 1,000 rows per group of writes, so that it delays a commit by no more than
-that. Most tables clean up after themselves; what is left are accounting rows (a record's two newest stay for ever,
-older ones 116 days), expired addresses, and planner statistics.
+that. Most tables clean up after themselves; what is left are accounting rows (of a record those of the last 116 days
+stay, and the newest from before), expired addresses, and planner statistics.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ def clean_users(
 ) -> tuple[int, str, bytes, int] | None:
     """Clean the `limit` accounting rows after a key; return the last key seen, None at the end of the table.
 
-    A row goes if it is older than 116 days and its record has two newer ones.
+    A row goes if its record has a newer one that is itself at least 116 days old: no period that may be asked for
+    begins before that, so none needs the older one (decision record 0022).
     """
     rows = fetch(db, _SLICE, (*after, limit))
     oldest = now_ms // DAY_MS - ACCOUNTING_DAYS
@@ -77,11 +78,11 @@ def clean_users(
         if day < oldest:
             newer = fetch_one(
                 db,
-                "SELECT count(*) FROM (SELECT 1 FROM users WHERE realm = ? AND tenant = ? AND record = ? AND day > ?"
-                " LIMIT 2)",
-                (realm, tenant, record, day),
+                "SELECT EXISTS (SELECT 1 FROM users WHERE realm = ? AND tenant = ? AND record = ?"
+                " AND day > ? AND day <= ?)",
+                (realm, tenant, record, day, oldest),
             )
-            if newer == 2:
+            if newer:
                 gone.append((realm, tenant, record, day))
     db.executemany("DELETE FROM users WHERE realm = ? AND tenant = ? AND record = ? AND day = ?", gone)
     return rows[-1] if len(rows) == limit else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sqlite3
 import tempfile
 from pathlib import Path
@@ -10,12 +11,12 @@ import apsw
 import pytest
 
 from juicebox_hsm.adapters.sqlite import gc, schema
-from juicebox_hsm.adapters.sqlite.accounting import DAY_MS
-from juicebox_hsm.adapters.sqlite.reads import fetch
+from juicebox_hsm.adapters.sqlite.accounting import DAY_MS, SqliteAccounting
+from juicebox_hsm.adapters.sqlite.reads import fetch, fetch_one
 from juicebox_hsm.adapters.store import open_store
 from juicebox_hsm.errors import LocalError
 from juicebox_hsm.ids import RealmId, RecordId
-from juicebox_hsm.ports import StoreInvalid, StoreUnavailable
+from juicebox_hsm.ports import AccountingEvent, Store, StoreInvalid, StoreUnavailable
 from roles.tools.bench_store import measure
 from tests.emulator.realm_data import GROUP, Grown
 
@@ -128,13 +129,14 @@ def test_errors_are_translated() -> None:
 
 
 def test_old_accounting_rows_go() -> None:
-    """A row goes only when it is over 116 days old and two newer ones of its record exist."""
+    """A row goes only when its record has a newer one that is no younger than 116 days."""
     db = apsw.Connection(":memory:")
     db.execute(schema._TABLES)
     today = 20_000
     days = {
-        b"a": (1, 2, 3, today),
+        b"a": (1, 2, 3, today - 1, today),
         b"b": (1, 2),
+        b"e": (1, today - 116, today),
         b"c": (today - 116, today - 1, today),
         b"d": (today - 117, 19_990, today),
     }
@@ -151,11 +153,38 @@ def test_old_accounting_rows_go() -> None:
     for record, day in fetch(db, "SELECT record, day FROM users ORDER BY record, day"):
         left.setdefault(record, []).append(day)
     assert left == {
-        b"a": [3, today],
-        b"b": [1, 2],
+        b"a": [3, today - 1, today],
+        b"b": [2],
+        b"e": [today - 116, today],
         b"c": [today - 116, today - 1, today],
-        b"d": [19_990, today],
+        b"d": [today - 117, 19_990, today],
     }
+
+
+async def test_cleaning_changes_no_count(tmp_path: Path) -> None:
+    """Every period that may be asked for counts the same users before and after old accounting rows are removed."""
+    rng, today = random.Random(5), 20_000
+    periods = [(today - back, today - back + days) for back in range(0, 117, 4) for days in (1, 9, 31)]
+
+    async def counts(store: Store) -> list[dict[str, int]]:
+        return [await store.accounting.count_users(REALM, a * DAY_MS, b * DAY_MS) for a, b in periods]
+
+    async with open_store(f"sqlite:{tmp_path / 'realm.db'}") as store:
+        await store.realms.create_realm(REALM)
+        days = sorted((rng.randrange(today - 200, today + 1), rng.randrange(60)) for _ in range(600))
+        await store.accounting.write(
+            REALM,
+            [
+                AccountingEvent("t", RecordId(bytes([record]) * 32), seq, day * DAY_MS, rng.random() < 0.5)
+                for seq, (day, record) in enumerate(days, 1)
+            ],
+        )
+        before = await counts(store)
+        assert isinstance(store.accounting, SqliteAccounting)
+        await store.accounting._writer.run(lambda db: gc.clean_users(db, gc.START, today * DAY_MS, 1_000))
+        left = await store.accounting._writer.run(lambda db: fetch_one(db, "SELECT count(*) FROM users"))
+        assert left < len(set(days)), "old ones do go"
+        assert await counts(store) == before
 
 
 def test_maintenance_takes_turns() -> None:

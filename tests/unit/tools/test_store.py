@@ -179,7 +179,7 @@ def test_gc(path: Path) -> None:
 
     trio.run(age)
     output = _ok("gc", "--store", f"sqlite:{path}")
-    assert "removed 2 events, 8 accounting rows, 1 expired addresses" in output
+    assert "removed 2 events, 9 accounting rows, 1 expired addresses" in output
     assert "bytes, of which" in output
     assert "removed 0 events, 0 accounting rows, 0 expired addresses" in _ok("gc", "--store", f"sqlite:{path}")
     assert _run("gc", "--store", f"sqlite:{path}.not").exit_code == 1
