@@ -41,6 +41,7 @@ _ADMIN = "roles.tools.cluster_admin"
         "undrain": LazyCommand(_LEADERS, "Let a drained HSM lead again.", "undrain"),
         "table-stats": LazyCommand(_STATS, "Show what the store's tables hold for a realm.", "table_stats"),
         "user-summary": LazyCommand(_STATS, "Count each tenant's users in a period, as CSV.", "user_summary"),
+        "request-counts": LazyCommand(_STATS, "Print each tenant's requests per day, as CSV.", "request_counts"),
         "tenant": LazyCommand(_CLIENTS, "Set and show tenants' limits.", "tenant"),
         "configuration": LazyCommand(_CLIENTS, "Print the client configuration.", "configuration"),
         "auth-token": LazyCommand(_CLIENTS, "Mint a token for a test tenant.", "auth_token"),

@@ -1,4 +1,4 @@
-"""`cluster table-stats` and `cluster user-summary`: what the store's tables hold (operator-tools.md 2.3, 2.6)."""
+"""`cluster table-stats`, `user-summary`, `request-counts`: what the store holds (operator-tools.md 2.3, 2.6)."""
 
 from __future__ import annotations
 
@@ -167,8 +167,17 @@ def table_stats() -> None:
     """Show what the store's tables hold for a realm."""
 
 
-def period(when: str | None, start: dt.date | None, end: dt.date | None, today: dt.date) -> tuple[dt.date, dt.date]:
-    """Return the days [start, end) that are meant. Raises `ToolFailure` for what cannot be counted. Pure."""
+def period(
+    when: str | None,
+    start: dt.date | None,
+    end: dt.date | None,
+    today: dt.date,
+    retention_days: int | None = RETENTION_DAYS,
+) -> tuple[dt.date, dt.date]:
+    """Return the days [start, end) that are meant. Raises `ToolFailure` for what cannot be counted. Pure.
+
+    `retention_days` is how far back there is something to count, None for ever.
+    """
     if when is not None and (start is not None or end is not None):
         raise ToolFailure("--when excludes --start and --end", ExitCode.USAGE)
     if (start is None) != (end is None):
@@ -182,8 +191,8 @@ def period(when: str | None, start: dt.date | None, end: dt.date | None, today: 
         raise ToolFailure(f"--start {start} is in the future", ExitCode.USAGE)
     if end <= start:
         raise ToolFailure(f"--end {end} must be after --start {start}; it is not part of the period", ExitCode.USAGE)
-    if (today - start).days > RETENTION_DAYS:
-        raise ToolFailure(f"--start {start} is more than {RETENTION_DAYS} days ago: events are gone", ExitCode.USAGE)
+    if retention_days is not None and (today - start).days > retention_days:
+        raise ToolFailure(f"--start {start} is more than {retention_days} days ago: events are gone", ExitCode.USAGE)
     return start, end
 
 
@@ -202,13 +211,21 @@ class DayType(click.ParamType[dt.date]):
             self.fail(f"{value!r} is not a day; write YYYY-MM-DD", param, ctx)
 
 
+def period_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that say which realms and days to count."""
+    months = click.Choice(["this-month", "last-month"])
+    for option in (
+        click.option("--end", type=DayType(), help="Day after the last one, UTC."),
+        click.option("--start", type=DayType(), help="First day, UTC; needs --end."),
+        click.option("--when", type=months, help="Month to count; default this-month, UTC."),
+        click.option("--realm", "realms", multiple=True, help="Realm id or a prefix of it, repeatable; default all."),
+    ):
+        command = option(command)
+    return command
+
+
 @click.command("user-summary")
-@click.option("--realm", "realms", multiple=True, help="Realm id or a prefix of it, repeatable; default all.")
-@click.option(
-    "--when", type=click.Choice(["this-month", "last-month"]), help="Month to count; default this-month, UTC."
-)
-@click.option("--start", type=DayType(), help="First day, UTC; needs --end.")
-@click.option("--end", type=DayType(), help="Day after the last one, UTC.")
+@period_options
 @json_option
 @with_connection
 def user_summary(
@@ -265,3 +282,57 @@ async def _count(store: Store, realm: RealmId, first: dt.date, after: dt.date) -
     epoch = dt.date(1970, 1, 1)
     start_ms, end_ms = ((day - epoch).days * 86_400_000 for day in (first, after))
     return await store.accounting.count_users(realm, start_ms, end_ms)
+
+
+@click.command("request-counts")
+@period_options
+@json_option
+@with_connection
+def request_counts(
+    connection: Connection,
+    realms: tuple[str, ...],
+    when: str | None,
+    start: dt.date | None,
+    end: dt.date | None,
+    *,
+    as_json: bool,
+) -> None:
+    """Print each tenant's requests per day and kind in a period, as CSV.
+
+    Every committed request is counted exactly once, under the UTC day it was made, when its event is published. Days
+    are kept for ever.
+    """
+    from juicebox_hsm.adapters.store import open_store
+
+    first, after = period(when, start, end, dt.datetime.now(dt.UTC).date(), None)
+
+    async def main() -> list[tuple[dt.date, RealmId, str, str, int]]:
+        async with open_store(connection.store) as store:
+            return [
+                (day, realm, tenant, kind, count)
+                for realm in await _wanted(store, realms)
+                for day, tenant, kind, count in await _requests(store, realm)
+                if first <= day < after
+            ]
+
+    found = sorted(run(main))
+    if as_json:
+        counts = [
+            {"day": str(day), "realm": realm.hex(), "tenant": tenant, "kind": kind, "count": count}
+            for day, realm, tenant, kind, count in found
+        ]
+        print_json({"start": str(first), "end": str(after), "counts": counts})
+        return
+    click.echo("day,realm,tenant,kind,count")
+    for day, realm, tenant, kind, count in found:
+        click.echo(f"{day},{realm.hex()},{_quoted(tenant)},{kind},{count}")
+
+
+async def _requests(store: Store, realm: RealmId) -> list[tuple[dt.date, str, str, int]]:
+    """Return (day, tenant, kind, count) of all that is counted."""
+    return [
+        (dt.date.fromisoformat(day), cursor.tenant, kind.value, count)
+        for cursor in await store.outbox.cursors(realm)
+        for day, counts in (await store.outbox.counters(realm, cursor.tenant)).items()
+        for kind, count in counts.items()
+    ]

@@ -42,6 +42,7 @@ def test_help_of_every_command() -> None:
         ["cluster", "tenant", "set-capacity"],
         ["cluster", "table-stats", "log"],
         ["cluster", "user-summary"],
+        ["cluster", "request-counts"],
         ["cluster", "experimental", "assimilate"],
     ):
         assert _run(*words, "--help").exit_code == 0

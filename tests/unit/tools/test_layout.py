@@ -146,6 +146,7 @@ def test_periods() -> None:
     ):
         with pytest.raises(ToolFailure):
             period(when, start, end, today)
+    assert period(None, today - 999 * day, today, today, None) == (today - 999 * day, today), "what is kept for ever"
 
 
 def test_period_flags_are_usage() -> None:

@@ -99,6 +99,8 @@ TOOLS = [
     ("cluster ca init --dir ca", 1, "never overwritten"),
     ("cluster ca issue --dir nodir --role lb --name x --out o", 1, "cluster ca init"),
     (f"cluster user-summary {CLUSTER} --start 2026-01-01", 2, "both --start and --end"),
+    (f"cluster request-counts {CLUSTER} --when this-month --end 2026-01-01", 2, "--when excludes"),
+    (f"cluster request-counts {CLUSTER} --realm {REALM}", 3, "not in this store"),
     (f"cluster plan {CLUSTER} --groups 3", 1, "no HSM found"),
     (f"cluster drain {CLUSTER} tls://127.0.0.1:1", 4, "tls://127.0.0.1:1"),
     (f"cluster discovery remove {CLUSTER} foo", 3, "not registered"),
