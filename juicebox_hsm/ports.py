@@ -11,7 +11,7 @@ import enum
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from juicebox_hsm.consensus.types import Certificate, LogEntry, Partition
 from juicebox_hsm.errors import RealmError
@@ -225,6 +225,10 @@ class Backlog:
     oldest_ms: int | None
 
 
+EVENT_KEPT_MS: Final = 7 * 86_400_000
+"""How long published rows with an event stay at least, for readers of the embedded bus and auditors who come late."""
+
+
 class EventOutbox(Protocol):
     """Tenant events between commit and publication (agent.md 11, storage.md 2.7)."""
 
@@ -264,8 +268,8 @@ class EventOutbox(Protocol):
         """
         ...
 
-    async def remove_published(self, realm: RealmId, now_ms: int, limit: int) -> int:
-        """Remove up to `limit` rows that are published, settled and (with an event) older than 7 days."""
+    async def remove_published(self, realm: RealmId, now_ms: int, limit: int, *, kept_ms: int = EVENT_KEPT_MS) -> int:
+        """Remove up to `limit` rows that are published, settled and (with an event) at least `kept_ms` old."""
         ...
 
     async def backlog(self, realm: RealmId) -> Backlog:

@@ -214,15 +214,20 @@ def secrets_problem(file: Path | None, project: str | None, url: str | None, sto
 
 
 @asynccontextmanager
-async def with_bus(store: Store, store_url: str, pubsub: CloudOptions, metrics: Metrics) -> AsyncIterator[Store]:
-    """Give the store the bus that the flags name: Pub/Sub, or the one of the store itself."""
+async def with_bus(
+    store: Store, store_url: str, pubsub: CloudOptions, metrics: Metrics, *, kept_s: int | None = None
+) -> AsyncIterator[Store]:
+    """Give the store the bus that the flags name: Pub/Sub, or the one of the store itself.
+
+    `kept_s` is for how long Pub/Sub shall keep events, None for who only reads them.
+    """
     if not pubsub.is_given:
         yield store
         return
     # Google's libraries take a third of a second to import; only who uses them pays.
     from juicebox_hsm.adapters.pubsub.bus import HOST, open_pubsub
 
-    async with open_pubsub(pubsub.access(store_url, HOST, PUBSUB), metrics) as bus:
+    async with open_pubsub(pubsub.access(store_url, HOST, PUBSUB), metrics, kept_s=kept_s) as bus:
         yield replace(store, bus=bus)
 
 

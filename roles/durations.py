@@ -49,7 +49,7 @@ def format_seconds(seconds: float) -> str:
     """Return a duration as a flag takes it: `2s`, `500ms`, `1.5s`."""
     if seconds < 1 and seconds * 1000 == int(seconds * 1000) and seconds:
         return f"{int(seconds * 1000)}ms"
-    return f"{seconds:g}s"
+    return f"{int(seconds)}s" if seconds == int(seconds) else f"{seconds:g}s"
 
 
 class DurationType(click.ParamType[float]):
@@ -65,3 +65,19 @@ class DurationType(click.ParamType[float]):
             return parse_duration(str(value))
         except ValueError as error:
             self.fail(str(error), param, ctx)
+
+
+class DurationRange(DurationType):
+    """A duration flag with bounds; `said` tells them."""
+
+    def __init__(self, least_s: float, most_s: float, said: str) -> None:
+        self.least_s = least_s
+        self.most_s = most_s
+        self._said = said
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Parse, or fail as a usage error."""
+        seconds = super().convert(value, param, ctx)
+        if not self.least_s <= seconds <= self.most_s:
+            self.fail(self._said, param, ctx)
+        return seconds

@@ -19,7 +19,7 @@ from juicebox_hsm.consensus.types import RoleStatus, Witness
 from juicebox_hsm.errors import RealmError, check
 from juicebox_hsm.hsm.messages import NotLeader, Outcome, StepDown, StepDownOk
 from juicebox_hsm.ids import GroupId, HsmId, RealmId
-from juicebox_hsm.ports import HsmTransport, Store
+from juicebox_hsm.ports import EVENT_KEPT_MS, HsmTransport, Store
 from juicebox_hsm.wire.rpc import Method
 from roles.agent.peers import Peers
 from roles.agent.ratelimit import Limiters
@@ -125,6 +125,7 @@ class AgentConfig:
     url: str
     build: str
     default_rate: int = 10
+    event_kept_ms: int = EVENT_KEPT_MS
     timings: Timings = field(default_factory=Timings)
     now_ms: Callable[[], int] = wall_clock_ms
     certificate_end: Callable[[], dt.datetime | None] = no_certificate

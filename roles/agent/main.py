@@ -42,16 +42,19 @@ from juicebox_hsm.adapters.supervision import (
 from juicebox_hsm.adapters.tracing import Traces, open_traces
 from juicebox_hsm.errors import InvariantViolation, RealmError
 from juicebox_hsm.hsm.core import Hsm
-from juicebox_hsm.ports import Store
+from juicebox_hsm.ports import EVENT_KEPT_MS, Store
 from juicebox_hsm.wire.rpc import AGENT_METHODS, PeerRole
 from roles.agent.context import Agent, AgentConfig
 from roles.agent.leader import hand_over, lead
 from roles.agent.registration import deregister, livez, readyz, register
 from roles.agent.service import FATAL, AgentService, hsm_status
 from roles.cloud_options import CloudOptions, pubsub_options, with_bus
+from roles.durations import DurationRange
 from roles.options import CommonOptions, load_identity, role_options
 
 REPORT_S: Final = 1.0
+RETENTION_MAX_S: Final = 31 * 86_400.0
+"""The longest that Pub/Sub keeps messages."""
 RPC_DRAIN_S: Final = 2.0
 LEAVE_S: Final = 3.0
 """For what comes after the hand-over: settled indexes, lease, registration, RPC."""
@@ -65,6 +68,7 @@ class AgentOptions:
     hsm_dir: Path
     nodes: NodeTuning
     default_rate_limit: int
+    event_kept_s: int
     pubsub: CloudOptions
 
 
@@ -110,6 +114,13 @@ class _Phase:
     show_default=True,
     help="Requests per second of a tenant without configuration.",
 )
+@click.option(
+    "--event-retention",
+    type=DurationRange(EVENT_KEPT_MS / 1000, RETENTION_MAX_S, "events are kept for at least 7d and at most 31d"),
+    default="7d",
+    show_default=True,
+    help="How long tenants' events stay after they were published, 7d to 31d; the same for all agents of a realm.",
+)
 @pubsub_options
 def command(
     common: CommonOptions,
@@ -118,13 +129,14 @@ def command(
     merkle_large_read_permits: int,
     merkle_large_read_limit: int,
     default_rate_limit: int,
+    event_retention: float,
     pubsub: CloudOptions,
 ) -> None:
     """Run an agent: the process in front of one HSM, which runs inside it."""
     configure(common.log_level)
     forbid_dumps()
     nodes = NodeTuning(merkle_cache_size, merkle_large_read_permits, merkle_large_read_limit)
-    options = AgentOptions(common, hsm_dir, nodes, default_rate_limit, pubsub)
+    options = AgentOptions(common, hsm_dir, nodes, default_rate_limit, int(event_retention), pubsub)
     phase = _Phase()
     traces = open_traces("agent", __version__)
     try:
@@ -153,7 +165,7 @@ async def run_agent(options: AgentOptions, phase: _Phase, traces: Traces | None 
         hsm = await trio.to_thread.run_sync(_start_hsm, platform)
         async with (
             open_store(common.store_url, node_tuning=options.nodes, metrics=metrics) as opened,
-            with_bus(opened, common.store_url, options.pubsub, metrics) as store,
+            with_bus(opened, common.store_url, options.pubsub, metrics, kept_s=options.event_kept_s) as store,
         ):
             faults = FaultSwitch.from_environment(common.name)
             await _serve(options, phase, tls, hsm, with_faults(store, faults), faults, metrics, traces)
@@ -191,6 +203,7 @@ async def _serve(
             url=f"{scheme}://{common.advertise}",
             build=__version__,
             default_rate=options.default_rate_limit,
+            event_kept_ms=options.event_kept_s * 1000,
             now_ms=faults.now_ms,
             certificate_end=partial(certificate_end, tls),
         )

@@ -20,7 +20,16 @@ from juicebox_hsm.consensus.types import LogEntry
 from juicebox_hsm.errors import RealmError
 from juicebox_hsm.hsm.messages import ResultKind, ResultType
 from juicebox_hsm.ids import GroupId, RealmId
-from juicebox_hsm.ports import AccountingEvent, EventKind, Intent, Lease, NewEvent, OutboxEvent, TenantCursor
+from juicebox_hsm.ports import (
+    EVENT_KEPT_MS,
+    AccountingEvent,
+    EventKind,
+    Intent,
+    Lease,
+    NewEvent,
+    OutboxEvent,
+    TenantCursor,
+)
 from roles.agent.retry import retrying
 from roles.agent.state import GroupState, LeaderState, PendingRequest
 
@@ -35,8 +44,6 @@ LEASE_MARGIN_MS: Final = 1000
 """A dispatcher renews when less than this is left."""
 PAGE_EVENTS: Final = 1000
 REMOVE_ROWS: Final = 5000
-KEPT_MS: Final = 7 * 86_400_000
-"""How long an event stays after it was published (agent.md 11)."""
 LATE_MS: Final = 3_600_000
 """Own: events published within this time of their own keep the usual date of removal, which has this much to spare."""
 
@@ -221,6 +228,8 @@ class Dispatcher:
         self._agent = agent
         self._lease: Lease | None = None
         self._ask_again_ms = 0
+        self._kept_ms = agent.config.event_kept_ms
+        self._noted: set[RealmId] = set()
 
     async def run(self) -> None:
         """Dispatch for ever; trouble makes the backlog grow and nothing else."""
@@ -265,7 +274,10 @@ class Dispatcher:
                 if trouble is None or not isinstance(error, BusTrouble):
                     trouble = error
         if moved:
-            await agent.store.outbox.remove_published(realm, await self._removal_ms(realm), REMOVE_ROWS)
+            await self._note_kept(realm)
+            await agent.store.outbox.remove_published(
+                realm, await self._removal_ms(realm), REMOVE_ROWS, kept_ms=self._kept_ms
+            )
         if trouble is not None:
             raise trouble
         return moved
@@ -322,25 +334,35 @@ class Dispatcher:
             raise BusTrouble(str(error)) from error
         agent.metrics.timing("pubsub.publish_msg.time", time.perf_counter_ns() - began_ns)
 
+    async def _note_kept(self, realm: RealmId) -> None:
+        """Say in the store, once per process, how long events stay: `store gc` must not remove them earlier."""
+        if realm in self._noted:
+            return
+        settings, name = self._agent.store.settings, kept_name(realm)
+        kept = str(self._kept_ms).encode()
+        if (await settings.get(name) or str(EVENT_KEPT_MS).encode()) != kept:
+            await settings.put(name, kept)
+        self._noted.add(realm)
+
     async def _keep_late(self, realm: RealmId, oldest_ms: int) -> None:
-        """Put off the removal of events that are published late: readers have 7 days from now, not from their time."""
+        """Put off the removal of events that are published late: readers have their time from now, not from then."""
         now_ms = self._agent.now_ms()
         if now_ms - oldest_ms < LATE_MS:
             return
         kept = await self._read_late(realm)
-        if kept is not None and now_ms < kept[1] + KEPT_MS:
+        if kept is not None and now_ms < kept[1] + self._kept_ms:
             oldest_ms = min(oldest_ms, kept[0])
         await self._agent.store.settings.put(_late_name(realm), f"{oldest_ms} {now_ms}".encode())
 
     async def _removal_ms(self, realm: RealmId) -> int:
-        """Return the time by which the 7 days of events are judged."""
+        """Return the time by which the age of events is judged."""
         now_ms = self._agent.now_ms()
         kept = await self._read_late(realm)
         if kept is None:
             return now_ms - LATE_MS
         oldest_ms, published_ms = kept
-        if now_ms < published_ms + KEPT_MS:
-            return min(now_ms - LATE_MS, oldest_ms + KEPT_MS - 1)
+        if now_ms < published_ms + self._kept_ms:
+            return min(now_ms - LATE_MS, oldest_ms + self._kept_ms - 1)
         await self._agent.store.settings.remove(_late_name(realm))
         return now_ms - LATE_MS
 
@@ -373,6 +395,11 @@ class Dispatcher:
         lease, self._lease = self._lease, None
         if lease is not None:
             await self._agent.store.leases.terminate(lease)
+
+
+def kept_name(realm: RealmId) -> str:
+    """Return the setting that says how long events stay, in ms; without it they stay 7 days."""
+    return f"outbox/kept/{realm.hex()}"
 
 
 def _late_name(realm: RealmId) -> str:

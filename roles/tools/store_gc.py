@@ -16,7 +16,7 @@ from juicebox_hsm.adapters.sqlite.reads import fetch_one
 from juicebox_hsm.adapters.sqlite.snapshot import open_snapshot
 from juicebox_hsm.adapters.sqlite.writer import FileLock
 from juicebox_hsm.adapters.store import open_store
-from juicebox_hsm.ports import DISCOVERY_EXPIRY_S
+from juicebox_hsm.ports import DISCOVERY_EXPIRY_S, EVENT_KEPT_MS
 
 MARGIN_MS: Final = DAY_MS
 """Own: events stay a day longer here than the dispatcher keeps them, which knows what was published late."""
@@ -50,8 +50,10 @@ async def _remove_events(path: Path, rate: int, progress: Progress) -> int:
             late = await store.settings.get(f"outbox/late/{realm.hex()}")
             if late is not None:
                 continue  # some were published late; only the dispatcher knows until when they stay
+            kept_ms = int(await store.settings.get(f"outbox/kept/{realm.hex()}") or EVENT_KEPT_MS)
             while True:
-                count = await store.outbox.remove_published(realm, time.time_ns() // 1_000_000 - MARGIN_MS, EVENT_ROWS)
+                now_ms = time.time_ns() // 1_000_000 - MARGIN_MS
+                count = await store.outbox.remove_published(realm, now_ms, EVENT_ROWS, kept_ms=kept_ms)
                 removed += count
                 progress("events", removed, 0)
                 if count < EVENT_ROWS:

@@ -12,8 +12,9 @@ import trio
 
 from juicebox_hsm.adapters.metrics import Metrics
 from juicebox_hsm.ids import RealmId
-from juicebox_hsm.ports import EventKind, NewEvent, OutboxEvent, Store
+from juicebox_hsm.ports import EVENT_KEPT_MS, EventKind, NewEvent, OutboxEvent, Store
 from roles.agent import outbox
+from roles.agent.context import AgentConfig
 from roles.agent.outbox import LEASE_MS, Dispatcher
 from tests.emulator.contract import Backend
 from tests.emulator.realm_data import REALM, event
@@ -32,9 +33,10 @@ class Clock:
         return self.ms
 
 
-def dispatcher(store: Store, clock: Clock, name: str = "one") -> Dispatcher:
+def dispatcher(store: Store, clock: Clock, name: str = "one", event_kept_ms: int = EVENT_KEPT_MS) -> Dispatcher:
     """Return a dispatcher of an agent that has nothing else."""
-    agent = SimpleNamespace(store=store, now_ms=clock, metrics=Metrics(), config=SimpleNamespace(name=name))
+    config = AgentConfig(name, "tls://none", "test", event_kept_ms=event_kept_ms)
+    agent = SimpleNamespace(store=store, now_ms=clock, metrics=Metrics(), config=config)
     return Dispatcher(cast("Any", agent))
 
 

@@ -124,6 +124,16 @@ class OutboxContract:
         assert [row.seq for row in await store.outbox.read(REALM, "acme", 0, 9)] == [4, 5]
         assert await store.outbox.record(REALM, [event(6)], {}) == {"acme": 6}
 
+    async def test_removal_by_any_age(self, store: Store) -> None:
+        """Rows with an event stay as long as the caller says, also when it says less the next time."""
+        rows = [event(number, body=dict(BODY), when_ms=NOW_MS + number * DAY_MS) for number in range(4)]
+        await store.outbox.record(REALM, [*rows, event(9, when_ms=NOW_MS)], {GROUP: 9})
+        await store.outbox.advance(REALM, "acme", 0, 5, "20231114", {})
+        now_ms = NOW_MS + 31 * DAY_MS
+        for kept_days, left in ((40, [1, 2, 3, 4]), (31, [2, 3, 4]), (40, [2, 3, 4]), (29, [4]), (7, [])):
+            await store.outbox.remove_published(REALM, now_ms, 100, kept_ms=kept_days * DAY_MS)
+            assert [row.seq for row in await store.outbox.read(REALM, "acme", 0, 9) if row.seq < 5] == left
+
     async def test_removal_spares_an_unsettled_group(self, store: Store) -> None:
         """A group that lags behind keeps its own rows without holding up those of others."""
         await store.outbox.record(

@@ -31,6 +31,7 @@ from tests.emulator.realm_data import GROUP, REALM
 
 pytestmark = pytest.mark.emulator
 store = contract.store
+DAY_S = 86_400
 _projects = itertools.count(1)
 QUICK = RetryProfile(first_s=0.01, most_s=0.05, attempts_max=3, total_s=2.0)
 _GetSubscription: Any = messages.GetSubscriptionRequest.pb()
@@ -115,7 +116,30 @@ async def test_resources_have_the_specified_names_and_settings(access: Access) -
     assert found.ack_deadline_seconds == 10
     assert found.enable_message_ordering
     assert found.enable_exactly_once_delivery
-    assert found.message_retention_duration.seconds in {0, 7 * 86_400}
+    assert found.message_retention_duration.seconds == 7 * DAY_S
+
+
+async def retention_s(access: Access) -> int:
+    """Return for how long the service keeps a tenant's messages, in seconds."""
+    names = Names(access.project, REALM, "acme")
+    async with open_calls(PUBSUB, access) as calls:
+        routing = ("subscription", names.subscription)
+        return codec.decode_kept_s(await calls.unary(codec.GET_SUBSCRIPTION, codec.encode_get(names), routing, QUICK))
+
+
+async def test_messages_are_kept_as_long_as_told(access: Access) -> None:
+    """A publisher's retention holds for the subscription it makes and for one that exists; a reader changes none.
+
+    The emulator knows no more than 7 days; the service has 31.
+    """
+    for number, days in enumerate((3, 7, 5), 1):
+        async with open_pubsub(access, kept_s=days * DAY_S) as writer, open_pubsub(access) as reader:
+            await writer.publish(REALM, "acme", [row(number)])
+            assert [event.seq for event in await drain(reader, 1)] == [number]
+            assert await retention_s(access) == days * DAY_S
+    async with open_pubsub(access) as reader:
+        await reader.publish(REALM, "acme", [row(4)])
+        assert await retention_s(access) == 5 * DAY_S
 
 
 async def test_a_message_has_the_specified_form(access: Access) -> None:
@@ -213,6 +237,11 @@ async def test_resources_made_by_the_operator() -> None:
     assert metrics.timer("pubsub.create_subscription.time", result="ok").count == 1, "a refusal that is an answer"
     keys = [{message.ordering_key for message in each.messages} for each in calls.published]
     assert all(len(users) == 1 for users in keys), "a request has messages of one ordering key"
+    calls = Existing("PERMISSION_DENIED", only="GetSubscription")
+    bus = PubSubBus(GoogleCalls(PUBSUB, calls, NoToken(), 1.0), "p", QUICK, kept_s=20 * DAY_S)
+    await bus.publish(REALM, "acme", [row(1)])
+    await bus.publish(REALM, "acme", [row(2)])
+    assert calls.methods == ["CreateSubscription", "GetSubscription", "Publish", "Publish"]
     late = PubSubBus(GoogleCalls(PUBSUB, Refusing("FAILED_PRECONDITION"), NoToken(), 1.0), "p", QUICK)
     await late.acknowledge(REALM, "acme", [codec.make_ack(Names("p", REALM, "acme"), "old")])
 
@@ -255,3 +284,14 @@ class Refusing:
     async def stream(self, method: str, request: bytes, metadata: Metadata, timeout_s: float) -> list[bytes]:
         """Refuse."""
         raise CallFailed("UNIMPLEMENTED", "no streams here")
+
+
+class Existing(Refusing):
+    """The same, where the subscription exists."""
+
+    async def unary(self, method: str, request: bytes, metadata: Metadata, timeout_s: float) -> bytes:
+        """Answer that it exists, or as the other does."""
+        answer = await super().unary(method, request, metadata, timeout_s)
+        if method == codec.CREATE_SUBSCRIPTION:
+            raise CallFailed("ALREADY_EXISTS", "as told")
+        return answer

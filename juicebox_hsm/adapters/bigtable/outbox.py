@@ -50,6 +50,7 @@ from juicebox_hsm.adapters.bigtable.table import Endpoint
 from juicebox_hsm.errors import check
 from juicebox_hsm.ids import GroupId, RealmId
 from juicebox_hsm.ports import (
+    EVENT_KEPT_MS,
     Backlog,
     EventKind,
     NewEvent,
@@ -332,15 +333,15 @@ class BigtableOutbox:
                     raise StoreUnavailable(f"the cursor was not seen to move: {error}") from None
                 await attempts.pause()  # the same write id again: a late first attempt is recognised as ours
 
-    async def remove_published(self, realm: RealmId, now_ms: int, limit: int) -> int:
-        """Remove up to `limit` published and settled events, those with a body 7 days after it."""
+    async def remove_published(self, realm: RealmId, now_ms: int, limit: int, *, kept_ms: int = EVENT_KEPT_MS) -> int:
+        """Remove up to `limit` published and settled events, those with a body `kept_ms` after it."""
         settled = await self._settled.all(realm)
         removed = 0
         for cursor in await self.cursors(realm):
             if removed >= limit:
                 break
             if cursor.published:
-                removed += await self._removal.remove(realm, cursor, settled, now_ms, limit - removed)
+                removed += await self._removal.remove(realm, cursor, settled, now_ms - kept_ms, limit - removed)
         return removed
 
     async def counters(self, realm: RealmId, tenant: str) -> dict[str, dict[EventKind, int]]:

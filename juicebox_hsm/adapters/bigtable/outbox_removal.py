@@ -2,7 +2,7 @@
 
 Sequences are read forward in windows, because rows cannot be scanned from the oldest end. Where reading goes on is
 remembered per tenant, and kept with the cursor as a hint for the next process: everything up to it is gone. Events of
-a group that is not settled so far are remembered one by one; those with a body wait for their week.
+a group that is not settled so far are remembered one by one; those with a body wait for their time.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ from juicebox_hsm.adapters.bigtable.outbox_table import OutboxTable
 from juicebox_hsm.ids import GroupId, RealmId
 from juicebox_hsm.ports import OutboxEvent, TenantCursor
 
-EVENT_KEPT_MS: Final = 7 * 86_400_000
-"""How long published events with a body stay, for the embedded bus and for auditors who come late."""
 WINDOW: Final = 1_000
 WINDOWS_MAX: Final = 8
 """Windows read per tenant and call; the rest comes next time."""
@@ -42,17 +40,17 @@ class _Unsettled:
 class _Place:
     """How far one tenant's sequence was cleaned.
 
-    Up to `read` (exclusive) every event was looked at: it is gone, `unsettled`, or waits for its week in `kept`.
-    `aged_from` is where the oldest event that waits may be, `aged_due_ms` when it may go.
+    Up to `read` (exclusive) every event was looked at: it is gone, `unsettled`, or waits for its time.
+    `aged_from` is where the oldest event that waits may be, `aged_when_ms` its time.
     """
 
-    __slots__ = ("aged_due_ms", "aged_from", "hint", "read", "unsettled")
+    __slots__ = ("aged_from", "aged_when_ms", "hint", "read", "unsettled")
 
     def __init__(self, start: int) -> None:
         self.hint = start
         self.read = start
         self.aged_from = start
-        self.aged_due_ms = 0
+        self.aged_when_ms = 0
         self.unsettled: dict[int, _Unsettled] = {}
 
 
@@ -64,9 +62,12 @@ class Removal:
         self._places: dict[tuple[RealmId, str], _Place] = {}
 
     async def remove(
-        self, realm: RealmId, cursor: TenantCursor, settled: Mapping[GroupId, int], now_ms: int, limit: int
+        self, realm: RealmId, cursor: TenantCursor, settled: Mapping[GroupId, int], before_ms: int, limit: int
     ) -> int:
-        """Remove up to `limit` of a tenant's events at or below its cursor; the newest event always stays."""
+        """Remove up to `limit` of a tenant's events at or below its cursor; the newest event always stays.
+
+        Those with a body go if they are of `before_ms` or earlier.
+        """
         place = self._places.get((realm, cursor.tenant))
         if place is None:
             start = await self._read_hint(realm, cursor.tenant)
@@ -80,7 +81,7 @@ class Removal:
             del place.unsettled[seq]
         removed = len(gone)
         removed += await self._remove_bare(realm, cursor.tenant, place, settled, end, limit - removed)
-        removed += await self._remove_aged(realm, cursor.tenant, place, settled, now_ms, limit - removed)
+        removed += await self._remove_aged(realm, cursor.tenant, place, settled, before_ms, limit - removed)
         await self._write_hint(realm, cursor.tenant, place)
         return removed
 
@@ -124,21 +125,20 @@ class Removal:
         return removed
 
     async def _remove_aged(
-        self, realm: RealmId, tenant: str, place: _Place, settled: Mapping[GroupId, int], now_ms: int, limit: int
+        self, realm: RealmId, tenant: str, place: _Place, settled: Mapping[GroupId, int], before_ms: int, limit: int
     ) -> int:
-        """Remove events with a body after their week, from the oldest to the first that is too young."""
+        """Remove events with a body that are older than `before_ms`, from the oldest to the first that is too young."""
         removed = 0
         for _ in range(WINDOWS_MAX):
-            if now_ms < place.aged_due_ms or place.aged_from >= place.read or removed >= limit:
+            if before_ms < place.aged_when_ms or place.aged_from >= place.read or removed >= limit:
                 break
             newest = min(place.read - 1, place.aged_from + WINDOW - 1)
             gone: list[tuple[int, bytes]] = []
             for event, key in await self._table.read_stored(realm, tenant, place.aged_from, newest):
                 if event.new.event is None or event.seq in place.unsettled:
                     continue
-                due_ms = event.new.when_ms + EVENT_KEPT_MS
-                if due_ms > now_ms:
-                    place.aged_due_ms = due_ms
+                if event.new.when_ms > before_ms:
+                    place.aged_when_ms = event.new.when_ms
                     newest = event.seq - 1
                     break
                 if not _is_settled(event, settled):

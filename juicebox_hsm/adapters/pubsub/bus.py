@@ -28,7 +28,7 @@ from juicebox_hsm.adapters.pubsub.codec import Names
 from juicebox_hsm.errors import RealmError
 from juicebox_hsm.event_bus import BusEvent
 from juicebox_hsm.ids import RealmId
-from juicebox_hsm.ports import OutboxEvent, StoreUnavailable
+from juicebox_hsm.ports import EVENT_KEPT_MS, OutboxEvent, StoreUnavailable
 
 EMULATOR_VARIABLE: Final = "PUBSUB_EMULATOR_HOST"
 HOST: Final = "pubsub.googleapis.com"
@@ -48,18 +48,25 @@ BATCH_MAX: Final = 100
 PUBLISHING_MAX: Final = 16  # own: users whose events are on the way at once
 PULL_MAX: Final = 100
 """Own: the service's ids are long, and a reader must be able to acknowledge a page in one request of 32 KiB."""
+KEPT_S: Final = EVENT_KEPT_MS // 1000
 MISSING_MAX: Final = 3  # own: how often one request may find nothing although it was just made
 
 _log = get_logger("pubsub")
 
 
 class PubSubBus:
-    """Publishes to a topic per (realm, tenant) and reads its subscription."""
+    """Publishes to a topic per (realm, tenant) and reads its subscription.
 
-    def __init__(self, calls: GoogleCalls, project: str, retry: RetryProfile = RETRY) -> None:
+    `kept_s` is for how long subscriptions keep messages; who only reads gives None and changes none that exists.
+    """
+
+    def __init__(
+        self, calls: GoogleCalls, project: str, retry: RetryProfile = RETRY, *, kept_s: int | None = None
+    ) -> None:
         self._calls = calls
         self._project = project
         self._retry = retry
+        self._kept_s = kept_s
         self._ready: dict[Names, int] = {}
         self._making = trio.Lock()
 
@@ -168,25 +175,49 @@ class PubSubBus:
             self._ready[names] = made + 1
 
     async def _create_subscription(self, names: Names) -> bool:
-        """Create the subscription; False when there is no topic."""
-        return await self._create(codec.CREATE_SUBSCRIPTION, codec.encode_subscription(names), names.subscription)
+        """Create the subscription, or let one that exists keep messages as long; False when there is no topic."""
+        request = codec.encode_subscription(names, self._kept_s or KEPT_S)
+        outcome = await self._create(codec.CREATE_SUBSCRIPTION, request, names.subscription)
+        if outcome == "ALREADY_EXISTS" and self._kept_s is not None:
+            await self._keep(names, self._kept_s)
+        return outcome != "NOT_FOUND"
 
-    async def _create(self, method: str, request: bytes, name: str) -> bool:
+    async def _keep(self, names: Names, kept_s: int) -> None:
+        """Set for how long an existing subscription keeps messages, if it is another time and we may."""
+        routing = ("subscription", names.subscription)
+        passed = ("NOT_FOUND", "PERMISSION_DENIED")
+        try:
+            found = await self._calls.unary(
+                codec.GET_SUBSCRIPTION, codec.encode_get(names), routing, self._retry, passed=passed
+            )
+            if codec.decode_kept_s(found) == kept_s:
+                return
+            change, routing = codec.encode_keep(names, kept_s), ("subscription.name", names.subscription)
+            await self._calls.unary(codec.UPDATE_SUBSCRIPTION, change, routing, self._retry, passed=passed)
+        except CallFailed as failure:
+            _log.warning("retention not changed", name=names.subscription, kept_s=kept_s, reason=failure.details)
+        else:
+            _log.info("retention changed", name=names.subscription, kept_s=kept_s)
+
+    async def _create(self, method: str, request: bytes, name: str) -> str:
+        """Create what may exist; return "" or the status that was passed over."""
         try:
             passed = ("ALREADY_EXISTS", "NOT_FOUND", "PERMISSION_DENIED")
             await self._calls.unary(method, request, ("name", name), self._retry, passed=passed)
         except CallFailed as failure:
             if failure.code == "PERMISSION_DENIED":
                 _log.warning("not allowed to create; it must exist", name=name, reason=failure.details)
-            return failure.code != "NOT_FOUND"
+            return failure.code
         _log.info("created", name=name)
-        return True
+        return ""
 
 
 @asynccontextmanager
-async def open_pubsub(access: Access, metrics: Metrics | None = None) -> AsyncIterator[PubSubBus]:
+async def open_pubsub(
+    access: Access, metrics: Metrics | None = None, *, kept_s: int | None = None
+) -> AsyncIterator[PubSubBus]:
     """Open the bus of one project. PUBSUB_EMULATOR_HOST counts where no address is given."""
     if not access.emulator:
         access = replace(access, emulator=os.environ.get(EMULATOR_VARIABLE, ""))
     async with open_calls(PUBSUB, access, metrics) as calls:
-        yield PubSubBus(calls, access.project)
+        yield PubSubBus(calls, access.project, kept_s=kept_s)

@@ -21,6 +21,8 @@ from juicebox_hsm.ports import OutboxEvent
 PUBLISH: Final = "/google.pubsub.v1.Publisher/Publish"
 CREATE_TOPIC: Final = "/google.pubsub.v1.Publisher/CreateTopic"
 CREATE_SUBSCRIPTION: Final = "/google.pubsub.v1.Subscriber/CreateSubscription"
+GET_SUBSCRIPTION: Final = "/google.pubsub.v1.Subscriber/GetSubscription"
+UPDATE_SUBSCRIPTION: Final = "/google.pubsub.v1.Subscriber/UpdateSubscription"
 PULL: Final = "/google.pubsub.v1.Subscriber/Pull"
 ACKNOWLEDGE: Final = "/google.pubsub.v1.Subscriber/Acknowledge"
 
@@ -31,6 +33,8 @@ LABEL_MAX: Final = 63
 _PublishRequest: Final[Any] = _messages.PublishRequest.pb()
 _Topic: Final[Any] = _messages.Topic.pb()
 _Subscription: Final[Any] = _messages.Subscription.pb()
+_GetSubscriptionRequest: Final[Any] = _messages.GetSubscriptionRequest.pb()
+_UpdateSubscriptionRequest: Final[Any] = _messages.UpdateSubscriptionRequest.pb()
 _PullRequest: Final[Any] = _messages.PullRequest.pb()
 _PullResponse: Final[Any] = _messages.PullResponse.pb()
 _AcknowledgeRequest: Final[Any] = _messages.AcknowledgeRequest.pb()
@@ -80,8 +84,8 @@ def encode_topic(names: Names) -> bytes:
     return _bytes(_Topic(name=names.topic, labels=names.labels()))
 
 
-def encode_subscription(names: Names) -> bytes:
-    """Encode the creation of the subscription: ordered, exactly once, never expiring, kept 7 days (the default)."""
+def encode_subscription(names: Names, kept_s: int) -> bytes:
+    """Encode the creation of the subscription: ordered, exactly once, never expiring, messages kept for `kept_s`."""
     request = _Subscription(
         name=names.subscription,
         topic=names.topic,
@@ -89,8 +93,27 @@ def encode_subscription(names: Names) -> bytes:
         labels=names.labels(),
         enable_message_ordering=True,
         enable_exactly_once_delivery=True,
+        message_retention_duration={"seconds": kept_s},
     )
     request.expiration_policy.SetInParent()  # present without a time: never
+    return _bytes(request)
+
+
+def encode_get(names: Names) -> bytes:
+    """Encode a look at the subscription."""
+    return _bytes(_GetSubscriptionRequest(subscription=names.subscription))
+
+
+def decode_kept_s(response: bytes) -> int:
+    """Return for how long the subscription that was looked at keeps messages."""
+    return int(_Subscription.FromString(response).message_retention_duration.seconds)
+
+
+def encode_keep(names: Names, kept_s: int) -> bytes:
+    """Encode a change of how long the subscription keeps messages, and of nothing else."""
+    request = _UpdateSubscriptionRequest(update_mask={"paths": ["message_retention_duration"]})
+    request.subscription.name = names.subscription
+    request.subscription.message_retention_duration.seconds = kept_s
     return _bytes(request)
 
 

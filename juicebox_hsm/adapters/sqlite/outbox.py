@@ -17,10 +17,7 @@ from juicebox_hsm.adapters.sqlite.rows import checksum, decode_event, encode_eve
 from juicebox_hsm.adapters.sqlite.writer import Writer
 from juicebox_hsm.errors import check
 from juicebox_hsm.ids import GroupId, RealmId
-from juicebox_hsm.ports import Backlog, EventKind, NewEvent, OutboxEvent, TenantCursor
-
-EVENT_KEPT_MS: Final = 7 * 86_400_000
-"""How long published rows with an event stay, for the embedded bus and for auditors who come late."""
+from juicebox_hsm.ports import EVENT_KEPT_MS, Backlog, EventKind, NewEvent, OutboxEvent, TenantCursor
 
 _TENANT: Final = "SELECT number, tail FROM outbox_tenants WHERE realm = ? AND tenant = ?"
 _BACKLOG: Final = """SELECT coalesce(sum(t.tail - t.published), 0), min(o.when_ms)
@@ -134,8 +131,8 @@ class SqliteOutbox:
 
         return await self._writer.run(write)
 
-    async def remove_published(self, realm: RealmId, now_ms: int, limit: int) -> int:
-        """Remove up to `limit` published and settled rows, those with an event 7 days after it."""
+    async def remove_published(self, realm: RealmId, now_ms: int, limit: int, *, kept_ms: int = EVENT_KEPT_MS) -> int:
+        """Remove up to `limit` published and settled rows, those with an event `kept_ms` after it."""
         number = self._reads.realm(realm)
 
         def write(db: apsw.Connection) -> int:
@@ -143,7 +140,7 @@ class SqliteOutbox:
             for tenant, published in fetch(
                 db, "SELECT number, published FROM outbox_tenants WHERE realm = ? AND published > 0", (number,)
             ):
-                removed += _remove(db, tenant, published, now_ms - EVENT_KEPT_MS, limit - removed)
+                removed += _remove(db, tenant, published, now_ms - kept_ms, limit - removed)
                 if removed >= limit:
                     break
             return removed
@@ -185,7 +182,7 @@ def _tenant_row(db: apsw.Connection, realm: int, tenant: str) -> tuple[int, int]
 def _remove(db: apsw.Connection, tenant: int, published: int, event_before_ms: int, limit: int) -> int:
     """Remove one tenant's removable rows: those without an event by their index, those with one from the oldest on.
 
-    The second scan stops at the first event that is too young, so a week of kept rows is not read again every time.
+    The second scan stops at the first event that is too young, so kept rows are not read again every time.
     """
     gone = {seq for (seq,) in fetch(db, _BARE, (tenant, published, limit))}
     if len(gone) < limit:

@@ -16,8 +16,9 @@ from juicebox_hsm.adapters.logging import get_logger
 from juicebox_hsm.adapters.metrics import Metrics
 from juicebox_hsm.adapters.store import open_store
 from juicebox_hsm.ids import RealmId
-from juicebox_hsm.ports import EventKind, OutboxEvent, Store, StoreUnavailable
-from roles.agent.outbox import KEPT_MS, LATE_MS, BusTrouble, Dispatcher
+from juicebox_hsm.ports import EVENT_KEPT_MS, EventKind, OutboxEvent, Store, StoreUnavailable
+from roles.agent.context import AgentConfig
+from roles.agent.outbox import LATE_MS, BusTrouble, Dispatcher, kept_name
 from tests.emulator.contract_dispatch import DAY_MS, NOW_MS, Clock, dispatcher, made
 from tests.emulator.realm_data import GROUP, REALM
 
@@ -70,8 +71,33 @@ async def test_events_stay_7_days_after_publication(store: Store) -> None:
     assert await tick(20, 4, when_ms=NOW_MS + 10 * DAY_MS) == [4]
     assert await tick(20.1, 5, when_ms=NOW_MS + 9 * DAY_MS) == [4, 5]
     assert await tick(27, 6) == [4, 5, 6]
-    assert clock.ms < NOW_MS + int(20.1 * DAY_MS) + KEPT_MS
+    assert clock.ms < NOW_MS + int(20.1 * DAY_MS) + EVENT_KEPT_MS
     assert await tick(27.2, 7) == [6, 7]
+
+
+async def test_events_stay_as_long_as_told(store: Store) -> None:
+    """With a retention of 20 days events stay 20 days after publication, in time or late, and the store says so."""
+    clock = Clock()
+    worker = dispatcher(store, clock, event_kept_ms=20 * DAY_MS)
+
+    async def tick(days: float, number: int, when_ms: int | None = None) -> list[int]:
+        clock.ms = NOW_MS + int(days * DAY_MS)
+        new = made(number, EventKind.DELETE, when_ms=clock.ms if when_ms is None else when_ms)
+        await store.outbox.record(REALM, [new], {GROUP: 1000})
+        await worker.dispatch(REALM)
+        return [row.new.index for row in await store.outbox.read(REALM, "acme", 0, 100)]
+
+    assert await tick(0, 1) == [1]
+    assert await tick(20, 2) == [1, 2]
+    assert await tick(20 + LATE_MS / DAY_MS, 3) == [2, 3]
+    assert await tick(50, 4, when_ms=NOW_MS + 22 * DAY_MS) == [4]
+    assert await tick(69, 5) == [4, 5]
+    assert await tick(70.1, 6) == [5, 6]
+    assert await store.settings.get(kept_name(REALM)) == str(20 * DAY_MS).encode()
+    await worker.release()
+    worker = dispatcher(store, clock)
+    await tick(70.2, 7)
+    assert await store.settings.get(kept_name(REALM)) == str(EVENT_KEPT_MS).encode(), "another setting replaces it"
 
 
 class BrokenBus(EmbeddedBus):
@@ -93,7 +119,7 @@ async def test_a_bus_that_is_down_is_a_warning(store: Store) -> None:
         store=replace(store, bus=bus),
         now_ms=Clock(),
         metrics=Metrics(),
-        config=SimpleNamespace(name="one"),
+        config=AgentConfig("one", "tls://none", "test"),
         log=get_logger("test"),
         groups=SimpleNamespace(realms=[REALM]),
         timings=SimpleNamespace(dispatch_s=0.001, dispatch_idle_s=0.001),

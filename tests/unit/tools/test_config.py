@@ -17,6 +17,7 @@ import roles.manager.main
 from juicebox_hsm.adapters.certificates import CaKind, init_ca, issue, issue_edge
 from juicebox_hsm.adapters.hsm_host import generate_keys, init_hsm_dir, open_hsm_dir
 from roles.cli import cli
+from roles.durations import DurationRange
 from roles.options import flag_of, read_settings, variable_of
 from roles.tools.config import parse_role
 
@@ -49,6 +50,8 @@ def _sample(parameter: click.Parameter) -> tuple[str, object]:
         return "3", 3
     if isinstance(parameter.type, type(click.FLOAT)):
         return "0.5", 0.5
+    if isinstance(parameter.type, DurationRange):
+        return f'"{parameter.type.most_s:.0f}s"', parameter.type.most_s
     if parameter.type.name == "DUR":
         return '"3s"', 3.0
     if parameter.type.name == "HOST:PORT":

@@ -179,6 +179,8 @@ def busy() -> Iterator[int]:
 
 ROLES = [
     (AGENT.replace(" --store sqlite:st.db", ""), 2, "--store is required"),
+    (f"{AGENT} --event-retention 6d", 2, "at least 7d and at most 31d"),
+    (f"{AGENT} --event-retention 32d", 2, "at least 7d and at most 31d"),
     (f"{AGENT} --hsm-dir nodir", 78, "--hsm-dir nodir: no such directory"),
     (f"{AGENT} --store sqlite:directory", 78, "directory"),
     (f"{AGENT} --cluster-tls tls/lb", 78, "tls/lb/cert.pem: is for role lb, agent is needed"),

@@ -14,6 +14,7 @@ import trio
 from click.testing import CliRunner, Result
 
 from juicebox_hsm.adapters.hsm_host import InProcessHsm, generate_keys, init_hsm_dir, open_hsm_dir
+from juicebox_hsm.adapters.sqlite.accounting import DAY_MS
 from juicebox_hsm.adapters.sqlite.backup import read_tails
 from juicebox_hsm.adapters.sqlite.check import check_file
 from juicebox_hsm.adapters.store import open_store
@@ -24,6 +25,7 @@ from juicebox_hsm.hsm.core import Hsm
 from juicebox_hsm.hsm.messages import CaptureNext, NewRealm, NewRealmOk, PersistState
 from juicebox_hsm.ids import GroupId, HsmId, RealmId, RecordId
 from juicebox_hsm.ports import AccountingEvent, ServiceKind
+from roles.agent.outbox import kept_name
 from roles.cli import cli
 from roles.tools.store_restore import HsmWitness, Membership, restore_problems, witness_of
 from tests.emulator.realm_data import GROUP, OTHER_GROUP, REALM, Grown, entry, event, mac
@@ -183,6 +185,21 @@ def test_gc(path: Path) -> None:
     assert "bytes, of which" in output
     assert "removed 0 events, 0 accounting rows, 0 expired addresses" in _ok("gc", "--store", f"sqlite:{path}")
     assert _run("gc", "--store", f"sqlite:{path}.not").exit_code == 1
+
+
+def test_gc_keeps_what_agents_keep(path: Path) -> None:
+    """Events stay as long as the realm's agents say in the store, not just the usual week."""
+
+    async def set_up(kept_days: int) -> None:
+        async with open_store(f"sqlite:{path}") as store:
+            cursor = (await store.outbox.cursors(REALM))[0]
+            await store.outbox.advance(REALM, "acme", cursor.published, 2, "20231114", {})
+            await store.settings.put(kept_name(REALM), str(kept_days * DAY_MS).encode())
+
+    trio.run(set_up, 99_999)
+    assert "removed 1 events" in _ok("gc", "--store", f"sqlite:{path}"), "the one without a body"
+    trio.run(set_up, 7)
+    assert "removed 1 events" in _ok("gc", "--store", f"sqlite:{path}")
 
 
 def test_backup(path: Path, tmp_path: Path) -> None:
