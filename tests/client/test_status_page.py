@@ -32,6 +32,7 @@ from roles.manager.page import REFRESH_S, Own, render, render_trouble
 from roles.manager.page_style import STYLE
 from roles.manager.status_page import HEADERS
 from roles.manager.verdict import BalancerReport, Evidence, ManagerReport, judge
+from tests.ci import in_ci
 from tests.unit.manager.fakes import FakeAgent, FakeGroup, group, hsm, record
 
 pytestmark = [pytest.mark.processes, pytest.mark.chromium]
@@ -49,7 +50,7 @@ def chromium() -> str:
     )
     found = next((path for path in map(shutil.which, names) if path), None)
     if found is None:
-        if os.environ.get("CI") == "true":
+        if in_ci():
             pytest.fail(HOW_TO_GET, pytrace=False)
         pytest.skip(HOW_TO_GET)
     return found

@@ -10,6 +10,7 @@ import pytest
 
 from roles.tools import demo_pubsub
 from roles.tools.demo_emulator import EMULATOR_VARIABLE, HOW_TO_GET, Emulator, find_emulator
+from tests.ci import in_ci
 
 pytest.register_assert_rewrite(
     "tests.emulator.contract",
@@ -22,7 +23,7 @@ pytest.register_assert_rewrite(
 
 def missing(what: str) -> NoReturn:
     """Skip where an emulator is not installed; fail in CI, where that would hide the whole suite."""
-    if os.environ.get("CI") == "true":
+    if in_ci():
         pytest.fail(what, pytrace=False)
     pytest.skip(what)
 
