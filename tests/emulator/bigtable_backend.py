@@ -8,6 +8,8 @@ from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 
+from google.cloud.bigtable_v2.types.bigtable import CheckAndMutateRowResponse
+
 from juicebox_hsm.adapters.bigtable.backend import Tuning, open_bigtable
 from juicebox_hsm.adapters.bigtable.driver import CallFailed, Metadata, Transport
 from juicebox_hsm.adapters.bigtable.retry import RetryProfile
@@ -38,7 +40,7 @@ class Faults:
     """What goes wrong: each rule is asked with the method's name before a call; the first that answers is used up.
 
     `lose_request` fails the call before it is sent, `lose_answer` after it was carried out. `between` runs after
-    an answer was lost and before the failure is reported.
+    an answer was lost and before the failure is reported. `decision` is what all conditional writes answer.
     """
 
     lose_request: list[str] = field(default_factory=list)
@@ -46,6 +48,7 @@ class Faults:
     cut_stream_after: list[int] = field(default_factory=list)
     dead: set[str] = field(default_factory=set)
     code: str = "UNAVAILABLE"
+    decision: bool | None = None
     between: Callable[[], object] | None = None
     calls: list[str] = field(default_factory=list)
 
@@ -94,6 +97,8 @@ class _Faulty:
         if faults.take(faults.lose_answer, name):
             await faults.after_answer()
             raise CallFailed(faults.code, "lost on the way back")
+        if name == "CheckAndMutateRow" and faults.decision is not None:
+            answer = CheckAndMutateRowResponse.serialize(CheckAndMutateRowResponse(predicate_matched=faults.decision))
         return answer
 
     async def stream(self, method: str, request: bytes, metadata: Metadata, timeout_s: float) -> list[bytes]:

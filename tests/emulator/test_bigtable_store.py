@@ -734,15 +734,40 @@ async def test_opening_by_url(
         assert await store.settings.list("") == {}, "the self-test leaves nothing behind"
 
 
-async def test_a_service_that_cannot_decide(backend: BigtableBackend, faults: Faults) -> None:
+async def test_a_service_that_cannot_decide(backend: BigtableBackend) -> None:
     """Opening fails with a hint at the application profile when conditional writes are refused or always match."""
     async with backend.open() as store:
         await store.realms.create_shared()
-    faults.code = "FAILED_PRECONDITION"
-    faults.dead.add(CHECK)
-    with pytest.raises(LocalError, match="single-cluster"):
-        async with backend.open_with(faults):
-            pass
+    for wrong in (Faults(decision=True), Faults(decision=False), Faults(dead={CHECK}, code="FAILED_PRECONDITION")):
+        with pytest.raises(LocalError, match="single-cluster"):
+            async with backend.open_with(wrong):
+                pass
+
+
+async def test_who_opens_before_there_is_a_table_tests_later(backend: BigtableBackend, faults: Faults) -> None:
+    """A process that finds no tables when it opens tests conditional writes before its first registration, append or
+    lease, once; on a service that cannot decide none of them happens."""
+    async with backend.open_with(faults) as early, backend.open() as manager:
+        assert faults.count(CHECK) == 0
+        await manager.realms.create_shared()
+        await manager.realms.create_realm(REALM)
+        faults.decision = False
+        with pytest.raises(LocalError, match="single-cluster"):
+            await early.discovery.register(ServiceKind.AGENT, "tls://a:1", NOW_MS)
+        with pytest.raises(LocalError, match="single-cluster"):
+            await append(early, batch(1, 2))
+        with pytest.raises(LocalError, match="single-cluster"):
+            await early.leases.obtain("some-cm", "a", NOW_MS, 3_000)
+        assert await manager.discovery.list(NOW_MS) == []
+        assert await manager.log.read_from(REALM, GROUP, 1, 10) == []
+        faults.decision = None
+        faults.calls.clear()
+        await early.discovery.register(ServiceKind.AGENT, "tls://a:1", NOW_MS)
+        tested = faults.count(CHECK)
+        assert tested > 0
+        assert await append(early, batch(1, 2)) is APPENDED
+        await early.discovery.register(ServiceKind.AGENT, "tls://a:1", NOW_MS)
+        assert faults.count(CHECK) == tested + 1, "only the append itself"
 
 
 async def test_errors_pass_through_unchanged(backend: BigtableBackend) -> None:

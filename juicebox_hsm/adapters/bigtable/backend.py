@@ -221,7 +221,8 @@ async def _opened(instance: Instance, node_tuning: NodeTuning, tuning: Tuning) -
     deletion = nodes.deletion = DeferredDeletion(nodes, tuning.deletion_delay_s)
     settled = Settled(endpoint)
     realms = BigtableRealms(endpoint, instance.admin)
-    await realms.self_test()
+    endpoint.self_test = realms.self_test
+    await endpoint.prove()
     failure: BaseException | None = None
     deleting = trio.CancelScope(shield=True)  # goes on while the body is being cancelled, until `_finish` is done
     async with trio.open_nursery() as nursery:

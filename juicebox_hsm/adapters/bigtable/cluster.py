@@ -72,13 +72,15 @@ class BigtableDiscovery:
     """`ports.Discovery` on one instance. `background` holds the removal of expired addresses."""
 
     def __init__(self, endpoint: Endpoint, background: trio.Nursery, metrics: Metrics) -> None:
+        self._endpoint = endpoint
         self._table = Table(endpoint, DISCOVERY)
         self._background = background
         self._is_removing = False
         self._expiry = Family(metrics, "store_client.discovery.delete_expired")
 
     async def register(self, kind: ServiceKind, url: str, now_ms: int) -> None:
-        """Write or renew a registration; its time is the caller's."""
+        """Write or renew a registration; its time is the caller's. The store must have passed its test before."""
+        await self._endpoint.prove()
         cell = SetCell("f", b"t", b"", now_ms * 1000)
         await self._table.mutate_row(keys.address_key(kind, url), (DeleteFamily("f"), cell))
 

@@ -87,7 +87,8 @@ class BigtableRealms:
         for name in SHARED_TABLES:
             if not await self._exists(name):
                 await self._create(name)
-        await self.self_test()
+        self._endpoint.self_test = self.self_test
+        await self._endpoint.prove()
 
     async def _exists(self, name: str) -> bool:
         """Ask the table itself: all but the first process of a cluster are spared the admin API."""
@@ -142,10 +143,10 @@ class BigtableRealms:
         right, wrong = (SetCell("f", b"v", b"right"),), (SetCell("f", b"v", b"wrong"),)
         try:
             answers = (
-                await table.check_and_mutate(key, RowExists(), if_match=wrong, if_not=right),
-                await table.check_and_mutate(key, RowExists(), if_match=right, if_not=wrong),
-                await table.check_and_mutate(key, AnyValueEquals(b"righ"), if_match=wrong, if_not=right),
-                await table.check_and_mutate(key, AnyValueEquals(b"right"), if_match=right, if_not=wrong),
+                await table.check_and_mutate(key, RowExists(), if_match=wrong, if_not=right, is_test=True),
+                await table.check_and_mutate(key, RowExists(), if_match=right, if_not=wrong, is_test=True),
+                await table.check_and_mutate(key, AnyValueEquals(b"righ"), if_match=wrong, if_not=right, is_test=True),
+                await table.check_and_mutate(key, AnyValueEquals(b"right"), if_match=right, if_not=wrong, is_test=True),
             )
         except StoreAmbiguous as error:
             raise StoreUnavailable(str(error)) from None

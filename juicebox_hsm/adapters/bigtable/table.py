@@ -7,7 +7,7 @@ harmless to repeat), `StoreAmbiguous` (a conditional write may have happened), `
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Final
 from urllib.parse import quote
 
@@ -65,6 +65,16 @@ class Endpoint:
         self.profile = profile
         self.call_s = call_s
         self.retry = retry
+        self.self_test: Callable[[], Awaitable[bool]] | None = None
+        """Tests that the instance decides conditional writes, until it once could; see `prove`."""
+
+    async def prove(self) -> None:
+        """Test conditional writes if there was no table to test with when the store was opened, and is one now.
+
+        Raises what the test raises: `LocalError` if the instance does not decide, `StoreUnavailable`.
+        """
+        if self.self_test is not None and await self.self_test():
+            self.self_test = None
 
     def routing(self, table: str) -> Metadata:
         """Return the header that routes a call; the generated client would add it (storage.md 9.1)."""
@@ -211,14 +221,18 @@ class Table:
         *,
         if_match: Sequence[Mutation] = (),
         if_not: Sequence[Mutation] = (),
+        is_test: bool = False,
     ) -> bool:
         """Apply one list of mutations or the other, atomically; return whether the predicate held.
 
-        Sent exactly once. Raises `StoreAmbiguous` when the outcome is unknown, another error when nothing happened.
+        Sent exactly once, and only `is_test` to an instance that is not known to decide. Raises `StoreAmbiguous` when
+        the outcome is unknown, another error when nothing happened.
         """
         _check_row(key, (*if_match, *if_not))
         check(if_match or if_not, "a conditional write writes something")
         endpoint = self._endpoint
+        if not is_test:
+            await endpoint.prove()
         request = codec.check_and_mutate_request(self._full, endpoint.profile, key, predicate, if_match, if_not)
         try:
             response = await endpoint.transport.unary(
