@@ -164,6 +164,7 @@ async def open_calls(service: Service, access: Access, metrics: Metrics | None =
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(authorization.keep_fresh)
+                nursery.start_soon(transport.keep_rotating, ChannelTransport.connect)
                 try:
                     yield GoogleCalls(service, transport, authorization, access.call_s, metrics)
                 except (trio.Cancelled, GeneratorExit):

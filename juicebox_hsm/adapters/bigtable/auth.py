@@ -17,6 +17,7 @@ from juicebox_hsm.adapters.logging import get_logger
 from juicebox_hsm.adapters.metrics import Metrics
 from juicebox_hsm.adapters.retry_metrics import Family
 from juicebox_hsm.errors import LocalError
+from juicebox_hsm.ports import StoreUnavailable
 
 SCOPES: Final = (
     "https://www.googleapis.com/auth/bigtable.data",
@@ -93,7 +94,10 @@ class ApplicationDefault:
         otherwise: str = ", or BIGTABLE_EMULATOR_HOST for the emulator",
         metrics: Metrics | None = None,
     ) -> ApplicationDefault:
-        """Find credentials and get the first token. Raises `LocalError` when there are none or they are refused."""
+        """Find credentials and get the first token.
+
+        Raises `LocalError` when there are none or they are refused, `StoreUnavailable` when no token comes in time.
+        """
         import google.auth
         import google.auth.exceptions
         import google.auth.transport.requests
@@ -105,6 +109,10 @@ class ApplicationDefault:
         except google.auth.exceptions.GoogleAuthError as error:
             raise LocalError(
                 f"no credentials for {service}: {error}; set GOOGLE_APPLICATION_CREDENTIALS{otherwise}"
+            ) from None
+        except trio.TooSlowError:
+            raise StoreUnavailable(
+                f"no access token for {service} within {REFRESH_TIMEOUT_S:g} s: the token endpoint does not answer"
             ) from None
         return found
 

@@ -13,12 +13,12 @@ import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 from urllib.parse import parse_qsl
 
 import trio
 
-from juicebox_hsm.adapters.bigtable import codec
 from juicebox_hsm.adapters.bigtable.accounting import BigtableAccounting
 from juicebox_hsm.adapters.bigtable.auth import ApplicationDefault, Authorization, NoAuthorization
 from juicebox_hsm.adapters.bigtable.channel import DEFAULT_CHANNEL_TUNING, ChannelTransport, ChannelTuning
@@ -40,6 +40,7 @@ from juicebox_hsm.adapters.bigtable.retry import STORE_RETRY, RetryProfile
 from juicebox_hsm.adapters.bigtable.settled import Settled
 from juicebox_hsm.adapters.bigtable.stats import BigtableStats
 from juicebox_hsm.adapters.bigtable.table import CALL_S, Endpoint
+from juicebox_hsm.adapters.bigtable.warming import warm_channel
 from juicebox_hsm.adapters.embedded_bus import EmbeddedBus
 from juicebox_hsm.adapters.metrics import Metrics
 from juicebox_hsm.adapters.node_tuning import DEFAULT_NODE_TUNING, NodeTuning
@@ -146,18 +147,17 @@ class Instance:
     """An instance that was reached: its endpoint for data, the transport to the admin API, and what it is called."""
 
     endpoint: Endpoint
-    admin: Transport
+    admin: ChannelTransport
     data: ChannelTransport
     authorization: Authorization
     description: str
     metrics: Metrics
 
-    async def warm(self, fresh: ChannelTransport) -> None:
-        """Ping the instance through a new channel."""
-        endpoint = self.endpoint
-        ping = codec.ping_request(endpoint.instance, endpoint.profile)
-        headers = (("x-goog-request-params", f"name={endpoint.instance}"), *self.authorization.metadata())
-        await fresh.unary(codec.PING_AND_WARM, ping, headers, endpoint.call_s)
+    def keep(self, nursery: trio.Nursery) -> None:
+        """Start what keeps tokens and channels fresh, until the nursery is cancelled."""
+        nursery.start_soon(self.authorization.keep_fresh)
+        nursery.start_soon(self.data.keep_rotating, partial(warm_channel, self.endpoint))
+        nursery.start_soon(self.admin.keep_rotating, ChannelTransport.connect)
 
 
 @asynccontextmanager
@@ -226,8 +226,7 @@ async def _opened(instance: Instance, node_tuning: NodeTuning, tuning: Tuning) -
     failure: BaseException | None = None
     deleting = trio.CancelScope(shield=True)  # goes on while the body is being cancelled, until `_finish` is done
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(instance.authorization.keep_fresh)
-        nursery.start_soon(instance.data.keep_rotating, instance.warm)
+        instance.keep(nursery)
         nursery.start_soon(settled.run)
         nursery.start_soon(_delete, deletion, deleting)
         try:

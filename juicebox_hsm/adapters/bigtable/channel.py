@@ -67,12 +67,12 @@ _log = get_logger("bigtable.channel")
 class _Open:
     """One channel and its multicallables; lives on the asyncio thread."""
 
-    def __init__(self, target: str, tuning: ChannelTuning, *, insecure: bool) -> None:
+    def __init__(self, target: str, tuning: ChannelTuning, *, insecure: bool, roots: bytes | None) -> None:
         options = tuning.options(insecure=insecure)
         self.channel = (
             grpc.aio.insecure_channel(target, options=options)
             if insecure
-            else grpc.aio.secure_channel(target, grpc.ssl_channel_credentials(), options=options)
+            else grpc.aio.secure_channel(target, grpc.ssl_channel_credentials(roots), options=options)
         )
         self._unary: dict[str, Any] = {}
         self._stream: dict[str, Any] = {}
@@ -101,15 +101,22 @@ class _Open:
 
 
 class ChannelTransport:
-    """A `Transport` over one channel at a time to one `host:port`."""
+    """A `Transport` over one channel at a time to one `host:port`; `roots` are PEM, None for those of the library."""
 
     def __init__(
-        self, driver: Driver, target: str, *, insecure: bool, tuning: ChannelTuning = DEFAULT_CHANNEL_TUNING
+        self,
+        driver: Driver,
+        target: str,
+        *,
+        insecure: bool,
+        tuning: ChannelTuning = DEFAULT_CHANNEL_TUNING,
+        roots: bytes | None = None,
     ) -> None:
         self._driver = driver
         self._tuning = tuning
         self._target = target
         self._insecure = insecure
+        self._roots = roots
         self._current: _Open | None = None
 
     async def open(self) -> None:
@@ -118,9 +125,14 @@ class ChannelTransport:
 
     async def _make(self) -> _Open:
         async def make() -> _Open:
-            return _Open(self._target, self._tuning, insecure=self._insecure)
+            return _Open(self._target, self._tuning, insecure=self._insecure, roots=self._roots)
 
         return await self._driver.run(make)
+
+    async def connect(self) -> None:
+        """Connect now: all the warmth there is where a service has no call for more."""
+        channel = self._channel().channel
+        await self._driver.run(channel.channel_ready)
 
     async def close(self) -> None:
         """Close the channel; calls under way fail."""
@@ -145,7 +157,9 @@ class ChannelTransport:
 
     async def rotate(self, warm: Callable[[ChannelTransport], Awaitable[None]]) -> None:
         """Replace the channel by a new one that `warm` used first; the old one closes after its calls ended."""
-        fresh = ChannelTransport(self._driver, self._target, insecure=self._insecure, tuning=self._tuning)
+        fresh = ChannelTransport(
+            self._driver, self._target, insecure=self._insecure, tuning=self._tuning, roots=self._roots
+        )
         await fresh.open()
         try:
             with trio.fail_after(WARM_S):

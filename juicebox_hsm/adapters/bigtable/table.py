@@ -65,6 +65,8 @@ class Endpoint:
         self.profile = profile
         self.call_s = call_s
         self.retry = retry
+        self.tables: set[str] = set()
+        """Full names of the tables that were called."""
         self.self_test: Callable[[], Awaitable[bool]] | None = None
         """Tests that the instance decides conditional writes, until it once could; see `prove`."""
 
@@ -93,6 +95,7 @@ class Table:
         self._retry = retry or endpoint.retry
 
     def _headers(self) -> Metadata:
+        self._endpoint.tables.add(self._full)
         return self._routing + self._endpoint.authorization.metadata()
 
     def attempts(self, what: str) -> Attempts:

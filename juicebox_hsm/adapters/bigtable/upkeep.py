@@ -42,8 +42,7 @@ YOUNG_S: Final = 60.0
 async def open_upkeep(url: str, tuning: Tuning = DEFAULT_TUNING) -> AsyncIterator[Upkeep]:
     """Open the instance that a `bigtable:` URL names. Raises `LocalError` and `StoreUnavailable`."""
     async with reach(url.partition(":")[2], tuning) as instance, trio.open_nursery() as nursery:
-        nursery.start_soon(instance.authorization.keep_fresh)
-        nursery.start_soon(instance.data.keep_rotating, instance.warm)
+        instance.keep(nursery)
         yield Upkeep(instance)
         nursery.cancel_scope.cancel()
 
