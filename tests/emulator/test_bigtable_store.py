@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 import trio
 
-from juicebox_hsm.adapters.bigtable import keys
+from juicebox_hsm.adapters.bigtable import keys, outbox_removal
+from juicebox_hsm.adapters.bigtable import outbox as outbox_module
 from juicebox_hsm.adapters.bigtable.backend import open_bigtable, parse_address
 from juicebox_hsm.adapters.bigtable.codec import DeleteRow, RowSet, Selection, SetCell
 from juicebox_hsm.adapters.bigtable.log import BigtableLog
@@ -623,6 +626,45 @@ async def test_removal_goes_on_after_a_restart(backend: BigtableBackend, store: 
         hint = await outbox_table(other).read_row(keys.cursor_key(b"acme"), Selection(family="f", qualifier=b"r"))
         assert hint is not None
         assert int.from_bytes(hint.cells[0].value, "big") == 2999
+
+
+async def test_a_group_that_never_settles_fills_no_memory(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unsettled events are remembered up to a bound; there cleaning stops reading, and goes on once they settle."""
+    monkeypatch.setattr(outbox_removal, "UNSETTLED_MAX", 10)
+    monkeypatch.setattr(outbox_removal, "WINDOW", 4)
+    for at in range(0, 60, 10):
+        rows = [event(at + n, group=OTHER_GROUP, when_ms=NOW_MS) for n in range(1, 11)]
+        await store.outbox.record(REALM, rows, {})
+    assert await store.outbox.advance(REALM, "acme", 0, 60, "20231114", {})
+    assert isinstance(store.outbox, BigtableOutbox)
+    for _ in range(3):
+        assert await store.outbox.remove_published(REALM, NOW_MS, 100) == 0
+        assert len(store.outbox._removal._places[REALM, "acme"].unsettled) == 12, "one window beyond the bound"
+    await store.outbox.record(REALM, [], {OTHER_GROUP: 60})
+    assert sum([await store.outbox.remove_published(REALM, NOW_MS, 100) for _ in range(9)]) == 59
+    assert not store.outbox._removal._places[REALM, "acme"].unsettled
+
+
+async def test_a_race_that_is_always_lost_ends(
+    backend: BigtableBackend, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A writer that another is ahead of each time gives up after so many, with nothing written; later it goes on."""
+    monkeypatch.setattr(outbox_module, "CONFLICTS_MAX", 4)
+    learn = BigtableOutbox._learn_tail
+    async with backend.open() as rival:
+        taken = itertools.count(100)
+
+        async def learn_too_late(self: BigtableOutbox, *place: Any) -> None:
+            await learn(self, *place)
+            if self is store.outbox:
+                await rival.outbox.record(REALM, [event(next(taken))], {})
+
+        monkeypatch.setattr(BigtableOutbox, "_learn_tail", learn_too_late)
+        with pytest.raises(StoreUnavailable, match="lost 4 races"):
+            await store.outbox.record(REALM, [event(1)], {})
+        monkeypatch.setattr(BigtableOutbox, "_learn_tail", learn)
+        assert await store.outbox.record(REALM, [event(1)], {}) == {"acme": 5}
+    assert [row.new.index for row in await store.outbox.read(REALM, "acme", 0, 9)] == [100, 101, 102, 103, 1]
 
 
 async def test_tenant_names_that_no_row_can_carry(store: Store) -> None:

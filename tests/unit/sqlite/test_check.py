@@ -56,6 +56,16 @@ async def path(tmp_path: Path) -> Path:
     return file
 
 
+def test_findings_are_limited() -> None:
+    """A destroyed file fills no memory: the first 1,000 findings are kept, the others counted."""
+    report = Report()
+    for number in range(1_234):
+        report.add("group aa", f"entry {number} is missing")
+    assert len(report.findings) == 1_000
+    assert report.findings[-1] == "group aa: entry 999 is missing"
+    assert report.more_findings == report.counts()["more_findings"] == 234
+
+
 def alter(path: Path, statement: str, *values: Any) -> None:
     """Change the file behind the program's back."""
     connection = apsw.Connection(str(path))

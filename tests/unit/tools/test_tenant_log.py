@@ -18,7 +18,16 @@ from juicebox_hsm.ids import RealmId
 from juicebox_hsm.ports import OutboxEvent, StoreUnavailable
 from juicebox_hsm.tenant_secrets import SecretAlgorithm, TenantSecret
 from juicebox_hsm.tokens import Scope, TokenKey, create
-from roles.tools.tenant_log_service import PAGE_MAX, Ask, BadRequest, Realms, TenantLogService, decode_ask
+from roles.tools import tenant_log_service
+from roles.tools.tenant_log_service import (
+    PAGE_MAX,
+    WAIT_S,
+    Ask,
+    BadRequest,
+    Realms,
+    TenantLogService,
+    decode_ask,
+)
 
 NOW_S: Final = 1_700_000_000
 REALM: Final = RealmId(b"\x11" * 16)
@@ -103,6 +112,27 @@ def make_token(
 ) -> str:
     """Return an auditor's token."""
     return create(KEY, tenant=tenant, version=1, user="auditor", realm=realm, now_s=now_s, scope=scope)
+
+
+async def test_waiting_calls_are_limited(
+    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beyond the bound a call without events is answered at once and not refused; a place is given back at its end."""
+    monkeypatch.setattr(tenant_log_service, "WAITING_MAX", 2)
+    caller = Caller(Bus())
+    took_s: list[float] = []
+
+    async def pull() -> None:
+        begun = trio.current_time()
+        assert await caller.post("/tenant_log", {}) == (200, {"events": []})
+        took_s.append(trio.current_time() - begun)
+
+    for _ in range(2):
+        async with trio.open_nursery() as nursery:
+            for _ in range(5):
+                nursery.start_soon(pull)
+        assert sorted(took_s) == pytest.approx([0, 0, 0, WAIT_S, WAIT_S])
+        took_s.clear()
 
 
 async def test_realms_are_asked_for_once() -> None:
