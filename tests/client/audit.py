@@ -4,7 +4,8 @@ python -m tests.client.audit --operations 10000 --store sqlite
 
 Users register, recover with right and wrong PINs and delete. Meanwhile leaders and dispatchers are killed, and Pub/Sub
 is stopped: once with SIGSTOP, and once for --stop-s seconds with everything it held. As the emulator forgets what it
-held, agents are cut off from it first and readers get to read what is there; the service itself forgets nothing.
+held, agents are cut off from it first and readers get to read what is there; the service itself forgets nothing. When
+all is healed every user looks once more, so that an event that nothing followed is missed, too.
 """
 
 from __future__ import annotations
@@ -34,16 +35,21 @@ from juicebox_hsm.client import (
     NotRegistered,
     Transient,
 )
+from juicebox_hsm.ids import RealmId
+from juicebox_hsm.ports import EventKind, Store
 from roles.tools.chaos_load import CountingTransport
 from roles.tools.demo_launch import Cluster, launch
 from roles.tools.demo_layout import TENANT, TENANT_LOG, DemoOptions
 from roles.tools.demo_processes import RunningService
 from roles.tools.demo_pubsub import PubSubEmulator, flags_of
 from tests.client.audit_match import Logged, Made, deliveries_problems, match_problems
+from tests.client.audit_totals import Totals, totals_problems
 from tests.client.failover import kill_leader
 
 READERS: Final = 2
 PAGE: Final = 100
+ROWS: Final = 1000
+DAY_MS: Final = 86_400_000
 QUIET_S: Final = 12.0
 """Longer than what is out stays out: when nothing came for so long, everything was read."""
 DRAIN_S: Final = 300.0
@@ -153,30 +159,40 @@ class Load:
 
     async def user(self, name: str, client: Client, transport: CountingTransport, random: Random) -> None:
         """Call until enough calls were begun."""
-        pin = b"1"
         while self.left > 0:
             self.left -= 1
             op = random.choices(["register", "right", "wrong", "delete"], [3, 6, 3, 1])[0]
-            transport.begin()
-            outcome, left = "success", None
-            try:
-                if op == "register":
-                    await client.register(pin, b"secret", INFO, GUESSES)
-                elif op == "delete":
-                    await client.delete()
-                else:
-                    await client.recover(pin if op == "right" else b"0", INFO)
-            except InvalidPin as error:
-                outcome, left = "wrong", error.guesses_remaining
-            except NotRegistered:
-                outcome = "none"
-            except Transient:
-                outcome = "lost"
-            op = "recover" if op in {"right", "wrong"} else op
-            counted = transport.lost
-            self.made[name].append(Made(op, outcome, len(counted) - 1, sum(counted), left))
-            self.outcomes[f"{op} {outcome}"] += 1
+            await self.call(name, client, transport, op)
             await trio.sleep(random.uniform(0, 2 * self.pause_s))
+
+    async def look(self, name: str, client: Client, transport: CountingTransport) -> None:
+        """Spend a guess until the user saw how its record is; what that takes is part of its calls."""
+        while await self.call(name, client, transport, "wrong") == "lost":
+            pass
+
+    async def call(self, name: str, client: Client, transport: CountingTransport, op: str) -> str:
+        """Make one call and remember it; returns its outcome."""
+        pin = b"1"
+        transport.begin()
+        outcome, left = "success", None
+        try:
+            if op == "register":
+                await client.register(pin, b"secret", INFO, GUESSES)
+            elif op == "delete":
+                await client.delete()
+            else:
+                await client.recover(pin if op == "right" else b"0", INFO)
+        except InvalidPin as error:
+            outcome, left = "wrong", error.guesses_remaining
+        except NotRegistered:
+            outcome = "none"
+        except Transient:
+            outcome = "lost"
+        op = "recover" if op in {"right", "wrong"} else op
+        counted = transport.lost
+        self.made[name].append(Made(op, outcome, len(counted) - 1, sum(counted), left))
+        self.outcomes[f"{op} {outcome}"] += 1
+        return outcome
 
 
 class Trouble:
@@ -243,12 +259,37 @@ class Trouble:
         self.say("Pub/Sub started again")
 
 
-async def wait_published(cluster: Cluster) -> None:
-    """Wait until nothing waits in the outbox any more."""
-    (realm,) = cluster.realms
+async def wait_published(store: Store, realm: RealmId) -> None:
+    """Wait until every outcome is in the outbox, also the unknown ones, and nothing waits there any more."""
     with trio.fail_after(DRAIN_S):
-        while (await cluster.session.store.outbox.backlog(realm)).rows:  # noqa: ASYNC110 - other processes' work
-            await trio.sleep(0.5)
+        while await _are_unsettled(store, realm) or (await store.outbox.backlog(realm)).rows:  # noqa: ASYNC110
+            await trio.sleep(0.5)  # it is other processes' work
+
+
+async def _are_unsettled(store: Store, realm: RealmId) -> bool:
+    """Tell whether requests are in a log whose outcome need not be in the outbox yet."""
+    for group in await store.log.list_groups(realm):
+        last = await store.log.read_last(realm, group)
+        settled = await store.outbox.settled(realm, group)
+        if last is not None and await store.log.read_intents(realm, group, settled + 1, last.index):
+            return True
+    return False
+
+
+async def read_totals(store: Store, realm: RealmId) -> Totals:
+    """Return what the store adds up once nothing waits."""
+    counters: Counter[EventKind] = Counter()
+    for day in (await store.outbox.counters(realm, TENANT)).values():
+        counters.update(day)
+    (cursor,) = await store.outbox.cursors(realm)
+    kept: Counter[EventKind] = Counter()
+    after = 0
+    while page := await store.outbox.read(realm, TENANT, after, ROWS):
+        kept.update(row.new.kind for row in page if row.new.event is not None)
+        after = page[-1].seq
+    tomorrow_ms = (int(time.time() * 1000) // DAY_MS + 1) * DAY_MS  # who has a secret then has it now
+    users = await store.accounting.count_users(realm, tomorrow_ms, tomorrow_ms + DAY_MS)
+    return Totals(counters, cursor.tail, kept, users.get(TENANT, 0))
 
 
 async def audit(options: argparse.Namespace, directory: Path) -> int:
@@ -281,12 +322,13 @@ async def audit(options: argparse.Namespace, directory: Path) -> int:
                 began = trio.current_time()
                 await _run_load(cluster, load, trouble, options)
                 took_s = trio.current_time() - began
-                await wait_published(cluster)
+                await wait_published(cluster.session.store, realm)
                 await seen.quiet()
+                totals = await read_totals(cluster.session.store, realm)
             nursery.cancel_scope.cancel()
     finally:
         (trouble.emulator if trouble else emulator).stop()
-    return report(options, load, seen, trouble, took_s)
+    return report(options, load, seen, trouble, totals, took_s)
 
 
 def _note_exit(running: RunningService) -> None:
@@ -295,24 +337,27 @@ def _note_exit(running: RunningService) -> None:
 
 async def _run_load(cluster: Cluster, load: Load, trouble: Trouble, options: argparse.Namespace) -> None:
     configuration = Configuration.from_json(json.dumps(cluster.configuration))
-    async with (
-        HttpTransport(ca_file=cluster.state.edge_ca, connections_per_host_max=options.users + 8) as shared,
-        trio.open_nursery() as nursery,
-    ):
-        nursery.start_soon(trouble.stop_bus)
-        nursery.start_soon(trouble.kill_agents, load)
+    async with HttpTransport(ca_file=cluster.state.edge_ca, connections_per_host_max=options.users + 8) as shared:
+        users = []
         for number in range(options.users):
             name = f"audit{number}"
             transport = CountingTransport(shared)
             tokens = {realm: cluster.token(realm, name) for realm in cluster.realms}
-            client = Client(configuration, tokens, transport=transport)
-            random = Random(f"{options.seed}:{name}")
-            nursery.start_soon(load.user, name, client, transport, random)
+            users.append((name, Client(configuration, tokens, transport=transport), transport))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trouble.stop_bus)
+            nursery.start_soon(trouble.kill_agents, load)
+            for user in users:
+                nursery.start_soon(load.user, *user, Random(f"{options.seed}:{user[0]}"))
+        with trio.fail_after(DRAIN_S):
+            async with trio.open_nursery() as nursery:
+                for user in users:
+                    nursery.start_soon(load.look, *user)
 
 
-def report(options: argparse.Namespace, load: Load, seen: Seen, trouble: Trouble, took_s: float) -> int:
+def report(options: argparse.Namespace, load: Load, seen: Seen, trouble: Trouble, totals: Totals, took_s: float) -> int:
     """Compare, print, and return the exit status."""
-    problems = deliveries_problems(seen.deliveries)
+    problems = deliveries_problems(seen.deliveries) + totals_problems(load.made, seen.deliveries, totals)
     names = {hashlib.sha256(f"{TENANT}:{name}".encode()).hexdigest(): name for name in load.made}
     for user, came in seen.deliveries.items():
         if user in names:
@@ -329,12 +374,14 @@ def report(options: argparse.Namespace, load: Load, seen: Seen, trouble: Trouble
     print(f"  trouble: {dict(trouble.done)}")
     print(f"  calls: {dict(sorted(load.outcomes.items()))}")
     print(f"  attempts without an answer: {sum(call.lost for made in load.made.values() for call in made)}")
+    print(f"  requests counted: {dict(sorted((kind.value, count) for kind, count in totals.counters.items()))}")
+    print(f"  users with a secret: {totals.users}")
     print(f"  events: {dict(sorted(events.items()))}, {seen.count} deliveries of {len(distinct)} numbers")
     print(f"  readers' troubles: {dict(seen.troubles)}")
     print(f"  problems: {len(problems)}")
     for problem in problems[:20]:
         print(f"  PROBLEM: {problem}")
-    return 1 if problems or calls != options.operations else 0
+    return 1 if problems or calls < options.operations + options.users else 0
 
 
 def main() -> None:

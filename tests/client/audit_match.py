@@ -2,17 +2,24 @@
 
 Calls of one user follow each other. Each request that was answered has exactly its event; an attempt nobody saw
 answered has at most one, now or later. An `unknown` stands for at most one such attempt.
+
+The log must also agree with itself: in the order of their indexes a user's events tell what its record was, and every
+event has to fit that. A guess follows the one before it, a share is recovered of something registered; so an event
+that is missing shows even if nobody saw its request answered, unless an `unknown` stands in its place.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 GUESS: Final = "guess_used"
-EVENT_OF: Final = {"register": ("registered",), "recover": (GUESS, "share_recovered"), "delete": ("deleted",)}
+UNKNOWN: Final = "unknown"
+OP_OF: Final = {"registered": "register", GUESS: "recover", "share_recovered": "recover", "deleted": "delete"}
+NOTHING: Final = "nothing"
+SPENT: Final = "spent"
 
 
 @dataclass(frozen=True)
@@ -47,11 +54,34 @@ class Logged:
 
 
 @dataclass(frozen=True)
+class Record:
+    """What a user's record is as far as its events tell: `limit` is known from the first guess on."""
+
+    guess_count: int = 0
+    limit: int | None = None
+
+    @property
+    def is_spent(self) -> bool:
+        """Tell whether no guess may be left."""
+        return self.guess_count >= self.limit if self.limit is not None else self.guess_count > 0
+
+
+@dataclass(frozen=True)
 class Must:
-    """An event that has to be there; `left` None for a guess whose count nobody was told."""
+    """An event that has to be there; `left` None for a guess whose count nobody was told.
+
+    Two things that clients see have no event of their own: that nothing is registered (`nothing`), and that all guesses
+    are spent, where a request that did not spend the last one itself says the same as the one that did (`left` 0).
+    """
 
     event: str
     left: int | None = None
+
+    def fits_without_event(self, record: Record | None) -> bool:
+        """Tell whether the client may have seen this of `record`, by a request that has no event."""
+        if self.event == NOTHING:
+            return record is None
+        return self.event in {SPENT, GUESS} and self.left == 0 and record is not None and record.is_spent
 
     def fits(self, logged: Logged) -> bool:
         """Tell whether `logged` is this event."""
@@ -63,12 +93,15 @@ class Must:
 
 
 def musts(call: Made) -> list[Must]:
-    """Return the events of the answered requests of one call."""
-    if call.op == "recover":
-        # The second answer is the evaluation that a guess pays for; from it a client learns that its PIN is wrong.
-        found = [Must(GUESS, call.left)] if call.answered >= 2 and call.outcome != "none" else []
-        return [*found, Must("share_recovered")] if call.outcome == "success" else found
-    return [Must(EVENT_OF[call.op][0])] if call.outcome == "success" else []
+    """Return what the log has to say about the answered requests of one call."""
+    if call.op != "recover":
+        return [Must("registered" if call.op == "register" else "deleted")] if call.outcome == "success" else []
+    nothing = [Must(NOTHING)] if call.outcome == "none" else []
+    # The second answer is the evaluation that a guess pays for; from it a client learns that its PIN is wrong.
+    if call.answered - len(nothing) < 2:
+        return [Must(SPENT, 0)] if call.outcome == "wrong" else nothing
+    recovered = [Must("share_recovered")] if call.outcome == "success" else []
+    return [Must(GUESS, call.left), *recovered, *nothing]
 
 
 def deliveries_problems(deliveries: Mapping[str, Sequence[Logged]]) -> list[str]:
@@ -88,7 +121,7 @@ def deliveries_problems(deliveries: Mapping[str, Sequence[Logged]]) -> list[str]
             elif known != logged or owners[logged.seq] != user:
                 problems.append(f"user {user}: seq {logged.seq} is {known} and {logged}")
             owners.setdefault(logged.seq, user)
-        true = [each for each in dict.fromkeys(came) if each.event != "unknown"]
+        true = [each for each in dict.fromkeys(came) if each.event != UNKNOWN]
         if sorted(true, key=lambda each: each.seq) != sorted(true, key=lambda each: each.index):
             problems.append(f"user {user}: sequence and log disagree about the order")
     return problems
@@ -97,45 +130,97 @@ def deliveries_problems(deliveries: Mapping[str, Sequence[Logged]]) -> list[str]
 def match_problems(user: str, calls: Sequence[Made], came: Iterable[Logged]) -> list[str]:
     """Compare one user's distinct events with its calls; returns what does not fit, nothing when all does."""
     distinct = sorted(dict.fromkeys(came), key=lambda each: each.index)
-    refs = Counter(each.ref for each in distinct if each.event != "unknown")
+    refs = Counter(each.ref for each in distinct if each.event != UNKNOWN)
     problems = [f"user {user}: {ref} has {count} events" for ref, count in refs.items() if count > 1]
-    unknown = sum(each.event == "unknown" and each.ref not in refs for each in distinct)
-    lost = sum(call.lost for call in calls)
+    unknown = {each.ref: each for each in distinct if each.event == UNKNOWN and each.ref not in refs}
     wanted: list[Must] = []
     may: list[dict[str, int]] = [defaultdict(int)]  # how many lost attempts were begun before wanted[i] is due
     for call in calls:
-        for event in EVENT_OF[call.op]:
-            may[-1][event] += call.lost
+        may[-1][call.op] += call.lost
         for must in musts(call):
             wanted.append(must)
             may.append(may[-1].copy())
-    true = [each for each in distinct if each.event != "unknown"]
-    used = _match(wanted, may, true)
-    if isinstance(used, str):
-        return [*problems, f"user {user}: {used}"]
-    if unknown + used > lost:
-        problems.append(f"user {user}: {unknown} unknown and {used} unanswered events, but {lost} attempts were lost")
-    return problems
+    telling = [each for each in distinct if each.event != UNKNOWN or unknown.get(each.ref) is each]
+    problem = _match(wanted, may, telling)
+    return [*problems, f"user {user}: {problem}"] if problem else problems
 
 
-def _match(wanted: Sequence[Must], may: Sequence[Mapping[str, int]], true: Sequence[Logged]) -> int | str:
-    """Return the fewest events of lost attempts that explain `true`, or what cannot be explained."""
-    states: set[tuple[int, tuple[tuple[str, int], ...]]] = {(0, ())}
-    for logged in true:
-        following = set()
-        for done, spent in states:
-            if done < len(wanted) and wanted[done].fits(logged):
-                following.add((done + 1, spent))
-            counts = dict(spent)
-            if counts.get(logged.event, 0) < may[done].get(logged.event, 0):
-                counts[logged.event] = counts.get(logged.event, 0) + 1
-                following.add((done, tuple(sorted(counts.items()))))
+@dataclass(frozen=True)
+class _State:
+    """One way to explain the events so far: `done` of what is wanted, `spent` lost attempts per operation."""
+
+    done: int
+    record: Record | None
+    spent: tuple[tuple[str, int], ...] = ()
+
+    def spend(self, op: str, may: Mapping[str, int], record: Record | None) -> Iterator[_State]:
+        """Yield the state after an event of a lost attempt, if one of `op` is left."""
+        spent = dict(self.spent)
+        if spent.get(op, 0) < may.get(op, 0):
+            spent[op] = spent.get(op, 0) + 1
+            yield _State(self.done, record, tuple(sorted(spent.items())))
+
+
+def _match(wanted: Sequence[Must], may: Sequence[Mapping[str, int]], events: Sequence[Logged]) -> str | None:
+    """Return None if some way explains `events`, else what cannot be explained."""
+    states = _with_looks({_State(0, None)}, wanted)
+    for logged in events:
+        following = {new for state in states for new in _after(state, wanted, may[state.done], logged)}
         if not following:
-            due = {str(wanted[done]) for done, _ in states if done < len(wanted)}
-            return f"{logged} is not explained; due was {sorted(due) or 'nothing'}"
-        states = following
-    whole = [sum(count for _, count in spent) for done, spent in states if done == len(wanted)]
-    if not whole:
-        done = max(done for done, _ in states)
-        return f"missing: {wanted[done]} (number {done + 1} of {len(wanted)})"
-    return min(whole)
+            due = {str(wanted[state.done]) for state in states if state.done < len(wanted)}
+            records = {str(state.record) for state in states}
+            return f"{logged} is not explained; the record was {sorted(records)}, due was {sorted(due) or 'nothing'}"
+        states = _with_looks(following, wanted)
+    done = max(state.done for state in states)
+    if done < len(wanted):
+        records = {str(state.record) for state in states if state.done == done}
+        return f"missing: {wanted[done]} (number {done + 1} of {len(wanted)}), the record is {sorted(records)}"
+    return None
+
+
+def _with_looks(states: set[_State], wanted: Sequence[Must]) -> set[_State]:
+    """Add what becomes of `states` when what comes next was seen without an event."""
+    found = set(states)
+    for first in states:
+        state = first
+        while state.done < len(wanted) and wanted[state.done].fits_without_event(state.record):
+            state = _State(state.done + 1, state.record, state.spent)
+            found.add(state)
+    return found
+
+
+def _after(state: _State, wanted: Sequence[Must], may: Mapping[str, int], logged: Logged) -> Iterator[_State]:
+    """Yield the states that `logged` can lead to."""
+    if logged.event == UNKNOWN:
+        for op in may:
+            for record in _records_after(state.record, op):
+                yield from state.spend(op, may, record)
+        return
+    match logged.event, state.record:
+        case "registered", _:
+            after: Record | None = Record()
+        case "deleted", _:
+            after = None
+        case "share_recovered", Record() as before:
+            after = Record(0, before.limit)
+        case "guess_used", Record() as before if before.guess_count + 1 == logged.guess_count:
+            after = Record(logged.guess_count, logged.num_guesses)
+        case _:
+            return
+    if state.done < len(wanted) and wanted[state.done].fits(logged):
+        yield _State(state.done + 1, after, state.spent)
+    yield from state.spend(OP_OF[logged.event], may, after)
+
+
+def _records_after(before: Record | None, op: str) -> Iterator[Record | None]:
+    """Yield what a record may be after one request of `op` that nobody knows more about."""
+    yield before  # not every request changes something
+    match op, before:
+        case "register", _:
+            yield Record()
+        case "delete", _:
+            yield None
+        case "recover", Record():
+            yield Record(0, before.limit)
+            if before.limit is None or before.guess_count < before.limit:
+                yield Record(before.guess_count + 1, before.limit)
