@@ -45,10 +45,19 @@ async def _guesses_left(client: Client) -> int:
     raise AssertionError("a wrong PIN recovered the secret")
 
 
+def _move_hsms(state: StateDir) -> None:
+    """Move every HSM's directory to the next agent's place: another process, another port, another path."""
+    state.hsm("agent3").rename(state.path / "hsm" / "moving")
+    state.hsm("agent2").rename(state.hsm("agent3"))
+    state.hsm("agent1").rename(state.hsm("agent2"))
+    (state.path / "hsm" / "moving").rename(state.hsm("agent1"))
+
+
 async def test_backup_drill(tmp_path: Path) -> None:
     """A backup under load is whole; once HSMs went further it is refused by name; one after the stop restores.
 
-    And then the realm serves on: every guess that was spent is still spent.
+    And then the realm serves on, with HSM directories that moved to other agents: every guess that was spent is still
+    spent.
     """
     options = DemoOptions(state_dir=tmp_path / "state", agents=3, groups=2, pin_hashing="FastInsecure")
     state = StateDir(tmp_path / "state")
@@ -78,6 +87,7 @@ async def test_backup_drill(tmp_path: Path) -> None:
         assert checked["findings"] == []
         assert checked["verified_macs"] == checked["entries"] > 0
         assert await _guesses_left(mario) == 4
+        hsm_of = {agent.service.name: agent.hsm for agent in cluster.of_role("agent")}
         running = [argument for agent in cluster.of_role("agent") for argument in ("--agent", agent.service.url)]
         new = f"sqlite:{tmp_path / 'new.db'}"
         asked = await _store(
@@ -95,9 +105,12 @@ async def test_backup_drill(tmp_path: Path) -> None:
 
     old = state.path / "store.db"
     old.rename(tmp_path / "lost.db")
+    _move_hsms(state)
     await _store("restore", late, *store, *hsm_dirs)
     assert "no findings" in await _store("check", *store, *hsm_dirs[:2])
     async with launch(options) as cluster, _client(cluster, "mario") as mario:
+        moved = {agent.service.name: agent.hsm for agent in cluster.of_role("agent")}
+        assert moved == {"agent1": hsm_of["agent3"], "agent2": hsm_of["agent1"], "agent3": hsm_of["agent2"]}
         assert await _guesses_left(mario) == 3
         assert await mario.recover(b"pin", INFO) == b"secret"
     assert "no findings" in await _store("check", *store, *hsm_dirs[:2])
