@@ -14,13 +14,16 @@ from tests.client.scenarios import SCENARIOS, Stage, expect, kill_realm, one_rea
 pytestmark = [pytest.mark.processes, pytest.mark.node]
 
 
-def _options(path: Path) -> DemoOptions:
-    return DemoOptions(state_dir=path, realms=3, pin_hashing="FastInsecure")
+def _options(path: Path, store: str = "sqlite") -> DemoOptions:
+    return DemoOptions(state_dir=path, realms=3, pin_hashing="FastInsecure", store=store)
 
 
-async def test_both_clients_pass_every_scenario(tmp_path: Path) -> None:
-    """Both clients pass one list on three realms, each also reading what the other wrote, then with one realm dead."""
-    async with launch(_options(tmp_path), on_exit=lambda _: None) as cluster:
+async def test_both_clients_pass_every_scenario(tmp_path: Path, store: str) -> None:
+    """Both clients pass one list on three realms, each also reading what the other wrote, then with one realm dead.
+
+    That holds on each kind of store.
+    """
+    async with launch(_options(tmp_path, store), on_exit=lambda _: None) as cluster:
         environment = Environment.load(cluster.state.client_json)
         async with official_driver(environment.ca) as official, own_driver(environment.ca) as own:
             pairs: list[tuple[Driver, Driver]] = [(official, own), (own, official)]
