@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
@@ -15,7 +16,7 @@ from juicebox_hsm.wire.rpc import GroupInfo, TransferringInfo
 from roles.durations import format_duration
 from roles.tools.cluster_ids import show_range
 
-PIPE_WIDTH: Final = 220  # columns when stdout is no terminal: nothing is folded
+WIDTH_MAX: Final = 100_000  # columns a table may take where nobody's window limits it
 
 
 def print_json(document: Any) -> None:
@@ -24,7 +25,10 @@ def print_json(document: Any) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, right: Iterable[int] = ()) -> None:
-    """Print a table with `+---+` borders; columns named in `right` are right-aligned."""
+    """Print a table with `+---+` borders; columns named in `right` are right-aligned.
+
+    On a terminal too narrow for it each row becomes a block of lines `column: value` instead: nothing is ever cut off.
+    """
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -33,10 +37,25 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, rig
     numeric = set(right)
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index in numeric else "left", no_wrap=True)
+    cells = [[str(cell) for cell in row] for row in rows]
+    for row in cells:
+        table.add_row(*row)
+    # as wide as it needs, whatever the terminal
+    console = Console(width=WIDTH_MAX, highlight=False, color_system=None, markup=False)
+    if sys.stdout.isatty() and console.measure(table).maximum > shutil.get_terminal_size().columns:
+        _print_blocks(columns, cells)
+    else:
+        console.print(table)
+
+
+def _print_blocks(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print rows one below the other, a blank line after each; empty cells are left out."""
+    label_width = max(map(len, columns)) + 1
     for row in rows:
-        table.add_row(*(str(cell) for cell in row))
-    width = None if sys.stdout.isatty() else PIPE_WIDTH
-    Console(width=width, highlight=False, color_system=None, markup=False).print(table)
+        for column, cell in zip(columns, row, strict=True):
+            if cell:
+                click.echo(f"  {f'{column}:' if column else '':{label_width}} {cell}")
+        click.echo()
 
 
 def range_json(group: GroupView | None, member: Member | None = None) -> dict[str, str] | None:

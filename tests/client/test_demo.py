@@ -20,6 +20,7 @@ from juicebox_hsm.client import Client, Configuration, HttpTransport, InvalidPin
 from juicebox_hsm.wire.rpc import MANAGER_METHODS, Empty, ManagerStatus
 from roles.tools.demo_launch import Cluster, launch
 from roles.tools.demo_layout import DemoOptions
+from tests.terminal import run_on_terminal, words_of
 
 pytestmark = pytest.mark.processes
 
@@ -312,6 +313,12 @@ async def test_operators_commands_on_a_real_cluster(tmp_path: Path) -> None:
         parts = json.loads(await operate("partitions", realm.hex()[:6], "--json"))["realms"][0]["partitions"]
         assert [part["start"][:2] for part in parts] == ["00", "c0"]
         assert "healthy" in await operate("status")
+        members = words_of(await operate("groups"))
+        shown = await trio.to_thread.run_sync(run_on_terminal, ["cluster", "groups", *config])
+        in_window = set(words_of(shown[1]))
+        assert {*members} - in_window <= {word for word in members if word.isdigit()}, "counters move, nothing else"
+        for group in serving:
+            assert all(hsm.hex() in in_window for hsm in (group.id, *group.configuration))
         whole = ("--realm", realm.hex(), "--destination", low.id.hex(), "--start", "00", "--end", "ff")
         assert (await operate("experimental", "transfer", *whole)).startswith("[0xc000...-0xff...] from")
         assert await operate("experimental", "transfer", *whole) == "nothing to do!\n"
