@@ -34,7 +34,7 @@ def run_on_terminal(arguments: Sequence[str], *, columns: int = COLUMNS) -> tupl
 
 def _read_all(master: int) -> bytes:
     """Read until the last process on the terminal has ended, which Linux reports as EIO."""
-    parts = []
+    parts: list[bytes] = []
     while True:
         try:
             part = os.read(master, 65536)

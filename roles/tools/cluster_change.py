@@ -6,13 +6,21 @@ from typing import Any
 
 import click
 
-from juicebox_hsm.cluster_view import wire_range
+from juicebox_hsm.cluster_view import ClusterView, wire_range
 from juicebox_hsm.ids import GroupId, OwnedRange, RealmId, RecordId
-from juicebox_hsm.wire.rpc import Refused, TransferPrepare
+from juicebox_hsm.wire.rpc import Refusal, Refused, TransferPrepare
 from roles.lazy import LazyCommand, LazyGroup
 from roles.manager.overview import IDS_TIMEOUT_S, ask_agents, read_overview
 from roles.manager.planning import Owner, plan
-from roles.tools.cluster_create import join_realm, new_group, new_realm
+from roles.manager.verdict import describe_transfer
+from roles.tools.cluster_create import (
+    check_join,
+    check_new_group,
+    check_new_realm,
+    join_realm,
+    new_group,
+    new_realm,
+)
 from roles.tools.cluster_ids import parse_record_id, resolve_id, show_range
 from roles.tools.cluster_progress import progress_shown
 from roles.tools.cluster_session import (
@@ -23,7 +31,7 @@ from roles.tools.cluster_session import (
     Session,
     ToolFailure,
     call_manager,
-    refusal_text,
+    refused,
     with_connection,
 )
 from roles.tools.cluster_show import with_session
@@ -64,11 +72,16 @@ class RecordIdType(click.ParamType[RecordId]):
 @with_connection
 def new_realm_command(connection: Connection, agent: str, *, dry_run: bool) -> None:
     """Create a realm at AGENT (its URL), with a group of its HSM that owns every record id."""
-    if dry_run:
-        click.echo(f"would create a realm at {agent}")
-        return
-    realm, group = with_session(connection, lambda session: new_realm(session, agent))
-    click.echo(f"Created realm {realm.hex()} with starting group {group.hex()}")
+
+    async def body(session: Session) -> None:
+        if dry_run:
+            await check_new_realm(session, agent)
+            click.echo(f"would create a realm at {agent}")
+            return
+        realm, group = await new_realm(session, agent)
+        click.echo(f"Created realm {realm.hex()} with starting group {group.hex()}")
+
+    with_session(connection, body)
 
 
 @click.command("join-realm")
@@ -83,6 +96,7 @@ def join_realm_command(connection: Connection, realm: str, agents: tuple[str, ..
         view = await read_overview(session.store, session.rpc, session.now_ms())
         wanted = RealmId(resolve_id(realm, view.realms, "realm"))
         if dry_run:
+            await check_join(session, wanted, agents, view)
             click.echo(f"would join realm {wanted.hex()}: {', '.join(agents)}")
             return
         await join_realm(session, wanted, agents, view)
@@ -109,6 +123,7 @@ def new_group_command(connection: Connection, realm: str, agents: tuple[str, ...
                 err=True,
             )
         if dry_run:
+            await check_new_group(session, wanted, agents)
             click.echo(f"would create a group in realm {wanted.hex()} over: {', '.join(agents)}")
             return
         group = await new_group(session, wanted, agents)
@@ -124,7 +139,29 @@ async def transfer_range(
     body = TransferPrepare(realm, source, destination, wire_range(wanted))
     reply = await call_manager(session, url, "transfer", body, timeout_s=TRANSFER_TIMEOUT_S)
     if isinstance(reply, Refused):
-        raise ToolFailure(f"transfer refused: {refusal_text(reply, TRANSFER_TEXTS)}")
+        raise refused(reply, TRANSFER_TEXTS, "transfer refused: ")
+
+
+def check_transfer(
+    view: ClusterView, realm: RealmId, source: GroupId, destination: GroupId, wanted: OwnedRange
+) -> None:
+    """Raise `ToolFailure` for what a manager would refuse, as far as `view` shows it. Pure."""
+    giving, taking = view.group(realm, source), view.group(realm, destination)
+    if (giving is None or taking is None) and all(agent.status is not None for agent in view.agents):
+        problem = Refusal.INVALID_GROUP
+    elif giving is None or giving.leader is None:
+        problem = Refusal.NO_SOURCE_LEADER
+    elif taking is None or taking.leader is None:
+        problem = Refusal.NO_DESTINATION_LEADER
+    elif describe_transfer(giving) or describe_transfer(taking):
+        problem = Refusal.OTHER_TRANSFER_PENDING
+    else:
+        owned, before = giving.owned_range, taking.owned_range
+        is_end = owned is not None and (owned == wanted or owned.split_at(wanted) is not None)
+        if is_end and (before is None or before.join(wanted) is not None):
+            return
+        problem = Refusal.UNACCEPTABLE_RANGE
+    raise refused(Refused(problem), TRANSFER_TEXTS, "transfer would be refused: ")
 
 
 async def transfer_shown(
@@ -172,7 +209,10 @@ def transfer(
         groups = [group.id for group in view.groups_of(realm_id)]
         giving = GroupId(resolve_id(source, groups, "group"))
         taking = GroupId(resolve_id(destination, groups, "group"))
+        if giving == taking:
+            raise ToolFailure("--source and --destination are the same group", ExitCode.USAGE)
         if dry_run:
+            check_transfer(view, realm_id, giving, taking, wanted)
             click.echo(f"would move {show_range(wanted)} from {giving.hex()} to {taking.hex()}")
             return
         await transfer_shown(session, manager, realm_id, giving, taking, wanted)
@@ -210,6 +250,8 @@ def planned_transfer(
         groups = view.groups_of(realm_id)
         taking = GroupId(resolve_id(destination, [group.id for group in groups], "group"))
         owners = [Owner(group.id, group.owned_range) for group in groups if group.owned_range is not None]
+        if all(group.id != taking for group in groups) and all(agent.status is not None for agent in view.agents):
+            raise ToolFailure(f"no item with that ID: group {taking.hex()}", ExitCode.ID)
         steps = plan(taking, owners, wanted)
         if not steps:
             click.echo("nothing to do!")

@@ -34,6 +34,7 @@ from roles.tools.cluster_show import read_view, with_session
 REQUESTS_PER_OPERATION: Final = 3
 PIN_HASHING_MODES: Final = ("Standard2019", "FastInsecure")
 TOKEN_LIFETIME_S: Final = 600
+NO_LIMIT: Final = "tenant {} has no limit of its own; the agents' default applies"
 
 
 def _check_tenant(tenant: str) -> None:
@@ -96,10 +97,12 @@ def set_capacity(connection: Connection, tenant: str, ops: int, *, dry_run: bool
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 @with_connection
 def unset(connection: Connection, tenant: str, *, dry_run: bool) -> None:
-    """Remove a tenant's limit; the agents' default applies again."""
+    """Remove a tenant's limit; the agents' default applies again. Exit 3 when it has none."""
     _check_tenant(tenant)
 
     async def body(session: Session) -> None:
+        if tenant not in await session.store.tenants.list():
+            raise ToolFailure(NO_LIMIT.format(tenant), ExitCode.ID)
         if dry_run:
             click.echo(f"Would remove the limit of tenant {tenant}")
             return
@@ -142,7 +145,7 @@ def get_tenant(connection: Connection, tenant: str, *, as_json: bool) -> None:
     """Show one tenant's limit."""
     found = _read_limits(connection).get(tenant)
     if found is None:
-        raise ToolFailure(f"tenant {tenant} has no limit of its own; the agents' default applies", ExitCode.ID)
+        raise ToolFailure(NO_LIMIT.format(tenant), ExitCode.ID)
     if as_json:
         print_json({"tenant": tenant, "capacity_ops_per_s": found.capacity_ops_per_s})
     else:

@@ -60,7 +60,7 @@ async def _call(session: Session, url: str, method: str, body: Any) -> Any:
     return reply
 
 
-async def _hsm_at(view: ClusterView, url: str) -> HsmView:
+def _hsm_at(view: ClusterView, url: str) -> HsmView:
     """Return the HSM behind an agent that was asked for its status."""
     agent = next((agent for agent in view.agents if agent.url == url), None)
     if agent is None or agent.status is None:
@@ -87,8 +87,16 @@ async def wait_first_commit(session: Session, url: str, realm: RealmId, group: G
     )
 
 
+async def check_new_realm(session: Session, url: str) -> None:
+    """Ask an agent whether its HSM could begin a realm; raises `ToolFailure` if not. Changes nothing."""
+    view = await ask_agents(session.rpc, [url], STATUS_TIMEOUT_S)
+    if _hsm_at(view, url).realm is not None:
+        raise ToolFailure(f"{url}: {TEXTS['HaveRealm']}")
+
+
 async def new_realm(session: Session, url: str) -> tuple[RealmId, GroupId]:
     """Create a realm at one agent, with a group of this HSM alone that owns everything."""
+    await check_new_realm(session, url)
     created = await _call(session, url, "realm/new", Empty())
     if not isinstance(created, RealmCreated):
         raise ToolFailure(f"{url}: unexpected reply {type(created).__name__}")
@@ -97,11 +105,28 @@ async def new_realm(session: Session, url: str) -> tuple[RealmId, GroupId]:
     return realm, group
 
 
-async def join_realm(session: Session, realm: RealmId, urls: Sequence[str], view: ClusterView) -> None:
-    """Let the HSMs behind `urls` join; `view` must show one HSM of the realm."""
+async def check_join(session: Session, realm: RealmId, urls: Sequence[str], view: ClusterView) -> HsmView:
+    """Return an HSM of the realm that `view` shows, if the HSMs behind `urls` could join. Changes nothing.
+
+    Raises `ToolFailure`: exit 3 when no HSM is in such a realm, 4 when one that did not answer may be.
+    """
     peer = next((hsm for hsm in view.hsms.values() if hsm.realm == realm), None)
     if peer is None:
-        raise ToolFailure(f"no reachable HSM of realm {realm.hex()}", ExitCode.UNREACHABLE)
+        code = ExitCode.UNREACHABLE if any(agent.status is None for agent in view.agents) else ExitCode.ID
+        raise ToolFailure(f"no reachable HSM of realm {realm.hex()}", code)
+    asked = await ask_agents(session.rpc, urls, STATUS_TIMEOUT_S)
+    for url in urls:
+        hsm = _hsm_at(asked, url)
+        if hsm.realm not in (None, realm):
+            raise ToolFailure(f"{url}: {TEXTS['HaveOtherRealm']}")
+        if hsm.public_key != peer.public_key:
+            raise ToolFailure(f"{url}: {TEXTS['InvalidStatement']}")
+    return peer
+
+
+async def join_realm(session: Session, realm: RealmId, urls: Sequence[str], view: ClusterView) -> None:
+    """Let the HSMs behind `urls` join; `view` must show one HSM of the realm."""
+    peer = await check_join(session, realm, urls, view)
     problems: list[ToolFailure] = []
 
     async def join(url: str) -> None:
@@ -120,12 +145,12 @@ async def join_realm(session: Session, realm: RealmId, urls: Sequence[str], view
         raise ToolFailure("; ".join(problem.message for problem in problems), ExitCode(problems[0].exit_code))
 
 
-async def new_group(session: Session, realm: RealmId, urls: Sequence[str]) -> GroupId:
-    """Create a group without a range over the HSMs behind `urls`; the first one leads it."""
+async def check_new_group(session: Session, realm: RealmId, urls: Sequence[str]) -> list[tuple[HsmId, bytes]]:
+    """Return the HSMs behind `urls` with their statements, by id, if they could form a group. Changes nothing."""
     view = await ask_agents(session.rpc, urls, STATUS_TIMEOUT_S)
     members: list[tuple[HsmId, bytes]] = []
     for url in urls:
-        hsm = await _hsm_at(view, url)
+        hsm = _hsm_at(view, url)
         if hsm.realm != realm:
             where = "in no realm" if hsm.realm is None else f"in realm {hsm.realm.hex()}"
             raise ToolFailure(f"{url}: its HSM is {where}; join it first with `cluster join-realm`")
@@ -135,6 +160,12 @@ async def new_group(session: Session, realm: RealmId, urls: Sequence[str]) -> Gr
     members.sort()
     if len({hsm for hsm, _ in members}) != len(members) or not 1 <= len(members) <= GROUP_MEMBERS_MAX:
         raise ToolFailure(TEXTS["InvalidConfiguration"])
+    return members
+
+
+async def new_group(session: Session, realm: RealmId, urls: Sequence[str]) -> GroupId:
+    """Create a group without a range over the HSMs behind `urls`; the first one leads it."""
+    members = await check_new_group(session, realm, urls)
     created = await _call(session, urls[0], "group/new", GroupNew(realm, [(hsm, proof) for hsm, proof in members]))
     if not isinstance(created, GroupCreated):
         raise ToolFailure(f"{urls[0]}: unexpected reply {type(created).__name__}")

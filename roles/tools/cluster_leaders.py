@@ -5,16 +5,18 @@ from __future__ import annotations
 import getpass
 import socket
 import time
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 import click
 
-from juicebox_hsm.cluster_view import ClusterView
+from juicebox_hsm.cluster_view import ClusterView, GroupView
 from juicebox_hsm.ids import HsmId
 from juicebox_hsm.wire.rpc import Empty, Rebalanced, Refusal, Refused, StepdownOrder
 from roles.manager.assign import DRAIN_PREFIX
 from roles.manager.overview import IDS_TIMEOUT_S, read_overview
 from roles.manager.rebalance import PAUSED, describe, loads, next_move
+from roles.manager.stepdown import resolve
 from roles.tools.cluster_ids import resolve_id
 from roles.tools.cluster_session import (
     COMMAND_TIMEOUT_S,
@@ -23,7 +25,7 @@ from roles.tools.cluster_session import (
     Session,
     ToolFailure,
     call_manager,
-    refusal_text,
+    refused,
     with_connection,
 )
 from roles.tools.cluster_show import with_session
@@ -82,11 +84,16 @@ def stepdown(connection: Connection, manager: str | None, kind: str | None, id_t
         view = await read_overview(session.store, session.rpc, session.now_ms(), IDS_TIMEOUT_S)
         subject, order = _order(view, id_text, kind)
         if dry_run:
+            led = resolve(view, order)
+            if isinstance(led, Refused):
+                raise refused(led, TEXTS, f"{subject}: ")
+            if stuck := _stuck(led):
+                raise ToolFailure(f"{subject}: nobody else could lead {', '.join(stuck)}")
             click.echo(f"would hand over {subject}")
             return
         reply = await call_manager(session, manager, "leader_stepdown", order, timeout_s=COMMAND_TIMEOUT_S)
         if isinstance(reply, Refused):
-            raise ToolFailure(f"{subject}: {refusal_text(reply, TEXTS)}")
+            raise refused(reply, TEXTS, f"{subject}: ")
         click.echo(f"Leadership handed over: {subject}")
 
     with_session(connection, body)
@@ -121,7 +128,7 @@ def rebalance(
         for _ in range(MOVES_MAX if full else 1):
             reply = await call_manager(session, manager, "rebalance", Empty(), timeout_s=COMMAND_TIMEOUT_S)
             if isinstance(reply, Refused):
-                raise ToolFailure(f"rebalancing: {refusal_text(reply, TEXTS)}")
+                raise refused(reply, TEXTS, "rebalancing: ")
             if not isinstance(reply, Rebalanced) or not reply.group:
                 click.echo("Already balanced.")
                 return
@@ -141,13 +148,33 @@ async def _next_move(session: Session) -> str:
 
 
 def _hsm_of(view: ClusterView, text: str) -> HsmId:
-    """Return the HSM behind an agent URL, or with this id or prefix."""
+    """Return the HSM behind an agent URL, or with this id or prefix, if an agent has it or a group counts on it."""
     if "://" not in text:
-        return HsmId(resolve_id(text, view.hsms, "HSM"))
-    found = view.by_url(text)
-    if found is None:
+        members = {hsm for group in view.groups.values() for hsm in group.configuration}
+        known = members | set(view.hsms)
+        found = HsmId(resolve_id(text, known, "HSM"))
+        if found not in known:
+            raise ToolFailure(f"no item with that ID: HSM {text}", ExitCode.ID)
+        return found
+    behind = view.by_url(text)
+    if behind is None:
         raise ToolFailure(f"{text}: no agent with an HSM answers there; give the HSM's full id", ExitCode.UNREACHABLE)
-    return found.id
+    return behind.id
+
+
+def led_by(view: ClusterView, hsm: HsmId) -> list[GroupView]:
+    """Return the groups an HSM leads, by id."""
+    return [group for _, group in sorted(view.groups.items()) if group.leader is not None and group.leader.hsm == hsm]
+
+
+def _is_idle(group: GroupView) -> bool:
+    """Tell whether a group serves nothing and nobody else could lead it, like the one a realm begins with."""
+    return group.owned_range is None and len(group.configuration) == 1
+
+
+def _stuck(groups: Iterable[GroupView]) -> list[str]:
+    """Return the groups of which nobody but the leader answers, by id."""
+    return [group.id.hex() for group in groups if len(group.members) == 1]
 
 
 @click.command()
@@ -156,28 +183,50 @@ def _hsm_of(view: ClusterView, text: str) -> HsmId:
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 @with_connection
 def drain(connection: Connection, manager: str | None, agent: str, *, dry_run: bool) -> None:
-    """Take an HSM out of leadership: AGENT is an agent's URL or an HSM id. Done when it leads nothing."""
+    """Take an HSM out of leadership: AGENT is an agent's URL or an HSM id. Done when it leads nothing that serves.
+
+    A group that owns no range and has no other member stays where it is: the one a realm began with, for instance.
+    """
 
     async def body(session: Session) -> None:
         view = await read_overview(session.store, session.rpc, session.now_ms(), IDS_TIMEOUT_S)
         hsm = _hsm_of(view, agent)
+        led = led_by(view, hsm)
+        moving = [group for group in led if not _is_idle(group)]
         if dry_run:
-            led = [key[1].hex() for key, group in view.groups.items() if group.leader and group.leader.hsm == hsm]
-            click.echo(f"would drain HSM {hsm.hex()}, which leads {', '.join(led) or 'nothing'}")
+            if stuck := _stuck(moving):
+                raise ToolFailure(f"HSM {hsm.hex()} leads {', '.join(stuck)}: nobody else could take over")
+            names = ", ".join(group.id.hex() for group in moving)
+            click.echo(f"would drain HSM {hsm.hex()}, which leads {names or 'nothing'}")
             return
         await session.store.settings.put(f"{DRAIN_PREFIX}{hsm.hex()}", _who_and_when())
-        reply = await call_manager(
-            session, manager, "leader_stepdown", StepdownOrder(hsm=hsm), timeout_s=COMMAND_TIMEOUT_S
-        )
-        if isinstance(reply, Refused) and reply.outcome is not Refusal.NOT_LEADER:
-            raise ToolFailure(f"HSM {hsm.hex()} is marked as drained, but: {refusal_text(reply, TEXTS)}")
+        # one by one beside an idle group, whose leadership nobody could take
+        by_group = [StepdownOrder(realm=group.realm, group=group.id) for group in moving]
+        for order in by_group if len(moving) < len(led) else [StepdownOrder(hsm=hsm)]:
+            await _hand_over_drained(session, manager, hsm, order)
         after = await read_overview(session.store, session.rpc, session.now_ms(), IDS_TIMEOUT_S)
-        leading = [key[1].hex() for key, group in after.groups.items() if group.leader and group.leader.hsm == hsm]
-        if leading:
-            raise ToolFailure(f"HSM {hsm.hex()} is drained but leads {', '.join(leading)}: nobody else could take over")
-        click.echo(f"HSM {hsm.hex()} is drained and leads nothing")
+        click.echo(still_led(hsm, led_by(after, hsm)))
 
     with_session(connection, body)
+
+
+async def _hand_over_drained(session: Session, manager: str | None, hsm: HsmId, order: StepdownOrder) -> None:
+    """Hand over what a drained HSM leads; that it leads nothing or does not run is what was wanted."""
+    reply = await call_manager(session, manager, "leader_stepdown", order, timeout_s=COMMAND_TIMEOUT_S)
+    if isinstance(reply, Refused) and reply.outcome not in (Refusal.NOT_LEADER, Refusal.INVALID_HSM):
+        raise refused(reply, TEXTS, f"HSM {hsm.hex()} is marked as drained, but: ")
+
+
+def still_led(hsm: HsmId, led: Sequence[GroupView]) -> str:
+    """Return what a drained HSM still leads; raises `ToolFailure` for a group that serves or could move."""
+    idle = [group.id.hex() for group in led if _is_idle(group)]
+    leading = [group.id.hex() for group in led if not _is_idle(group)]
+    if leading:
+        raise ToolFailure(f"HSM {hsm.hex()} is drained but leads {', '.join(leading)}: nobody else could take over")
+    if not idle:
+        return f"HSM {hsm.hex()} is drained and leads nothing"
+    what = "groups that own no range and have" if len(idle) > 1 else "a group that owns no range and has"
+    return f"HSM {hsm.hex()} is drained; it still leads {', '.join(idle)}, {what} no other member"
 
 
 @click.command()
@@ -194,6 +243,8 @@ def undrain(connection: Connection, agent: str, *, dry_run: bool) -> None:
         else:
             drained = [bytes.fromhex(name.removeprefix(DRAIN_PREFIX)) for name in known]
             hsm = HsmId(resolve_id(agent, drained, "drained HSM"))
+        if f"{DRAIN_PREFIX}{hsm.hex()}" not in known:
+            raise ToolFailure(f"HSM {hsm.hex()} is not drained", ExitCode.ID)
         if dry_run:
             click.echo(f"Would let HSM {hsm.hex()} lead again")
             return

@@ -20,18 +20,19 @@ from typing import Any, Final, NoReturn, TypeVar
 import click
 
 from juicebox_hsm.errors import LocalError, RealmError
-from juicebox_hsm.wire.rpc import MANAGER_METHODS, PeerRole, Refused, RpcCode
+from juicebox_hsm.wire.rpc import MANAGER_METHODS, Empty, PeerRole, Refusal, Refused, RpcCode
 from roles.options import ENVIRONMENT_PREFIX
 from roles.store_options import NAMES as BIGTABLE_NAMES
 from roles.store_options import STORE_HELP, VARIABLES, bigtable_flags, store_url_of
 
 T = TypeVar("T")
 
-STATUS_TIMEOUT_S: Final = 5.0
-COMMAND_TIMEOUT_S: Final = 30.0
+STATUS_TIMEOUT_S: Final = 5.0  # to be answered at all (operator-tools.md 1)
+COMMAND_TIMEOUT_S: Final = 30.0  # own: for the work itself, asked of a service that just answered: hand-overs, commits
 TRANSFER_TIMEOUT_S: Final = 150.0
 _CONFIG_KEYS: Final = frozenset({"store", "cluster_tls", "insecure_rpc"})
 _TRUE: Final = frozenset({"1", "true", "t", "yes", "y", "on"})
+_NOT_FOUND: Final = frozenset({Refusal.INVALID_REALM, Refusal.INVALID_GROUP, Refusal.INVALID_HSM})
 _SHARED: Final = "roles.tools.cluster.shared"
 
 
@@ -285,7 +286,10 @@ def for_operator(problem: BaseException) -> BaseException:
 
 
 async def call_manager(session: Session, url: str | None, method: str, body: Any, *, timeout_s: float) -> Any:
-    """Call a manager: the given one, else those in discovery in random order until one answers."""
+    """Call a manager: the given one, else those in discovery in random order until one answers.
+
+    A manager must say its status within 5 s; only then is it asked to work, which may take `timeout_s`.
+    """
     from juicebox_hsm.adapters.rpc import RpcFailed, RpcUnreachable
     from juicebox_hsm.ports import ServiceKind
 
@@ -302,6 +306,7 @@ async def call_manager(session: Session, url: str | None, method: str, body: Any
     problems = []
     for candidate in urls:
         try:
+            await _greet(session, candidate)
             return await session.rpc.call(candidate, MANAGER_METHODS[method], body, timeout_s=timeout_s)
         except RpcFailed as error:
             if error.code is not RpcCode.SHUTTING_DOWN:
@@ -312,6 +317,18 @@ async def call_manager(session: Session, url: str | None, method: str, body: Any
     raise ToolFailure(f"no manager answered: {'; '.join(problems)}", ExitCode.UNREACHABLE)
 
 
+async def _greet(session: Session, url: str) -> None:
+    """Ask a manager for its status. Raises `RpcUnreachable` when it says nothing in time, and what `call` raises."""
+    from juicebox_hsm.adapters.rpc import RpcFailed, RpcUnreachable
+
+    try:
+        await session.rpc.call(url, MANAGER_METHODS["status"], Empty(), timeout_s=STATUS_TIMEOUT_S)
+    except RpcFailed as error:
+        if error.code is not RpcCode.DEADLINE_EXCEEDED:
+            raise
+        raise RpcUnreachable(f"{url}: no answer within {STATUS_TIMEOUT_S:.0f} s", maybe_delivered=False) from None
+
+
 def _code_of(code: RpcCode) -> ExitCode:
     return ExitCode.UNREACHABLE if code in (RpcCode.FORBIDDEN, RpcCode.DEADLINE_EXCEEDED) else ExitCode.FAILED
 
@@ -320,6 +337,12 @@ def refusal_text(reply: Refused, texts: dict[str, str]) -> str:
     """Return what a refusal means, with its detail."""
     said = texts.get(reply.outcome.value, reply.outcome.value)
     return f"{said}: {reply.detail}" if reply.detail else said
+
+
+def refused(reply: Refused, texts: dict[str, str], before: str = "") -> ToolFailure:
+    """Return a manager's refusal as a failure: exit 3 when it knows no such realm, group or HSM, else 1."""
+    code = ExitCode.ID if reply.outcome in _NOT_FOUND else ExitCode.FAILED
+    return ToolFailure(f"{before}{refusal_text(reply, texts)}", code)
 
 
 def end(code: ExitCode) -> NoReturn:

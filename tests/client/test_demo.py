@@ -15,9 +15,11 @@ from pathlib import Path
 
 import pytest
 import trio
+from click.testing import CliRunner
 
 from juicebox_hsm.client import Client, Configuration, HttpTransport, InvalidPin
 from juicebox_hsm.wire.rpc import MANAGER_METHODS, Empty, ManagerStatus
+from roles.cli import cli
 from roles.tools.demo_launch import Cluster, launch
 from roles.tools.demo_layout import DemoOptions
 from tests.terminal import run_on_terminal, words_of
@@ -279,8 +281,8 @@ async def test_operators_commands_on_a_real_cluster(tmp_path: Path) -> None:
 
         drained = leaders[0]
         # agent1 also leads the group of one that the realm began with, which nobody else can take over
-        stays = 1 if drained.name == "agent1" else 0
-        await operate("drain", drained.url, expect=stays)
+        stays = drained.name == "agent1"
+        assert ("still leads" in await operate("drain", drained.url)) == stays
         for group in (await cluster.wait_leaders()).groups_of(realm):
             if len(group.configuration) == 3:
                 assert group.leader is not None
@@ -288,6 +290,7 @@ async def test_operators_commands_on_a_real_cluster(tmp_path: Path) -> None:
         assert "work" in await operate("rebalance", "--dry-run")
         await operate("undrain", drained.hsm.hex()[:7])
         await operate("undrain", drained.hsm.hex()[:7], expect=3)
+        await operate("undrain", drained.hsm.hex(), expect=3)
         assert (await operate("rebalance", "--full")).endswith("Already balanced.\n")
 
         reloaded = await operate("tenant", "set-capacity", "acme", "5")
@@ -313,6 +316,7 @@ async def test_operators_commands_on_a_real_cluster(tmp_path: Path) -> None:
         parts = json.loads(await operate("partitions", realm.hex()[:6], "--json"))["realms"][0]["partitions"]
         assert [part["start"][:2] for part in parts] == ["00", "c0"]
         assert "healthy" in await operate("status")
+        await _dry_runs_exit_as_the_real_ones(cluster, low.id.hex(), high.id.hex())
         members = words_of(await operate("groups"))
         shown = await trio.to_thread.run_sync(run_on_terminal, ["cluster", "groups", *config])
         in_window = set(words_of(shown[1]))
@@ -338,3 +342,29 @@ async def test_operators_commands_on_a_real_cluster(tmp_path: Path) -> None:
         await cluster.process("agent3").kill()
         assert "agent" in await operate("status", expect=5)
         assert "error:" in await operate("agents", expect=5)
+
+
+async def _dry_runs_exit_as_the_real_ones(cluster: Cluster, low: str, high: str) -> None:
+    """Orders that a running cluster refuses: the same exit code with and without --dry-run; 3 for unknown ids."""
+    config = ("--config", str(cluster.state.cluster_toml))
+    realm, agent = cluster.realms[0].hex(), cluster.process("agent1").service.url
+    missing, half = "0f" * 16, ("--start", "8000", "--end", "bfff")
+    for code, *command in (
+        (3, "transfer", "--realm", realm, "--source", missing, "--destination", "1e" * 16, *half),
+        (3, "transfer", "--realm", missing, "--source", low, "--destination", high, *half),
+        (2, "transfer", "--realm", realm, "--source", low, "--destination", low, *half),
+        (1, "transfer", "--realm", realm, "--source", low, "--destination", high, "--start", "2000", "--end", "30ff"),
+        (3, "experimental", "transfer", "--realm", realm, "--destination", missing, *half),
+        (3, "drain", missing),
+        (3, "stepdown", missing),
+        (1, "new-realm", agent),
+        (4, "new-realm", "tls://127.0.0.1:1"),
+        (3, "join-realm", "--realm", missing, agent),
+        (4, "join-realm", "--realm", realm, "tls://127.0.0.1:1"),
+        (1, "new-group", "--realm", realm, agent, agent),
+        (3, "tenant", "unset", "nobody"),
+    ):  # fmt: skip
+        for words in (command, [*command, "--dry-run"]):
+            result = await trio.to_thread.run_sync(CliRunner().invoke, cli, ["cluster", *words, *config])
+            assert result.exit_code == code, (words, result.output)
+    assert not await cluster.session.store.settings.list("drain/"), "a drain that was refused leaves no mark"
