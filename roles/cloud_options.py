@@ -156,6 +156,15 @@ def pubsub_options(function: F) -> F:
 
 def secrets_options(function: F) -> F:
     """Add --secrets-file, --raw-secrets and the `--secrets-manager-...` flags; the function receives `secrets`."""
+    return _take_secrets(function, is_needed=True)
+
+
+def optional_secrets_options(function: F) -> F:
+    """Add the same flags to a command that can do without; then `secrets` is None."""
+    return _take_secrets(function, is_needed=False)
+
+
+def _take_secrets(function: F, *, is_needed: bool) -> F:
     project_help = (
         "Read secrets from Secret Manager of this project. Default without --secrets-file: the store's project."
     )
@@ -164,7 +173,9 @@ def secrets_options(function: F) -> F:
     def wrapper(**values: Any) -> Any:
         cloud = take_cloud(SECRETS, values)
         secrets = SecretsOptions(values.pop("secrets_file"), cloud, raw=values.pop("raw_secrets"))
-        problem = secrets.problem(values["common"].store_url if "common" in values else values["store_url"])
+        if not is_needed and not secrets.is_given:
+            return function(**values, secrets=None)
+        problem = secrets.problem(_store_url(values))
         if problem:
             raise click.UsageError(problem, click.get_current_context())
         return function(**values, secrets=secrets)
@@ -189,6 +200,13 @@ def secrets_options(function: F) -> F:
     return cast("F", decorated)
 
 
+def _store_url(values: Mapping[str, Any]) -> str:
+    """Return the store among a command's values: of a role, of an operator command, or by itself."""
+    holder = values.get("common", values.get("connection"))
+    url = values.get("store_url") if holder is None else holder.store_url
+    return url or ""
+
+
 @dataclass(frozen=True, slots=True)
 class SecretsOptions:
     """Where secrets are: a file, or Secret Manager."""
@@ -196,6 +214,11 @@ class SecretsOptions:
     file: Path | None
     cloud: CloudOptions
     raw: bool = False
+
+    @property
+    def is_given(self) -> bool:
+        """Tell whether any flag names a source."""
+        return self.file is not None or self.cloud.is_given or self.raw
 
     def problem(self, store_url: str) -> str:
         """Return why these flags name no source of secrets, "" when they do."""

@@ -22,12 +22,12 @@ import trio
 
 from juicebox_hsm.client import Client, ClientError, Configuration, ConfigurationError, HttpTransport, InvalidAuth
 from juicebox_hsm.crypto.secret import Secret
-from juicebox_hsm.errors import RealmError
 from juicebox_hsm.ids import RealmId
-from juicebox_hsm.tenant_secrets import SecretAlgorithm, TenantSecret, parse_file, tenant_secret_name
+from juicebox_hsm.tenant_secrets import SecretAlgorithm, TenantSecret
 from juicebox_hsm.tokens import create
 from roles.durations import DurationType
 from roles.tools.cluster_session import ExitCode, ToolFailure, end, run
+from roles.tools.tenant_key import latest_in_file
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -273,19 +273,19 @@ def target_from_flags(configuration: str, secrets_file: Path | None, tenant: str
     """Build the target from --configuration, --secrets-file and --tenant. Raises `ToolFailure`."""
     if secrets_file is None:
         raise ToolFailure("--configuration needs --secrets-file FILE with the tenant's signing key", ExitCode.USAGE)
+    return target_with_key(configuration, tenant, certificate, lambda: latest_in_file(secrets_file, tenant))
+
+
+def target_with_key(
+    configuration: str, tenant: str, certificate: Path | None, read_key: Callable[[], tuple[int, TenantSecret]]
+) -> Target:
+    """Build the target from --configuration and the tenant's signing key, which is read last. Raises `ToolFailure`."""
     try:
-        versions = parse_file(secrets_file.read_bytes()).get(tenant_secret_name(tenant), {})
         checked = Configuration.from_json(_read_argument(configuration))
-    except OSError as error:
-        raise ToolFailure(f"--secrets-file {secrets_file}: {error.strerror}") from None
     except ConfigurationError as error:
         raise ToolFailure(f"--configuration: {error}", ExitCode.USAGE) from None
-    except RealmError as error:
-        raise ToolFailure(f"--secrets-file {secrets_file}: {error}") from None
-    if not versions:
-        raise ToolFailure(f"--secrets-file {secrets_file}: no key {tenant_secret_name(tenant)}", ExitCode.ID)
-    version = max(versions)
-    return Target(checked, certificate, _signer(versions[version], tenant, version))
+    version, key = read_key()
+    return Target(checked, certificate, _signer(key, tenant, version))
 
 
 class ConnectionsType(click.ParamType[int]):

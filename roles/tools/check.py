@@ -30,10 +30,12 @@ from juicebox_hsm.adapters.metrics import Metrics
 from juicebox_hsm.adapters.tracing import Traces, open_traces
 from juicebox_hsm.client import PinHashingMode
 from juicebox_hsm.tenant_secrets import is_test_tenant
+from roles.cloud_options import SecretsOptions, optional_secrets_options
 from roles.durations import DurationType
-from roles.tools.bench_client import ENVIRONMENT, Target, target_from_client_json, target_from_flags
+from roles.tools.bench_client import ENVIRONMENT, Target, target_from_client_json, target_with_key
 from roles.tools.check_run import Certificates, Checker, Report, Settings
 from roles.tools.cluster_session import ExitCode, ToolFailure, end, run
+from roles.tools.tenant_key import latest_key
 
 SERVICE_CHECK: Final = "healthcheck.register_recover"
 USERS_MAX: Final = 100_000
@@ -62,12 +64,18 @@ def roots(files: Sequence[Path]) -> Iterator[Path | None]:
         yield Path(bundle.name)
 
 
-def _target(configuration: str | None, secrets_file: Path | None, tenant: str, ca: Path | None) -> Target:
+def _target(configuration: str | None, secrets: SecretsOptions | None, tenant: str, ca: Path | None) -> Target:
     """Return whom to check, from flags or from the demo's file; PINs are stretched the fast way."""
     if configuration is not None:
         if not is_test_tenant(tenant):
             raise ToolFailure(f"--tenant {tenant}: only tenants test-... are used for checks", ExitCode.USAGE)
-        target = target_from_flags(configuration, secrets_file, tenant, ca)
+        if secrets is None:
+            raise ToolFailure(
+                "--configuration needs --secrets-file FILE with the tenant's signing key, or --secrets-manager-project",
+                ExitCode.USAGE,
+            )
+        source = secrets
+        target = target_with_key(configuration, tenant, ca, lambda: latest_key(source, "", tenant))
     elif ENVIRONMENT in os.environ:
         target = target_from_client_json(Path(os.environ[ENVIRONMENT]))
         target = target if ca is None else replace(target, ca_file=ca)
@@ -154,7 +162,7 @@ async def _loop(
 
 @click.command()
 @click.option("--configuration", help=f"Client configuration as JSON or @FILE; default from {ENVIRONMENT}.")
-@click.option("--secrets-file", type=click.Path(path_type=Path, dir_okay=False), help="Signing key of the tenant.")
+@optional_secrets_options
 @click.option("--tenant", default="test-juiceboxmonitor", show_default=True, help="Tenant; must start with test-.")
 @click.option("--user", default="Mario", show_default=True, help="Users are called this and a number.")
 @click.option("--count", type=click.IntRange(1, USERS_MAX), default=5, show_default=True, help="Users per run.")
@@ -178,7 +186,7 @@ async def _loop(
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a run.")
 def command(
     configuration: str | None,
-    secrets_file: Path | None,
+    secrets: SecretsOptions | None,
     tenant: str,
     user: str,
     count: int,
@@ -195,7 +203,7 @@ def command(
     """Register, recover, compare and delete as a few test users; exit 1 when anything failed in the last run.
 
     Each user gets 2 guesses. All users are tried; the first error is the result. Certificates of the realms are looked
-    at first and then every 5 minutes: 5 days or less before their end the check fails.
+    at first and then every 5 minutes: 5 days or less before their end the check fails. The tenant's key is read once.
     """
     metrics = Metrics()
     metrics.enable_samples()
@@ -210,7 +218,7 @@ def command(
             click.echo(line, err=True)
 
         traces = open_traces("service_checker", __version__)
-        checker = Checker(_target(configuration, secrets_file, tenant, ca), settings, metrics, log, traces)
+        checker = Checker(_target(configuration, secrets, tenant, ca), settings, metrics, log, traces)
         looker = Certificates([realm.address for realm in checker.target.configuration.realms], log, metrics)
         report = run(lambda: _loop(checker, looker, interval_s=interval if forever else None, show=show, traces=traces))
     if not report.ok:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -15,8 +14,9 @@ from juicebox_hsm.cluster_view import ClusterView
 from juicebox_hsm.errors import RealmError
 from juicebox_hsm.ids import RealmId, parse_id
 from juicebox_hsm.ports import ServiceKind, TenantLimits
-from juicebox_hsm.tenant_secrets import is_tenant_name, is_test_tenant, parse_file, tenant_secret_name
+from juicebox_hsm.tenant_secrets import is_tenant_name, is_test_tenant
 from juicebox_hsm.wire.rpc import AGENT_METHODS, Empty, TenantsReloaded
+from roles.cloud_options import SecretsOptions, secrets_options
 from roles.lazy import LazyCommand, LazyGroup
 from roles.tools.cluster_ids import resolve_id
 from roles.tools.cluster_output import print_json, print_table
@@ -281,36 +281,25 @@ def configuration(
     show_default=True,
     help="What the token admits to: the realm, or the tenant log.",
 )
-@click.option(
-    "--secrets-file",
-    required=True,
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Secrets file with the tenant's signing key.",
-)
 @with_connection
-def auth_token(connection: Connection, tenant_name: str, user: str, realm: str, scope: str, secrets_file: Path) -> None:
+@secrets_options
+def auth_token(
+    connection: Connection, tenant_name: str, user: str, realm: str, scope: str, secrets: SecretsOptions
+) -> None:
     """Mint a token for a test tenant with the latest version of its key; it lives 10 minutes."""
     from juicebox_hsm.tokens import Scope, create
+    from roles.tools.tenant_key import latest_key
 
     if not is_test_tenant(tenant_name):
         raise ToolFailure(f"{tenant_name}: tokens are minted for tenants test-... only", ExitCode.USAGE)
-    try:
-        versions = parse_file(secrets_file.read_bytes()).get(tenant_secret_name(tenant_name), {})
-    except OSError as error:
-        raise ToolFailure(f"--secrets-file {secrets_file}: {error.strerror}") from None
-    except RealmError as error:
-        raise ToolFailure(f"--secrets-file {secrets_file}: {error}") from None
-    if not versions:
-        raise ToolFailure(f"--secrets-file {secrets_file}: no key {tenant_secret_name(tenant_name)}", ExitCode.ID)
+    version, key = latest_key(secrets, connection.store_url or "", tenant_name)
     known = [] if len(realm) == 32 else read_view(connection).realms
-    realm_id = RealmId(resolve_id(realm, known, "realm"))
-    version = max(versions)
     token = create(
-        versions[version],
+        key,
         tenant=tenant_name,
         version=version,
         user=user,
-        realm=realm_id,
+        realm=RealmId(resolve_id(realm, known, "realm")),
         now_s=int(time.time()),
         lifetime_s=TOKEN_LIFETIME_S,
         scope=Scope(scope),
