@@ -49,7 +49,7 @@ from juicebox_hsm.tenant_secrets import RECORD_ID_KEY_NAME, record_id_key, recor
 from juicebox_hsm.tokens import RejectionReason
 from juicebox_hsm.wire.rpc import PeerRole
 from roles.cloud_options import SecretsOptions, open_secrets, secrets_options
-from roles.durations import DurationType
+from roles.durations import DurationType, format_seconds
 from roles.lb.forward import Forwarder
 from roles.lb.guard import RealmGuard
 from roles.lb.poller import Poller
@@ -102,6 +102,16 @@ def _durations(function: click.decorators.FC) -> click.decorators.FC:
         option = click.option(flag, type=DurationType(), default=default, show_default=True, help=text)
         function = option(function)
     return function
+
+
+def shutdown_problem(notice_s: float, timeout_s: float) -> str:
+    """Return why these two do not go together, "" when they do: the notice is part of the shutdown."""
+    if notice_s <= timeout_s:
+        return ""
+    return (
+        f"--shutdown-notice-period {format_seconds(notice_s)} is above --shutdown-timeout {format_seconds(timeout_s)}, "
+        "which includes it"
+    )
 
 
 _FILE: Final = click.Path(path_type=Path, dir_okay=False)
@@ -159,6 +169,8 @@ def command(
 ) -> None:
     """Run a load balancer: the HTTPS edge that authenticates clients and finds their record's leader."""
     configure(common.log_level)
+    if problem := shutdown_problem(shutdown_notice_period, shutdown_timeout):
+        raise LocalError(problem)
     limits = EdgeLimits(
         connections_max=fit_connections(max_connections),
         handshake_timeout_s=tls_handshake_timeout,
@@ -175,7 +187,7 @@ def command(
         secrets,
         record_id_key_version,
         shutdown_timeout,
-        min(shutdown_notice_period, shutdown_timeout),
+        shutdown_notice_period,
         limits,
         enable_rttest,
         workers,

@@ -69,11 +69,9 @@ def parse_role(role: str, arguments: list[str]) -> Parsed:
     problems: list[str] = []
     values: dict[str, Any] = {}
     with context:
-        try:
-            given, rest, order = command.make_parser(context).parse_args(args=list(arguments))
-        except click.UsageError as error:  # a flag without its value: nothing behind it can be trusted
-            problems.append(error.format_message())
-            given, rest, order = {}, [], []
+        words, bare = _without_bare_flags(command, context, arguments)
+        problems += [f"Option '{flag}' requires an argument." for flag in sorted(bare)]
+        given, rest, order = _parse_words(command, context, words, problems)
         problems += _leftovers(rest)
         for parameter in iter_params_for_processing(order, command.get_params(context)):
             try:
@@ -81,7 +79,8 @@ def parse_role(role: str, arguments: list[str]) -> Parsed:
             except BadSettings as error:
                 problems += error.problems
             except click.MissingParameter:
-                problems.append(f"--{flag_of(parameter)} is required: {_meaning(parameter)}")
+                if bare.isdisjoint(parameter.opts):
+                    problems.append(f"--{flag_of(parameter)} is required: {_meaning(parameter)}")
             except click.UsageError as error:
                 problems.append(error.format_message())
             else:
@@ -92,7 +91,7 @@ def parse_role(role: str, arguments: list[str]) -> Parsed:
     try:
         own["store_url"] = take_store(dict(own))
     except ValueError as error:
-        problems.append(str(error))
+        problems += [] if "--store" in bare else [str(error)]
         own["store_url"] = ""
     store_url = own["store_url"]
     try:
@@ -104,6 +103,46 @@ def parse_role(role: str, arguments: list[str]) -> Parsed:
     parameters = [parameter for parameter in command.params if parameter.name not in _NOT_SETTINGS]
     settings = tuple(_setting(context, parameter, values, common) for parameter in parameters)
     return Parsed(role, own, common, tuple(problems), settings)
+
+
+def _without_bare_flags(
+    command: click.Command, context: click.Context, arguments: list[str]
+) -> tuple[list[str], set[str]]:
+    """Return the words that can be read, and the flags left out of them because another flag stands for their value."""
+    options = [parameter for parameter in command.get_params(context) if isinstance(parameter, click.Option)]
+    flags = {name for option in options for name in (*option.opts, *option.secondary_opts)}
+    with_value = {name for option in options if not option.is_flag for name in option.opts}
+    kept: list[str] = []
+    bare: set[str] = set()
+    words = iter([*arguments, None])
+    word = next(words)
+    while word is not None:
+        following = next(words) if word in with_value else None
+        if word in with_value and (following is None or following.partition("=")[0] in flags):
+            bare.add(word)
+            word = following
+            continue
+        kept += [word] if following is None else [word, following]
+        word = next(words)
+    return kept, bare
+
+
+def _parse_words(
+    command: click.Command, context: click.Context, words: list[str], problems: list[str]
+) -> tuple[dict[str, Any], list[str], list[click.Parameter]]:
+    """Let click read the words; a flag it cannot make sense of is a problem, and the others are read without it."""
+    while True:
+        try:
+            return command.make_parser(context).parse_args(args=list(words))
+        except click.BadOptionUsage as error:  # `--allow-loopback=yes`
+            problems.append(error.format_message())
+            left = [word for word in words if word.partition("=")[0] != error.option_name]
+        except click.UsageError as error:
+            problems.append(error.format_message())
+            left = []
+        if left == words:
+            left = []
+        words = left
 
 
 def _leftovers(rest: list[str]) -> list[str]:

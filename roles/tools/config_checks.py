@@ -7,9 +7,12 @@ existing store file is opened as the role would.
 from __future__ import annotations
 
 import datetime as dt
+import difflib
 import fcntl
+import importlib
 import os
 import socket
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,15 +29,23 @@ from juicebox_hsm.adapters.store import open_store
 from juicebox_hsm.adapters.tracing import endpoint_of
 from juicebox_hsm.consensus.nvram import decode_state
 from juicebox_hsm.errors import RealmError
+from roles.cli import TOOLS
 from roles.cloud_options import pubsub_problem, secrets_problem
-from roles.options import Address, CommonOptions, identity_problems
+from roles.lb.main import shutdown_problem
+from roles.lb.workers import PLACE_VARIABLE
+from roles.options import ENVIRONMENT_PREFIX, Address, CommonOptions, identity_problems, variable_of
 from roles.tools.cluster_session import first_leaf
-from roles.tools.config import Parsed, path_of
+from roles.tools.config import ROLES, Parsed, path_of
 from roles.tools.secrets import findings
 
 DAYS_WARN: Final = 20  # operator-tools.md 3: the service check warns from here on
 OPEN_S: Final = 10.0
+PORT_MAX: Final = 65_535
+NEAR: Final = 0.85  # own: one or two letters of a variable's name
 _OTHERS: Final = 0o007
+# read by operator commands; by the copies of a balancer; by tests
+_OTHER_VARIABLES: Final = frozenset({PLACE_VARIABLE, f"{ENVIRONMENT_PREFIX}_FAULTS_DIR"})
+_TOOL_PREFIXES: Final = tuple(f"{ENVIRONMENT_PREFIX}_{name.replace('-', '_').upper()}_" for name in TOOLS)
 
 
 def all_problems(parsed: Parsed) -> list[str]:
@@ -58,6 +69,7 @@ def warnings(parsed: Parsed) -> list[str]:
     lines = []
     if common.advertise.is_loopback and common.advertise.port and not common.allow_loopback:
         lines.append(f"--advertise {common.advertise}: only this machine can reach it")
+    lines += unknown_variables(os.environ)
     now = dt.datetime.now(dt.UTC)
     files = [] if common.cluster_tls is None else [common.cluster_tls / CERT_FILE]
     edge = path_of(parsed, "tls_cert")
@@ -68,8 +80,32 @@ def warnings(parsed: Parsed) -> list[str]:
     return lines
 
 
+def unknown_variables(environment: Mapping[str, str]) -> list[str]:
+    """Return which of our variables no program reads, with the name that is probably meant."""
+    commands = [importlib.import_module(f"roles.{role}.main").command for role in ROLES]
+    known = {variable_of(parameter) for command in commands for parameter in command.params} | _OTHER_VARIABLES
+    lines = []
+    for name in sorted(environment):
+        if not name.startswith(f"{ENVIRONMENT_PREFIX}_") or name in known:
+            continue
+        near = difflib.get_close_matches(name, known, n=1, cutoff=NEAR)
+        if near:
+            lines.append(f"{name}: no flag has this name; {near[0]} is meant?")
+        elif not name.startswith(_TOOL_PREFIXES):
+            lines.append(f"{name}: no flag has this name")
+    return lines
+
+
+def metrics_problems(environment: Mapping[str, str]) -> list[str]:
+    """Return what is wrong with the address that metrics are sent to."""
+    text = environment.get("DD_DOGSTATSD_PORT", "")
+    if not text or (text.isascii() and text.isdigit() and 1 <= int(text) <= PORT_MAX):
+        return []
+    return [f"DD_DOGSTATSD_PORT={text}: not a port; give a number from 1 to {PORT_MAX}"]
+
+
 def _common_problems(role: str, common: CommonOptions) -> list[str]:
-    problems = identity_problems(common)
+    problems = identity_problems(common) + metrics_problems(os.environ)
     if common.cluster_tls is not None:
         problems += cluster_certificate_problems(common.cluster_tls, role)
     if common.listen.port and common.listen == common.http_listen:
@@ -231,6 +267,9 @@ def _balancer_problems(parsed: Parsed) -> list[str]:
         problems.append(source)
     if secrets is not None:
         problems += _secrets_problems(secrets, parsed.values.get("record_id_key_version"))
+    notice_s, timeout_s = (parsed.values.get(f"shutdown_{name}") for name in ("notice_period", "timeout"))
+    if notice_s is not None and timeout_s is not None and (problem := shutdown_problem(notice_s, timeout_s)):
+        problems.append(problem)
     workers: Any = parsed.values.get("workers")
     common = parsed.common
     if isinstance(workers, int) and workers > 1:
@@ -259,5 +298,5 @@ def _secrets_problems(path: Path, record_id_version: int | None) -> list[str]:
         return [f"--secrets-file {path}: {error.strerror}"]
     return [
         f"--secrets-file {path}: {finding}"
-        for finding in findings(content, mode & _OTHERS, record_id_version=record_id_version)
+        for finding in findings(content, mode, forbidden=_OTHERS, record_id_version=record_id_version)
     ]

@@ -183,13 +183,16 @@ def rotate(tenant: str, algorithm: str, path: Path | None) -> None:
     _add_version(path, tenant, algorithm, refuse_unknown)
 
 
-def findings(text: str | bytes, mode: int, *, record_id_version: int | None = None) -> list[str]:
+def findings(
+    text: str | bytes, mode: int, *, forbidden: int = 0o077, record_id_version: int | None = None
+) -> list[str]:
     """Return what is wrong with a secrets file, one line each. Pure; `mode` is the file's permissions.
 
-    `record_id_version` is the version a balancer is told to use, None when it has to be the only one.
+    `forbidden` are the permissions it must not have: a service may share the file with its group. `record_id_version`
+    is the version a balancer is told to use, None when it has to be the only one.
     """
     found = []
-    if mode & 0o077:
+    if mode & forbidden:
         found.append(f"readable by others (mode {mode & 0o777:04o}); run chmod 600")
     try:
         parsed = parse_file(text)

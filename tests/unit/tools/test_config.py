@@ -170,17 +170,20 @@ def test_check_of_a_balancer_finds_every_mistake(pki: Path, tmp_path: Path, busy
         "--store", f"sqlite:{tmp_path}/no/realm.db", "--cluster-tls", pki / "agent", "--workers", "0",
         "--idle-timeout", "5", "--tls-key", pki / "edge-key.pem", "--tls-cert", pki / "other.pem",
         "--secrets-file", secrets, "--log-level", "loud", "--no-such-flag", "7",
+        "--shutdown-timeout", "20s",
     )  # fmt: skip
     assert code == 78
     lines = output.splitlines()
     for said in (
         "--no-such-flag: no such flag", "--workers", "--idle-timeout", "is for role agent, not lb",
         f"--listen 127.0.0.1:{busy_port}: Address already in use", "--advertise 0.0.0.0:443: others cannot reach",
-        f"the directory {tmp_path}/no does not exist", "does not match the first certificate", "readable by others",
+        f"the directory {tmp_path}/no does not exist", "does not match the first certificate",
+        "readable by others (mode 0644)",
         "no enabled version", "'loud' is unknown",
+        "--shutdown-notice-period 30s is above --shutdown-timeout 20s",
     ):  # fmt: skip
         assert sum(said in line for line in lines) == 1, said
-    assert len(lines) == 11
+    assert len(lines) == 12
 
 
 def test_check_of_an_agent_finds_every_mistake(pki: Path, tmp_path: Path) -> None:
@@ -212,11 +215,38 @@ def test_check_tells_that_an_hsm_runs(pki: Path, tmp_path: Path) -> None:
     assert _check(*flags, "--insecure-rpc")[0] == 0
 
 
-def test_check_reports_a_flag_without_its_value() -> None:
-    """A command line that ends too early is a mistake like the others, not a crash."""
-    code, output = _check("--role", "manager", "--store")
+@pytest.mark.parametrize("before", [True, False])
+def test_a_flag_without_its_value_hides_nothing(before: bool, tmp_path: Path) -> None:
+    """A missing value is one mistake: the file is read all the same, whichever comes first."""
+    (tmp_path / "manager.toml").write_text(f'store = "sqlite:{tmp_path}/s.db"\ninsecure-rpc = true\n')
+    file = ("--config", tmp_path / "manager.toml")
+    words = ("--listen", *file) if before else (*file, "--listen")
+    code, output = _check("--role", "manager", *words)
     assert code == 78
-    assert "--store" in output
+    assert output == "Option '--listen' requires an argument.\n"
+    assert _check("--role", "manager", *file, "--store", "--name")[1].splitlines() == [
+        "Option '--name' requires an argument.",
+        "Option '--store' requires an argument.",
+    ]
+    assert _check("--role", "manager", "--insecure-rpc", "--listen", "127.0.0.1:0", "--store")[1].count("--store") == 1
+    assert "'--allow-loopback' does not take a value" in _check("--role", "manager", *file, "--allow-loopback=x")[1]
+
+
+def test_check_knows_what_the_environment_gets_wrong(tmp_path: Path) -> None:
+    """A misspelt variable is a warning with the right name; a port of the metrics' agent that is none is a mistake."""
+    environment = {
+        "JUICEBOX_HSM_LISTN": "127.0.0.1:1", "JUICEBOX_HSM_CLUSTER_TSL": "tls", "JUICEBOX_HSM_TLS_CERT": "edge.pem",
+        "JUICEBOX_HSM_CHECK_COUNT": "3", "JUICEBOX_HSM_NONSENSE": "1", "DD_DOGSTATSD_PORT": "81250",
+    }  # fmt: skip
+    result = _run("config", "check", "--role", "manager", "--store", f"sqlite:{tmp_path}/s.db", "--insecure-rpc",
+                  "--allow-loopback", "--listen", "127.0.0.1:0", environment=environment)  # fmt: skip
+    assert result.exit_code == 78
+    assert result.stdout == "DD_DOGSTATSD_PORT=81250: not a port; give a number from 1 to 65535\n"
+    assert result.stderr.splitlines() == [
+        "warning: JUICEBOX_HSM_CLUSTER_TSL: no flag has this name; JUICEBOX_HSM_CLUSTER_TLS is meant?",
+        "warning: JUICEBOX_HSM_LISTN: no flag has this name; JUICEBOX_HSM_LISTEN is meant?",
+        "warning: JUICEBOX_HSM_NONSENSE: no flag has this name",
+    ]
 
 
 def test_cluster_takes_the_environment_between_flags_and_file(tmp_path: Path) -> None:

@@ -193,6 +193,7 @@ ROLES = [
     (f"{LB} --tls-key other.key", 78, "other.key does not match"),
     (f"{LB} --secrets-file bad.json", 78, "bad.json"),
     (f"{LB} --idle-timeout 5", 2, "'5' is not a duration"),
+    (f"{LB} --shutdown-timeout 20s", 78, "--shutdown-notice-period 30s is above --shutdown-timeout 20s"),
     (f"{LB} --advertise 0.0.0.0:1", 78, "--advertise 0.0.0.0:1"),
 ]
 
