@@ -17,6 +17,7 @@ from juicebox_hsm.cluster_view import ClusterView, GroupKey, GroupView, Member
 from juicebox_hsm.ids import HsmId, OwnedRange
 from roles.manager.planning import gaps
 from roles.manager.ranges import show_range
+from roles.manager.reasons import reason_of
 
 OUTBOX_ROWS_WARN: Final = 100_000  # 1 % of the bound at which clients are refused (agent.md 11)
 OUTBOX_AGE_WARN_S: Final = 60.0
@@ -107,6 +108,10 @@ def verdict_json(evidence: Evidence, verdict: Verdict) -> dict[str, object]:
         "ok": verdict.is_healthy,
         "problems": list(verdict.problems),
         "advice": list(verdict.advice),
+        "reasons": [
+            *({"code": reason_of(line), "severity": "problem", "text": line} for line in verdict.problems),
+            *({"code": reason_of(line), "severity": "advice", "text": line} for line in verdict.advice),
+        ],
         "agents": len(view.agents),
         "hsms": len(view.hsms),
         "managers": len(evidence.managers),
@@ -196,6 +201,8 @@ def _group_problems(evidence: Evidence, group: GroupView) -> Iterator[str]:
         yield f"{name}: fewer than a majority of members answer; down: {', '.join(missing)}"
     elif missing:
         yield f"{name}: members down: {', '.join(missing)}"
+    if _is_too_small(evidence.view, group):
+        yield f"{name}: {_tolerance(group)}; make an odd one of {MEMBERS_ADVISED} or more HSMs and move the range there"
     if group.leader is None:
         yield f"{name}: nobody leads"
     pending = describe_transfer(group)
@@ -205,6 +212,19 @@ def _group_problems(evidence: Evidence, group: GroupView) -> Iterator[str]:
             yield f"{name}: {pending}; no manager answers to finish it"
         elif age_s > TRANSFER_AGE_WARN_S:
             yield f"{name}: {pending} for {age_s:.0f} s"
+
+
+def _is_too_small(view: ClusterView, group: GroupView) -> bool:
+    """Tell whether a group that serves has one member or an even number, though the realm has HSMs for a better one."""
+    others = {hsm for other in view.groups_of(group.realm) for hsm in other.configuration}
+    hsms = others | {hsm.id for hsm in view.hsms.values() if hsm.realm == group.realm}
+    size = len(group.configuration)
+    return group.owned_range is not None and len(hsms) >= MEMBERS_ADVISED and (size == 1 or size % 2 == 0)
+
+
+def _tolerance(group: GroupView) -> str:
+    size = len(group.configuration)
+    return f"serves with {_counted(size, 'member')} and tolerates {(size - 1) // 2} lost ones"
 
 
 def _name(group: GroupView) -> str:
@@ -252,9 +272,9 @@ def _advice(evidence: Evidence) -> Iterator[str]:
     if evidence.rebalancing_paused:
         yield "periodic rebalancing is paused; resume it with `cluster rebalance --resume`"
     for group in (group for _, group in sorted(evidence.view.groups.items())):
-        if group.owned_range is not None and len(group.configuration) < MEMBERS_ADVISED:
-            tolerated = (len(group.configuration) - 1) // 2
-            yield f"{_name(group)}: serves with {len(group.configuration)} members and tolerates {tolerated} lost ones"
+        is_small = group.owned_range is not None and len(group.configuration) < MEMBERS_ADVISED
+        if is_small and not _is_too_small(evidence.view, group):
+            yield f"{_name(group)}: {_tolerance(group)}"
         for member in group.members:
             behind = lag(group, member)
             if behind is not None and behind >= LAG_WARN:

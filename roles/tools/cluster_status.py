@@ -32,8 +32,9 @@ def status(connection: Connection, *, as_json: bool) -> None:
     """Judge the cluster's health: one line for each problem and each advice; exit 5 when there is a problem.
 
     Problems: agents, HSMs, managers or balancers that do not answer; fewer than two managers; members down; groups
-    without a leader; ranges nobody serves; transfers pending for more than a minute; balancers that are not ready
-    (stale secrets or routes); certificates that end within 20 days; different versions; a growing outbox.
+    without a leader; groups of one member or an even number that serve, where the realm has three HSMs or more; ranges
+    nobody serves; transfers pending for more than a minute; balancers that are not ready (stale secrets or routes);
+    certificates that end within 20 days; different versions; a growing outbox.
     """
 
     async def body(session: Session) -> Evidence:

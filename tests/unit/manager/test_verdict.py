@@ -14,9 +14,10 @@ from juicebox_hsm.cluster_view import AgentView, build_view
 from juicebox_hsm.ids import FULL_RANGE, OwnedRange
 from juicebox_hsm.wire import rpc
 from roles.manager.evidence import read_manager_status
+from roles.manager.reasons import OTHER, REASONS, reason_of
 from roles.manager.recovery import pending, remember_pending
-from roles.manager.verdict import BalancerReport, Evidence, ManagerReport, judge
-from tests.unit.manager.fakes import REALM, FakeAgent, group, hsm, make_context, record, three
+from roles.manager.verdict import BalancerReport, Evidence, ManagerReport, judge, verdict_json
+from tests.unit.manager.fakes import REALM, FakeAgent, FakeGroup, group, hsm, make_context, record, three
 
 NOW = dt.datetime(2026, 11, 1, tzinfo=dt.UTC)
 END = NOW + dt.timedelta(days=60)
@@ -214,6 +215,67 @@ def test_advice_on_switches_and_members() -> None:
     for said in ("is drained", "paused", "2 members and tolerates 0", f"{hsm(2).hex()} is 1995 entries behind"):
         assert said in text
     assert len(verdict.advice) == 4
+
+
+@pytest.mark.parametrize(("size", "realm_hsms", "is_problem"), [
+    (1, 1, False), (1, 2, False), (2, 2, False), (1, 3, True), (2, 3, True), (4, 5, True), (3, 5, False), (5, 5, False),
+])  # fmt: skip
+def test_too_few_members(size: int, realm_hsms: int, is_problem: bool) -> None:
+    """A group that serves with one member or an even number is trouble where the realm has HSMs for a better one."""
+    members: list[bytes] = [hsm(number) for number in range(1, size + 1)]
+    agents = [FakeAgent(f"tls://a{number}", hsm(number)) for number in range(1, realm_hsms + 1)]
+    for agent in agents[:size]:
+        agent.groups = {group(1): FakeGroup(list(members))}
+    agents[0].lead(group(1), FULL_RANGE)
+    verdict = judge(_evidence(agents))
+    said = [line for line in (*verdict.problems, *verdict.advice) if "serves with" in line]
+    assert bool(verdict.problems) == is_problem
+    assert bool(said) == (is_problem or size < 3)
+    agents[0].groups[group(1)].owned = None  # the group a realm began with, emptied: it serves nothing
+    assert not any("serves with" in line for line in judge(_evidence(agents)).problems)
+
+
+def _trouble_of_every_kind() -> list[Evidence]:
+    """Return evidence that together provokes every line a verdict has."""
+    low, high = OwnedRange(record("00"), record("7f", 0xFF)), OwnedRange(record("70"), record("ef", 0xFF))
+    agents = [FakeAgent(f"tls://a{number}", hsm(number)) for number in (1, 2, 3)]
+    pair: list[bytes] = [hsm(1), hsm(2)]
+    for agent in agents[:2]:
+        agent.groups = {group(1): FakeGroup(list(pair)), group(2): FakeGroup(list(pair)), group(3): FakeGroup(pair)}
+    agents[0].groups[group(1)].captured = 2000
+    agents[0].lead(group(1), low).lead(group(2), high)
+    marker = rpc.TransferringInfo("Out", group(2), rpc.Range(record("00"), record("0f", 0xFF)), 5, b"h" * 32)
+    agents[0].groups[group(1)].transferring = marker
+    status = agents[2].status()
+    silent_hsm = rpc.AgentStatus(1.0, None, "a3", "newer", [], rpc.OutboxInfo(7, 61.0))
+    view = build_view([*(AgentView(a.url, a.status()) for a in agents[:2]), AgentView("tls://a3", silent_hsm),
+                       AgentView("tls://a4", None, "down"), AgentView("tls://a5", status)])  # fmt: skip
+    busy = Evidence(
+        view, (ManagerReport("tls://m1", error="down"),),
+        (BalancerReport("https://b1", error="down"),
+         BalancerReport("https://b2", not_after=NOW, reasons=("secrets stale",))),
+        NOW, frozenset({hsm(2)}), rebalancing_paused=True, own_certificate_end=NOW + dt.timedelta(days=1),
+    )  # fmt: skip
+    lost = three()
+    lost[2].down = True
+    half = three()
+    half[1].down = half[2].down = True
+    return [busy, replace(busy, view=build_view([]), managers=(), balancers=()), _evidence(lost), _evidence(half),
+            replace(busy, balancers=BALANCERS[:1])]  # fmt: skip
+
+
+def test_every_line_has_a_name() -> None:
+    """Programs find each reason by a name: every line has one of its own, and none is left over."""
+    verdicts = [(found, judge(found)) for found in _trouble_of_every_kind()]
+    lines = {line for _, verdict in verdicts for line in (*verdict.problems, *verdict.advice)}
+    assert {line for line in lines if reason_of(line) == OTHER} == set()
+    assert {reason_of(line) for line in lines} == {name for name, _ in REASONS}
+    evidence, verdict = verdicts[0]
+    told = verdict_json(evidence, verdict)["reasons"]
+    assert isinstance(told, list)
+    paused = next(line for line in verdict.advice if "paused" in line)
+    assert {"code": "rebalancing-paused", "severity": "advice", "text": paused} in told
+    assert len(told) == len(verdict.problems) + len(verdict.advice)
 
 
 def test_a_manager_remembers_since_when() -> None:
