@@ -95,9 +95,36 @@ def agents_json(view: ClusterView) -> dict[str, Any]:
                     "realm": None if hsm.realm is None else hsm.realm.hex(),
                     "work": hsm_work(view, hsm),
                     "groups": [info.id.hex() for info in hsm.groups],
+                    "memberships": [
+                        membership_json(view, group, member, info)
+                        for info in hsm.groups
+                        if (group := view.group(hsm.realm or b"", info.id)) is not None
+                        and (member := group.member(hsm.id)) is not None
+                    ],
                 }
         agents.append(entry)
     return {"agents": agents}
+
+
+def membership_json(view: ClusterView, group: GroupView, member: Member, info: GroupInfo) -> dict[str, Any]:
+    """Return what one HSM says about one of its groups; its own fields of leading are None at a witness."""
+    own = member.agent if member.agent is not None and member.agent.leading else None
+    leader = info.leader
+    return {
+        "group": info.id.hex(),
+        "role": info.role.name,
+        "role_clock": info.role.at,
+        "work": group_work(view, group, member),
+        "committed": None if leader is None else leader.committed,
+        "owned_range": range_json(None, member),
+        "transferring": transfer_json(None if leader is None else leader.transferring),
+        "configuration": [hsm.hex() for hsm in group.configuration],
+        "captured": None if info.captured is None else {"index": info.captured[0], "entry_mac": info.captured[1].hex()},
+        "last_appended": None if own is None or own.last_appended is None else own.last_appended[0],
+        "append_queue_len": None if own is None else own.append_queue_len,
+        "waiting_clients": None if own is None else own.waiting_clients,
+        "requests_per_s": None if own is None else round(own.requests_per_s, 2),
+    }
 
 
 def member_json(group: GroupView, hsm: HsmId) -> dict[str, Any]:
