@@ -43,7 +43,7 @@ class Connection(Protocol):
 
 @dataclass(slots=True)
 class _Heard:
-    """What a member heard of its group's leaders, ranked by the last index they say they wrote (record 0017).
+    """What a member heard of its group's leaders, ranked by the last index they say they wrote (record 0018).
 
     Appends are conditional, so a leadership that ends below what another one wrote can never write again: it is
     deposed, and what it says counts for nothing. Those that end at the same index are all able to write the next one,

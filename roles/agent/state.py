@@ -111,7 +111,7 @@ class RateMeter:
 
 
 class Claim(NamedTuple):
-    """What tells the leaderships of a group apart, in the order in which they count (record 0017).
+    """What tells the leaderships of a group apart, in the order in which they count (record 0018).
 
     `last` is the last index it wrote, or the one it began after; `starting` is the first it may create.
     """

@@ -137,7 +137,7 @@ def is_led(group: GroupView, reported: int) -> bool:
     """Tell whether a member that answered leads, although the leadership that began at `reported` is gone.
 
     An older leadership counts if it wrote where the reported one began, or if nobody captured anything it did not
-    write: then it beat the reported one, or that one wrote nothing (record 0017). One that was beaten does not.
+    write: then it beat the reported one, or that one wrote nothing (record 0018). One that was beaten does not.
     """
     captured = max((member.captured_index or 0 for member in group.members), default=0)
     unbeaten = min(reported, captured)

@@ -24,7 +24,7 @@ from juicebox_hsm.consensus.types import Partition, TransferringOut
 from juicebox_hsm.ids import FULL_RANGE, RealmId, RecordId
 from juicebox_hsm.merkle import codec as merkle_codec
 from juicebox_hsm.merkle.kernel import row_key
-from juicebox_hsm.ports import EventKind, Store, StoreInvalid, StoreUnavailable
+from juicebox_hsm.ports import AccountingEvent, EventKind, Store, StoreInvalid, StoreUnavailable
 from roles.cli import cli
 from tests.emulator.bigtable_backend import BigtableBackend
 from tests.emulator.realm_data import (
@@ -359,7 +359,11 @@ async def test_figures(filled: Filled) -> None:
     assert all(prefix.oldest_ms is not None for prefix in tree.prefixes)
     day = 86_400_000
     await filled.store.accounting.write(
-        REALM, [("acme", RecordId(bytes(32)), day * 5, True), ("acme", RecordId(b"\x01" * 32), day * 6, True)]
+        REALM,
+        [
+            AccountingEvent("acme", RecordId(bytes(32)), 1, day * 5, registered=True),
+            AccountingEvent("acme", RecordId(b"\x01" * 32), 2, day * 6, registered=True),
+        ],
     )
     (users,) = await stats.users(REALM)
     assert (users.tenant, users.rows, users.records) == ("acme", 2, 2)

@@ -161,9 +161,7 @@ class Instance:
 
 
 @asynccontextmanager
-async def reach(
-    rest: str, tuning: Tuning = DEFAULT_TUNING, metrics: Metrics | None = None
-) -> AsyncIterator[Instance]:
+async def reach(rest: str, tuning: Tuning = DEFAULT_TUNING, metrics: Metrics | None = None) -> AsyncIterator[Instance]:
     """Open channels to the instance that `rest` (behind `bigtable:`) names.
 
     Raises `LocalError` for what the operator must mend and `StoreUnavailable` if nothing answers within some seconds.

@@ -1,4 +1,4 @@
-"""Keep tenants' events between commit and publication (agent.md 11; storage.md 2.7; decision record 0021).
+"""Keep tenants' events between commit and publication (agent.md 11; storage.md 2.7; decision record 0009).
 
 Each (realm, tenant) has one dense sequence, appended like a log: the row of a batch is written only if its key is free,
 right after the last event of the last row. Several leaders share it without a lock: who loses reads the tail again and

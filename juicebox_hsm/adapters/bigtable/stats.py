@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from juicebox_hsm.adapters.bigtable import keys
-from juicebox_hsm.adapters.bigtable.accounting import COLUMN, REGISTERED
+from juicebox_hsm.adapters.bigtable.accounting import REGISTERED
 from juicebox_hsm.adapters.bigtable.check_trees import node_place
 from juicebox_hsm.adapters.bigtable.codec import Row, Selection
 from juicebox_hsm.adapters.bigtable.log_rows import is_tombstone
@@ -99,7 +99,7 @@ class BigtableStats:
         rows: Counter[str] = Counter()
         records: Counter[str] = Counter()
         table = Table(self._endpoint, keys.realm_tables(realm)[2])
-        async for page in table.scan(keys.whole_table(), Selection(family="f", qualifier=COLUMN)):
+        async for page in table.scan(keys.whole_table(), Selection(family="f")):
             for row in page:
                 tenant = keys.user_tenant(row.key)
                 rows[tenant] += len(row.cells)
