@@ -126,6 +126,14 @@ def is_settled(view: ClusterView, groups: set[GroupKey]) -> bool:
     return len(led) == len(groups) and not pending(view, committed_only=False) and gapless(owned(view))
 
 
+def describe(view: ClusterView) -> str:
+    """Return what a move that is not over may be waiting for."""
+    unled = [group.id.hex()[:8] for group in view.groups.values() if group.leader is None]
+    markers = [f"{group.id.hex()[:8]} {marker.direction}" for group, marker in pending(view, committed_only=False)]
+    ranges = [f"{group.hex()[:8]} {first.hex()[:4]}..{last.hex()[:4]}" for group, (first, last) in owned(view).items()]
+    return f"nobody leads {unled}, pending {markers}, owned {ranges}"
+
+
 def step_done(view: ClusterView, source: bytes, destination: bytes) -> str | None:
     """Return the last step whose committed markers the leaders of both groups show."""
     markers = {(bytes(group.id), marker.direction == INCOMING) for group, marker in pending(view, committed_only=True)}
@@ -157,6 +165,7 @@ class Drill:
         self.windows: list[tuple[float, float]] = []
         self.slowest_s = 0.0
         self.groups: set[GroupKey] = set()
+        self.seen = ClusterView(())
 
     async def run(self) -> None:
         """Make all moves, back and forth; a move that was not hit is repeated."""
@@ -207,7 +216,7 @@ class Drill:
         """Wait until a move is complete; returns the ranges, None if it was not in time."""
         with trio.move_on_at(since + COMPLETE_S):
             while True:
-                view = await self.cluster.view()
+                self.seen = view = await self.cluster.view()
                 if is_settled(view, self.groups):
                     now = trio.current_time()
                     self.slowest_s = max(self.slowest_s, now - since)
@@ -250,7 +259,7 @@ class Drill:
         hit = strike is not None and strike.at is not None
         name = f"move {number}" + (f" ({strike.kill})" if strike is not None and hit else "")
         if ranges is None:
-            self.failures.append(f"{name}: not complete after {COMPLETE_S:.0f} s")
+            self.failures.append(f"{name}: not complete after {COMPLETE_S:.0f} s; {describe(self.seen)}")
             return None
         holder = next(group for group, (first, last) in ranges.items() if first <= moved[0] and last >= moved[1])
         if holder not in groups:
