@@ -232,7 +232,9 @@ class Follower:
             match reply:
                 case CaptureJumpOk():
                     await self._resync()
-                    agent.log.info("jumped", group=group.group.hex(), position=group.position)
+                    agent.log.info(
+                        "jumped", group=group.group.hex(), certificate=certificate.index, position=group.position
+                    )
                     return True
                 case NotWitness(role=role):
                     agent.adopt(group, role)

@@ -3,13 +3,15 @@
 python -m tests.client.pauses --seconds 30 --users 8
 
 Users of our client recover all the while and compaction runs, so whoever was paused finds its place in the log gone and
-must jump (hsm.md 10.2). Ends with 1 if a paused HSM did not jump or did not come back to within a second's work of the
-log's end, if the realm did not serve again within 5 s of any trouble, or if any outcome was wrong.
+must jump (hsm.md 10.2). Ends with 1 if a paused HSM did not jump past a stored certificate or did not come back to
+within a second's work of the log's end, if the realm did not serve again within 5 s of any trouble, or if any outcome
+was wrong.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import signal
 import sys
 import tempfile
@@ -23,7 +25,7 @@ from roles.tools.demo_processes import RunningService
 from tests.client.drivers import Environment, own_driver
 from tests.client.failover import PIN, Tally, loop_user, new_user
 
-JUMPED = "entries compacted, jumping"
+JUMPED = "jumped"
 CAUGHT_UP_S = 20.0
 COMPACTION_S = 90.0
 SERVES_S = 5.0
@@ -64,9 +66,11 @@ async def leader_and_witnesses(cluster: Cluster) -> tuple[RunningService, list[R
     raise RuntimeError("nobody leads a range")
 
 
-def jumps(cluster: Cluster, running: RunningService) -> int:
-    """Count the jumps in a log."""
-    return cluster.state.log(running.service.name).read_text(encoding="utf-8").count(JUMPED)
+def jumps(cluster: Cluster, running: RunningService) -> list[tuple[int, int]]:
+    """Return (index of the certificate, position afterwards) of each jump that an agent's log says it made."""
+    text = cluster.state.log(running.service.name).read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in text.splitlines() if f'"{JUMPED}"' in line]
+    return [(line["certificate"], line["position"]) for line in lines if line["message"] == JUMPED]
 
 
 async def furthest_captured(cluster: Cluster, running: RunningService) -> int:
@@ -122,7 +126,7 @@ class Drill:
     async def pause(self, running: RunningService, what: str, seconds: float) -> None:
         """Pause one agent under load, and wait until it has jumped and caught up."""
         name = running.service.name
-        before = jumps(self.cluster, running)
+        before = len(jumps(self.cluster, running))
         await stop(self.cluster, running)
         await self.serves(f"{what} {name} paused")
         await trio.sleep(seconds)
@@ -130,10 +134,14 @@ class Drill:
         began = trio.current_time()
         while trio.current_time() < began + CAUGHT_UP_S:
             await trio.sleep(0.25)
-            if jumps(self.cluster, running) > before and await self.caught_up(running):
+            made = jumps(self.cluster, running)[before:]
+            if made and await self.caught_up(running):
                 print(f"  it jumped and was back {trio.current_time() - began:.1f} s after it went on", flush=True)
+                print(f"  certificates and positions: {made}", flush=True)
+                if not all(0 < certificate < position for certificate, position in made):
+                    self.failures.append(f"{what} {name}: jumps that end before their certificates: {made}")
                 return
-        self.failures.append(f"{what} {name}: {jumps(self.cluster, running) - before} jumps, not caught up")
+        self.failures.append(f"{what} {name}: {len(jumps(self.cluster, running)) - before} jumps, not caught up")
 
     async def caught_up(self, running: RunningService) -> bool:
         """Tell whether one agent's captures are as far as the others' were a moment before."""
