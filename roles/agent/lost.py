@@ -113,7 +113,10 @@ class LeaderWatch:
                     await self._hint(group, starting)
 
     def _due(self, group: GroupState, now: float) -> int | None:
-        """Return the lost leadership's `starting` if a hint is due now; pure but for the next due time."""
+        """Return the lost leadership's `starting` if a hint is due now.
+
+        Sets the next due time, and forgets a leadership of our own once another one speaks.
+        """
         timings = self._agent.timings
         key = (group.realm, group.group)
         heard = self._heard.setdefault(key, _Heard())
