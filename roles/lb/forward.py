@@ -134,7 +134,7 @@ class Forwarder:
                     return answer
                 continue
             with trio.move_on_at(patience_ends) as patience:
-                await self._poller.wait_changed()
+                await self._poller.look_for_change()
             if patience.cancelled_caught:
                 return None
 

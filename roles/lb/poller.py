@@ -111,12 +111,28 @@ class Poller:
 
     async def refresh(self) -> None:
         """Ask discovery and all agents now. Concurrent callers share one refresh; slow agents are not waited for."""
-        if self._forced is None:
-            if self._nursery is None:
+        forced = self._begin_refresh()
+        if forced is not None:
+            await forced.wait()
+
+    async def look_for_change(self) -> None:
+        """Return when a new table was published after this call; agents are asked more often until then.
+
+        Somebody waits for the end of a hand-over or a move. All who wait share refreshes at the pace of forced ones.
+        """
+        changed = self._changed
+        while not changed.is_set():
+            with trio.move_on_after(FORCED_EVERY_S):
+                await changed.wait()
                 return
+            self._begin_refresh()
+
+    def _begin_refresh(self) -> trio.Event | None:
+        """Return the end of the refresh that runs, begun if none does; None before `run`."""
+        if self._forced is None and self._nursery is not None:
             self._forced = trio.Event()
             outside_context(self._nursery.start_soon, self._refresh, self._forced, FORCED_S_MAX)
-        await self._forced.wait()
+        return self._forced
 
     async def _refresh(self, done: trio.Event, patience_s: float) -> None:
         try:

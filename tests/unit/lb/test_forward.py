@@ -164,6 +164,31 @@ async def test_consumed_in_second_pass_is_final(nursery: trio.Nursery, autojump_
     assert trio.current_time() - began < 0.5
 
 
+async def test_who_waits_hurries_the_polls(nursery: trio.Nursery, autojump_clock: object) -> None:
+    """While requests wait for a range to arrive somewhere, agents are asked every 50 ms, however many requests wait."""
+    losing, gaining = FakeAgent("tls://a", script=[refuse(Refusal.NOT_LEADER)]), FakeAgent("tls://b", leads=False)
+    balancer = Balancer(losing, gaining)
+    await balancer.start(nursery)
+    losing.range = None
+    answers = []
+
+    async def forward() -> None:
+        answers.append(await balancer.forwarder.forward(job()))
+
+    async with trio.open_nursery() as waiting:
+        for _ in range(20):
+            waiting.start_soon(forward)
+        await trio.sleep(0.5)
+        assert answers == []
+        polls = gaining.polls
+        await trio.sleep(0.3)
+        assert 6 <= gaining.polls - polls <= 11
+        gaining.leads, gaining.starting = True, 2
+        began = trio.current_time()
+    assert answers == [NOISE] * 20
+    assert trio.current_time() - began <= 0.06
+
+
 async def test_new_leader_within_patience(nursery: trio.Nursery, autojump_clock: object) -> None:
     """A request that finds no willing leader gets through when one appears within a second."""
     old = FakeAgent("tls://a", script=[refuse(Refusal.NOT_LEADER)])
