@@ -12,16 +12,18 @@ import time
 import traceback
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import Final, TextIO
+from typing import Final, TextIO, TypeVar
 
 import trio
 
 from juicebox_hsm.adapters.logging import get_logger, louder, quieter
 from juicebox_hsm.errors import InvariantViolation, LocalError, RealmError
-from juicebox_hsm.ports import HsmGone
+from juicebox_hsm.ports import HsmGone, StoreUnavailable
 
 STOP_SIGNALS: Final = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGQUIT})
 FRAMES_MAX: Final = 50  # own: enough of a traceback to find the place
+
+T = TypeVar("T")
 
 _log = get_logger("supervision")
 
@@ -118,6 +120,31 @@ async def handle_signals(
                 notify_reloading()
                 await reload_all(reloads)
                 notify("READY=1")
+
+
+class StartPhase:
+    """Whether a service's start is over: trouble with others before means "unavailable", after it a crash."""
+
+    started = False
+
+
+def run_service(main: Callable[..., Awaitable[T]], *arguments: object, phase: StartPhase | None = None) -> T:
+    """Run `main(*arguments)` in Trio and return its result; whatever ends it otherwise ends the process.
+
+    Every error is reported in one form, raised in a nursery or not, and has its exit code. A `StoreUnavailable` that
+    is in no group left the opening of the store; `phase` is for services that also wait for others in a nursery.
+    """
+    try:
+        return trio.run(main, *arguments)
+    except StoreUnavailable as error:
+        _log.error("store unavailable at start", error=str(error))
+        sys.exit(ExitCode.UNAVAILABLE)
+    except (Exception, InvariantViolation, BaseExceptionGroup) as error:  # noqa: BLE001 -- the process ends with it
+        code = report_crash(error)
+        starting = phase is not None and not phase.started
+        if starting and code is ExitCode.INTERNAL and all(isinstance(leaf, RealmError) for leaf in _leaves(error)):
+            code = ExitCode.UNAVAILABLE
+        sys.exit(code)
 
 
 def exit_code_of(error: BaseException) -> ExitCode:

@@ -7,7 +7,6 @@ line, and ends the process without the graceful path. The supervisor restarts it
 from __future__ import annotations
 
 import dataclasses
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -33,14 +32,14 @@ from juicebox_hsm.adapters.store import open_store
 from juicebox_hsm.adapters.store_faults import with_faults
 from juicebox_hsm.adapters.store_metrics import CacheGauges, with_metrics
 from juicebox_hsm.adapters.supervision import (
-    ExitCode,
+    StartPhase,
     handle_signals,
     notify,
-    report_crash,
+    run_service,
     watchdog_interval_s,
 )
 from juicebox_hsm.adapters.tracing import Traces, open_traces
-from juicebox_hsm.errors import InvariantViolation, RealmError
+from juicebox_hsm.errors import RealmError
 from juicebox_hsm.hsm.core import Hsm
 from juicebox_hsm.ports import EVENT_KEPT_MS, Store
 from juicebox_hsm.wire.rpc import AGENT_METHODS, PeerRole
@@ -70,12 +69,6 @@ class AgentOptions:
     default_rate_limit: int
     event_kept_s: int
     pubsub: CloudOptions
-
-
-class _Phase:
-    """Whether the start is over: trouble before means "dependency unavailable", after it a crash."""
-
-    started = False
 
 
 @click.command("agent")
@@ -137,24 +130,12 @@ def command(
     forbid_dumps()
     nodes = NodeTuning(merkle_cache_size, merkle_large_read_permits, merkle_large_read_limit)
     options = AgentOptions(common, hsm_dir, nodes, default_rate_limit, int(event_retention), pubsub)
-    phase = _Phase()
+    phase = StartPhase()
     traces = open_traces("agent", __version__)
-    try:
-        trio.run(run_agent, options, phase, traces)
-    except (BaseExceptionGroup, RealmError, InvariantViolation) as error:
-        code = report_crash(error)
-        if not phase.started and code is ExitCode.INTERNAL and _only_realm_errors(error):
-            code = ExitCode.UNAVAILABLE
-        sys.exit(code)
+    run_service(run_agent, options, phase, traces, phase=phase)
 
 
-def _only_realm_errors(error: BaseException) -> bool:
-    if isinstance(error, BaseExceptionGroup):
-        return all(_only_realm_errors(inner) for inner in error.exceptions)
-    return isinstance(error, RealmError)
-
-
-async def run_agent(options: AgentOptions, phase: _Phase, traces: Traces | None = None) -> None:
+async def run_agent(options: AgentOptions, phase: StartPhase, traces: Traces | None = None) -> None:
     """Open HSM and store, serve until told to stop, leave in order."""
     common = options.common
     metrics = Metrics()
@@ -181,7 +162,7 @@ def _start_hsm(platform: FilePlatform) -> Hsm:
 
 async def _serve(
     options: AgentOptions,
-    phase: _Phase,
+    phase: StartPhase,
     tls: ClusterTls | None,
     hsm: Hsm,
     store: Store,

@@ -35,16 +35,15 @@ from juicebox_hsm.adapters.store import open_store
 from juicebox_hsm.adapters.store_faults import with_faults
 from juicebox_hsm.adapters.store_metrics import with_metrics
 from juicebox_hsm.adapters.supervision import (
-    ExitCode,
     handle_signals,
     notify,
-    report_crash,
+    run_service,
     watchdog_interval_s,
 )
 from juicebox_hsm.adapters.tracing import ROOT_RATE, Traces, open_traces
 from juicebox_hsm.crypto.secret import Secret
-from juicebox_hsm.errors import InvariantViolation, LocalError, RealmError
-from juicebox_hsm.ports import ServiceKind, Store, StoreUnavailable
+from juicebox_hsm.errors import LocalError, RealmError
+from juicebox_hsm.ports import ServiceKind, Store
 from juicebox_hsm.tenant_secrets import RECORD_ID_KEY_NAME, record_id_key, record_id_key_fingerprint
 from juicebox_hsm.tokens import RejectionReason
 from juicebox_hsm.wire.rpc import PeerRole
@@ -197,15 +196,9 @@ def command(
     if workers > 1 and place is None:
         if common.listen.port == 0 or common.http_listen.port == 0:
             raise LocalError("--workers needs fixed ports in --listen and --http-listen")
-        sys.exit(trio.run(run_workers, workers, shutdown_timeout + STOP_SLACK_S))
+        sys.exit(run_service(run_workers, workers, shutdown_timeout + STOP_SLACK_S))
     traces = open_traces("load_balancer", __version__)
-    try:
-        trio.run(run, options, place or WorkerPlace(0), traces)
-    except StoreUnavailable as error:
-        _log.error("store unavailable at start", error=str(error))
-        sys.exit(ExitCode.UNAVAILABLE)
-    except (RealmError, InvariantViolation, BaseExceptionGroup) as error:
-        sys.exit(report_crash(error))
+    run_service(run, options, place or WorkerPlace(0), traces)
 
 
 async def run(options: LoadBalancerOptions, place: WorkerPlace, traces: Traces | None = None) -> None:

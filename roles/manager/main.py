@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from functools import partial
 from typing import Any, Final
 
@@ -24,15 +23,14 @@ from juicebox_hsm.adapters.store import open_store
 from juicebox_hsm.adapters.store_faults import with_faults
 from juicebox_hsm.adapters.store_metrics import with_metrics
 from juicebox_hsm.adapters.supervision import (
-    ExitCode,
     handle_signals,
     notify,
-    report_crash,
+    run_service,
     watchdog_interval_s,
 )
 from juicebox_hsm.adapters.tracing import Traces, open_traces
-from juicebox_hsm.errors import InvariantViolation, RealmError
-from juicebox_hsm.ports import ServiceKind, Store, StoreUnavailable
+from juicebox_hsm.errors import RealmError
+from juicebox_hsm.ports import ServiceKind, Store
 from juicebox_hsm.wire.rpc import MANAGER_METHODS, PeerRole
 from roles.durations import DurationType
 from roles.manager.appointment import Appointer
@@ -72,13 +70,7 @@ def command(common: CommonOptions, interval_s: float, rebalance_interval_s: floa
     """Run a cluster manager: it appoints leaders, spreads them evenly and moves key ranges."""
     configure(common.log_level)
     traces = open_traces("cluster_manager", __version__)
-    try:
-        trio.run(_run, common, interval_s, rebalance_interval_s, traces)
-    except StoreUnavailable as error:
-        _log.error("store unavailable at start", error=str(error))
-        sys.exit(ExitCode.UNAVAILABLE)
-    except (Exception, InvariantViolation, BaseExceptionGroup) as error:  # noqa: BLE001 -- the process ends with it
-        sys.exit(report_crash(error))
+    run_service(_run, common, interval_s, rebalance_interval_s, traces)
 
 
 async def _run(common: CommonOptions, interval_s: float, rebalance_interval_s: float, traces: Traces | None) -> None:

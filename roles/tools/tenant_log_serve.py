@@ -24,10 +24,10 @@ from juicebox_hsm.adapters.logging import configure, get_logger, report_suppress
 from juicebox_hsm.adapters.metrics import Metrics
 from juicebox_hsm.adapters.secrets_file import HeldSecrets
 from juicebox_hsm.adapters.store import open_store
-from juicebox_hsm.adapters.supervision import ExitCode, handle_signals, notify, report_crash, watchdog_interval_s
-from juicebox_hsm.errors import DecodingError, InvariantViolation, LocalError, RealmError
+from juicebox_hsm.adapters.supervision import handle_signals, notify, report_crash, run_service, watchdog_interval_s
+from juicebox_hsm.errors import DecodingError, LocalError
 from juicebox_hsm.ids import RealmId, parse_id
-from juicebox_hsm.ports import Store, StoreUnavailable
+from juicebox_hsm.ports import Store
 from roles.cloud_options import CloudOptions, SecretsOptions, open_secrets, pubsub_options, secrets_options, with_bus
 from roles.options import HTTP_PORT_OFFSET, Address, AddressType, config_option
 from roles.store_options import store_option
@@ -116,12 +116,9 @@ def serve(
             http_listen = Address("127.0.0.1", probes_port)
         tls = (tls_cert, tls_key) if tls_cert is not None and tls_key is not None else None
         options = ServeOptions(store_url, realms, Address(host, port), http_listen, secrets, tls, name, pubsub)
-        trio.run(run, options)
-    except StoreUnavailable as error:
-        _log.error("store unavailable at start", error=str(error))
-        sys.exit(ExitCode.UNAVAILABLE)
-    except (RealmError, InvariantViolation, BaseExceptionGroup) as error:
+    except LocalError as error:
         sys.exit(report_crash(error))
+    run_service(run, options)
 
 
 async def run(options: ServeOptions) -> None:

@@ -14,9 +14,18 @@ import trio
 import trio.testing
 
 from juicebox_hsm.adapters import logging, supervision
-from juicebox_hsm.adapters.supervision import ExitCode, exit_code_of, handle_signals, notify, reload_all, report_crash
+from juicebox_hsm.adapters.supervision import (
+    ExitCode,
+    StartPhase,
+    exit_code_of,
+    handle_signals,
+    notify,
+    reload_all,
+    report_crash,
+    run_service,
+)
 from juicebox_hsm.errors import InvariantViolation, LocalError, RealmError, check
-from juicebox_hsm.ports import HsmGone
+from juicebox_hsm.ports import HsmGone, StoreUnavailable
 
 
 class Terminal(io.StringIO):
@@ -25,6 +34,47 @@ class Terminal(io.StringIO):
     def isatty(self) -> bool:
         """Say so."""
         return True
+
+
+@pytest.mark.parametrize(
+    ("error", "started", "code"),
+    [
+        (KeyError("x"), False, 70),
+        (OSError("disk"), True, 70),
+        (InvariantViolation("x"), False, 70),
+        (LocalError("x"), False, 78),
+        (HsmGone("x"), True, 75),
+        (StoreUnavailable("x"), False, 69),
+        (ExceptionGroup("g", [RealmError("x")]), False, 69),
+        (ExceptionGroup("g", [RealmError("x")]), True, 70),
+        (ExceptionGroup("g", [RealmError("x"), KeyError("y")]), False, 70),
+    ],
+)
+def test_a_service_ends_with_its_code(
+    error: BaseException, started: bool, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever leaves a service's main, in a group or bare, ends the process with the documented code, no traceback."""
+    phase = StartPhase()
+
+    async def main(_: str) -> None:
+        phase.started = started
+        await trio.lowlevel.checkpoint()
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        run_service(main, "argument", phase=phase)
+    assert ended.value.code == code
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_service_that_ends_in_order() -> None:
+    """What main returns comes back."""
+
+    async def main(value: int) -> int:
+        await trio.lowlevel.checkpoint()
+        return value
+
+    assert run_service(main, 7) == 7
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,27 @@ MANAGER = "--role manager --store sqlite:st.db --cluster-tls tls/manager --liste
 CLUSTER = "--store sqlite:st.db --cluster-tls tls/operator"
 
 
+@pytest.mark.parametrize("module", ["agent.main", "lb.main", "manager.main", "tools.tenant_log_serve"])
+@pytest.mark.parametrize("form", ["bare", "group"])
+def test_bugs_are_one_line_of_json(
+    place: Path, module: str, form: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A service that meets an error nobody foresaw says so in one line and ends with 70, in a nursery or not."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise KeyError("odd") if form == "bare" else ExceptionGroup("g", [KeyError("odd")])
+
+    commands = {"agent.main": AGENT, "lb.main": LB, "manager.main": MANAGER}
+    tenant_log = "tenant-log serve --store sqlite:st.db --secrets-file s.json --port 0"
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(f"roles.{module}.open_store", fail)
+    with pytest.raises(SystemExit) as ended:
+        main(commands.get(module, tenant_log).split())
+    assert ended.value.code == 70
+    (line,) = capsys.readouterr().err.splitlines()
+    assert json.loads(line)["reason"] == "KeyError: 'odd'"
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with everything right, and some files that are wrong."""
