@@ -426,7 +426,7 @@ class LoadBalancer:
                 await trio.sleep(pause_s)
 
     async def _report(self) -> None:
-        """Every second: uptime, age of secrets, days left of the certificate, held-back log lines."""
+        """Every second: uptime, age of secrets, days left of certificates, held-back log lines; a worker's parent."""
         began = trio.current_time()
         while True:
             self._metrics.timing("service.uptime.ns", (trio.current_time() - began) * 1e9)
@@ -435,6 +435,10 @@ class LoadBalancer:
             self._metrics.gauge("load_balancer.tls_cert.remaining_days", days)
             report_cluster_end(self._metrics, certificate_end(self._cluster_tls))
             report_suppressed()
+            if self._place.is_orphan() and not self._hurry.is_set():
+                _log.error("the parent of the workers is gone, ending at once: the next one needs our ports")
+                self._stop.set()
+                self._hurry.set()
             await trio.sleep(REPORT_S)
 
     def _tags(self) -> dict[str, str]:

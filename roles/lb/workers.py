@@ -55,15 +55,20 @@ _log = get_logger("lb.workers")
 
 @dataclass(frozen=True, slots=True)
 class WorkerPlace:
-    """Which worker this process is; worker 0 also speaks for all in discovery."""
+    """Which worker this process is; worker 0 also speaks for all in discovery. `parent` is its process id, if any."""
 
     number: int
+    parent: int | None = None
+
+    def is_orphan(self) -> bool:
+        """Tell whether the parent is gone, by a signal that left it no time: nobody would stop or restart us."""
+        return self.parent is not None and os.getppid() != self.parent
 
 
 def worker_place() -> WorkerPlace | None:
     """Return this process's place, or None in a parent or a lone process."""
     text = os.environ.get(PLACE_VARIABLE, "")
-    return WorkerPlace(int(text)) if text.isascii() and text.isdigit() else None
+    return WorkerPlace(int(text), os.getppid()) if text.isascii() and text.isdigit() else None
 
 
 def worker_command() -> list[str]:

@@ -235,6 +235,24 @@ def _children(pid: int) -> list[int]:
     return sorted(found)
 
 
+def test_workers_end_with_their_parent(balancer: Balancer) -> None:
+    """Workers whose parent was killed end by themselves, so that the next parent finds its ports free."""
+    process = balancer.start("--workers", "2", http_port=_free_port())
+    balancer.wait_until_live()
+    deadline = time.monotonic() + START_S
+    log = balancer.folder / "lb.log"
+    while log.read_text().count("Load balancer started") < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    workers = _children(process.pid)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + START_S
+    while any(Path(f"/proc/{worker}").exists() for worker in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def test_workers(balancer: Balancer) -> None:
     """Workers share the port, one that dies is started again, and stopping stops all, even one that still starts."""
     process = balancer.start("--workers", "2", "--shutdown-notice-period", "0s", http_port=_free_port())
