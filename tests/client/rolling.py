@@ -49,12 +49,13 @@ class Tally:
 
 
 class Front:
-    """Which balancer each user is sent to: one of those that have not said that they stop."""
+    """Which balancer each user is sent to: one of those that have not said that they stop. `doing` is for reports."""
 
     def __init__(self, cluster: Cluster, environment: Environment) -> None:
         self._configuration = environment.configuration
         self._balancers = [running.service for running in cluster.of_role("lb")]
         self.stopping = ""
+        self.doing = "nothing was restarted"
 
     def configuration(self, number: int) -> dict[str, Any]:
         """Return the client configuration of a user."""
@@ -73,7 +74,7 @@ async def loop_user(user: User, number: int, front: Front, tally: Tally, pause_s
         tally.calls += 1
         tally.slowest_ms = max(tally.slowest_ms, result.ms)
         if result.error is not None or result.secret != user.name.encode():
-            tally.failures.append(f"{user.name}: {result}")
+            tally.failures.append(f"{user.name} while {front.doing}, after {result.ms:.0f} ms: {result}")
         await trio.sleep(pause_s)
 
 
@@ -94,6 +95,7 @@ async def restart(cluster: Cluster, front: Front, running: RunningService, tally
     """End one service in order, start it again, and wait for the cluster to be whole."""
     name = running.service.name
     began = trio.current_time()
+    front.doing = f"{name} was restarted"
     running.wanted = False
     running.send(signal.SIGTERM)
     front.stopping = name
@@ -118,7 +120,7 @@ async def drill(
         state_dir=directory, agents=agents, groups=groups, managers=2, load_balancers=2, pin_hashing="FastInsecure",
         tenant_log=False, extra_flags={"lb": ("--shutdown-notice-period", NOTICE)},
     )  # fmt: skip
-    async with launch(demo) as cluster:
+    async with launch(demo, on_exit=lambda _: None) as cluster:
         environment = Environment.load(cluster.state.client_json)
         front = Front(cluster, environment)
         driver_of = official_driver if official else own_driver
