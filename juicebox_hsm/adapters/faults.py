@@ -1,4 +1,4 @@
-"""Faults on request, for chaos runs: a store that is slow or refuses, a clock that is wrong, a manager out of step.
+"""Faults on request, for chaos runs: a slow or refusing store, failing NVRAM, a wrong clock, a manager out of step.
 
 Off unless the environment variable JUICEBOX_HSM_FAULTS_DIR names a directory; a role then follows the file
 `<directory>/<its name>.json` while it runs. A missing file, or one that is being replaced, means no faults. The file
@@ -26,7 +26,8 @@ class Faults:
     `clock_offset_ms` is added to the wall clock. `store_delay_ms` goes before every store operation; with
     `store_refuses` all of them fail and nothing is applied; with `store_loses_replies` log appends are applied and
     reported as ambiguous. With `ignores_leases` every lease is granted, without the store's knowledge; with
-    `reversed_candidates` a manager prefers the members that others would ask last.
+    `reversed_candidates` a manager prefers the members that others would ask last. With `nvram_fails` an HSM's writes
+    fail before they take effect.
     """
 
     clock_offset_ms: int = 0
@@ -35,6 +36,7 @@ class Faults:
     store_loses_replies: bool = False
     ignores_leases: bool = False
     reversed_candidates: bool = False
+    nvram_fails: bool = False
 
     def to_json(self) -> str:
         """Return the file's content."""

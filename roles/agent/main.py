@@ -20,13 +20,14 @@ from juicebox_hsm.adapters.certificate_end import report_cluster_end
 from juicebox_hsm.adapters.cluster_tls import ClusterTls, certificate_end, cluster_reloads
 from juicebox_hsm.adapters.dogstatsd import send_metrics
 from juicebox_hsm.adapters.faults import FaultSwitch
-from juicebox_hsm.adapters.hsm_host import FilePlatform, InProcessHsm, open_hsm_dir
+from juicebox_hsm.adapters.hsm_host import InProcessHsm, open_hsm_dir
 from juicebox_hsm.adapters.http.probes import serve_probes
 from juicebox_hsm.adapters.logging import configure, get_logger, report_suppressed
 from juicebox_hsm.adapters.memory_guard import forbid_dumps
 from juicebox_hsm.adapters.metric_names import AGENT, declare
 from juicebox_hsm.adapters.metrics import Metrics
 from juicebox_hsm.adapters.node_tuning import CACHE_NODES, LARGE_READ_PERMITS, LARGE_READ_RANGES, NodeTuning
+from juicebox_hsm.adapters.nvram_faults import with_nvram_faults
 from juicebox_hsm.adapters.rpc import RpcPool, RpcServer, serve_rpc
 from juicebox_hsm.adapters.store import open_store
 from juicebox_hsm.adapters.store_faults import with_faults
@@ -41,6 +42,7 @@ from juicebox_hsm.adapters.supervision import (
 from juicebox_hsm.adapters.tracing import Traces, open_traces
 from juicebox_hsm.errors import RealmError
 from juicebox_hsm.hsm.core import Hsm
+from juicebox_hsm.hsm.platform import Platform
 from juicebox_hsm.ports import EVENT_KEPT_MS, Store
 from juicebox_hsm.wire.rpc import AGENT_METHODS, PeerRole
 from roles.agent.context import Agent, AgentConfig
@@ -143,12 +145,12 @@ async def run_agent(options: AgentOptions, phase: StartPhase, traces: Traces | N
     tls = load_identity(common, PeerRole.AGENT)
     platform = await trio.to_thread.run_sync(open_hsm_dir, options.hsm_dir)
     try:
-        hsm = await trio.to_thread.run_sync(_start_hsm, platform)
+        faults = FaultSwitch.from_environment(common.name)
+        hsm = await trio.to_thread.run_sync(_start_hsm, with_nvram_faults(platform, faults))
         async with (
             open_store(common.store_url, node_tuning=options.nodes, metrics=metrics) as opened,
             with_bus(opened, common.store_url, options.pubsub, metrics, kept_s=options.event_kept_s) as store,
         ):
-            faults = FaultSwitch.from_environment(common.name)
             await _serve(options, phase, tls, hsm, with_faults(store, faults), faults, metrics, traces)
     finally:
         platform.close()
@@ -156,7 +158,7 @@ async def run_agent(options: AgentOptions, phase: StartPhase, traces: Traces | N
             await traces.close()
 
 
-def _start_hsm(platform: FilePlatform) -> Hsm:
+def _start_hsm(platform: Platform) -> Hsm:
     return Hsm(platform)
 
 

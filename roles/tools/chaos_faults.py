@@ -120,6 +120,8 @@ class Chaos:
                 return await self._signal(action, target)
             case Kind.DISK_FULL:
                 return await self._fill_disk(action, target)
+            case Kind.NVRAM_FAILS:
+                return await self._fail_nvram(action, target)
             case _:
                 return await self._inject(action, target)
 
@@ -257,6 +259,20 @@ class Chaos:
             finally:
                 self._set_disk_limit(target, None)
             return f"no file of {name} could grow beyond {limit} bytes"
+
+    async def _fail_nvram(self, action: Action, target: RunningService) -> str:
+        """Let an agent's next NVRAM write fail, if there is one in time; its process then ends and is revived."""
+        name = target.service.name
+        async with self._hold(name) as free:
+            if not free:
+                return f"{name} is busy with another fault; skipped"
+            self._write_faults(name, replace(self._faults.get(name, NO_FAULTS), nvram_fails=True))
+            try:
+                with trio.move_on_after(action.for_s):
+                    await target.wait()
+            finally:
+                self._write_faults(name, replace(self._faults.get(name, NO_FAULTS), nvram_fails=False))
+            return f"{name} {'wrote nothing meanwhile' if target.is_running else 'lost its HSM'}"
 
     @staticmethod
     def _set_disk_limit(running: RunningService, limit: int | None) -> None:

@@ -37,6 +37,7 @@ class Kind(enum.Enum):
     STORE_DOWN = "store-down"
     LOST_REPLIES = "lost-replies"
     DISK_FULL = "disk-full"
+    NVRAM_FAILS = "nvram-fails"
     CLOCK_JUMP = "clock-jump"
     CUT = "cut"
     DELAY = "delay"
@@ -59,6 +60,7 @@ _WEIGHTS: Final = {
     Kind.STORE_DOWN: 2,
     Kind.LOST_REPLIES: 2,
     Kind.DISK_FULL: 2,
+    Kind.NVRAM_FAILS: 2,
     Kind.CLOCK_JUMP: 2,
     Kind.CUT: 3,
     Kind.DELAY: 2,
@@ -171,7 +173,7 @@ def _action(random: Random, number: int, at_s: float, kind: Kind, shape: Shape) 
             target, for_s, amount = random.choice(everyone), some(2, 6), random.choice([20, 100, 400])
         case Kind.STORE_DOWN | Kind.DISK_FULL:
             target, for_s = random.choice(everyone), some(1, 6)
-        case Kind.LOST_REPLIES:
+        case Kind.LOST_REPLIES | Kind.NVRAM_FAILS:
             target, for_s = random.choice(agents), some(0.5, 3)
         case Kind.CLOCK_JUMP:
             target, for_s = random.choice(everyone), some(2, 8)

@@ -163,3 +163,23 @@ async def test_agent_stops_while_the_store_is_down(
         assert isinstance(await call(unused_port, "status", Empty()), AgentStatus)
         process.send_signal(signal.SIGTERM)
         assert await wait(process, 10) == 0
+
+
+async def test_a_failed_nvram_write_ends_with_75_and_loses_nothing(
+    tmp_path: Path, unused_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The HSM is poisoned, the process ends with the code that asks for a restart, and its next life has the realm."""
+    prepare(tmp_path)
+    monkeypatch.setenv(ENVIRONMENT, str(tmp_path))
+    with agent(tmp_path, unused_port, "--name", "lone") as process:
+        created = await call(unused_port, "realm/new", Empty())
+        assert isinstance(created, RealmCreated)
+        process.kill()
+        await wait(process)
+    (tmp_path / "lone.json").write_text(Faults(nvram_fails=True).to_json())
+    with agent(tmp_path, unused_port, "--name", "lone") as process:
+        assert await wait(process) == 75, "a life begins with a write"
+    assert "the NVRAM takes no writes" in (tmp_path / "agent.log").read_text()
+    (tmp_path / "lone.json").unlink()
+    with agent(tmp_path, unused_port, "--name", "lone"):
+        assert await call(unused_port, "become_leader", BecomeLeaderCall(created.realm, created.group)) == Done()

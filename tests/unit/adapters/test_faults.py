@@ -12,8 +12,11 @@ import trio
 from trio.testing import MockClock
 
 from juicebox_hsm.adapters.faults import ENVIRONMENT, NO_FAULTS, Faults, FaultSwitch
+from juicebox_hsm.adapters.nvram import NvramFailed
+from juicebox_hsm.adapters.nvram_faults import with_nvram_faults
 from juicebox_hsm.adapters.store_faults import with_faults
 from juicebox_hsm.ports import Lease, Store, StoreAmbiguous, StoreUnavailable
+from tests.fakes.hsm import MemoryPlatform, realm_keys
 
 
 class Port:
@@ -55,6 +58,8 @@ def test_without_the_variable_nothing_can_be_asked_for(monkeypatch: pytest.Monke
     switch = FaultSwitch.from_environment("agent1")
     store, _ = _store()
     assert with_faults(store, switch) is store
+    platform = MemoryPlatform(realm_keys())
+    assert with_nvram_faults(platform, switch) is platform
     assert switch.now is NO_FAULTS
     assert abs(switch.now_ms() / 1000 - time.time()) < 5
     assert abs(switch.now_s() - time.time()) < 5
@@ -161,3 +166,19 @@ async def test_ignored_leases_are_granted_to_everybody() -> None:
     await leases.terminate(real)
     assert await leases.obtain("group", "one", 3000, 3000) is None
     assert port.calls == ["extend group", "terminate group", "obtain group"]
+
+
+def test_failing_nvram_keeps_what_it_had() -> None:
+    """A write that is told to fail stores nothing; everything else is the platform's own, before and after."""
+    platform = MemoryPlatform(realm_keys(), clock_start=7)
+    switch = _switch(Faults(nvram_fails=True))
+    faulty = with_nvram_faults(platform, switch)
+    platform.nvram_write(b"before")
+    with pytest.raises(NvramFailed):
+        faulty.nvram_write(b"lost")
+    assert faulty.nvram_read() == b"before"
+    assert (faulty.keys, faulty.clock_start) == (platform.keys, 7)
+    assert len(faulty.random(8)) == 8
+    switch._faults = NO_FAULTS
+    faulty.nvram_write(b"after")
+    assert platform.nvram_read() == b"after"
