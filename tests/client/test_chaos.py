@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from roles.tools.chaos_plan import Action, Kind, Shape, make_plan
+
 pytestmark = pytest.mark.processes
 
 CHAOS = [sys.executable, "-m", "roles", "chaos"]
@@ -26,20 +28,79 @@ def _chaos(*arguments: str | int | Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_short_run_of_a_fixed_seed_has_no_violation(tmp_path: Path) -> None:
-    """Kills, pauses, cuts, a bad store and duels for 20 s: every guess is counted once, and the realm comes back."""
+WANTED = (
+    {Kind.KILL},
+    {Kind.SHORT_PAUSE, Kind.LONG_PAUSE},
+    {Kind.RESTART_ALL},
+    {Kind.CUT},
+    {Kind.DISK_FULL},
+    {Kind.NVRAM_FAILS},
+    {Kind.DUEL, Kind.BOTH_MANAGERS},
+)
+"""What a run of the usual size has to do: one of each of these."""
+
+DURATION_S = 30
+SHAPE = Shape(agents=3, managers=2, load_balancers=2)
+
+
+def _kills_an_agent(action: Action) -> bool:
+    return action.kind is Kind.KILL and action.target in {"leader", "witness", *SHAPE.agent_names}
+
+
+def _cuts_two_members(action: Action) -> bool:
+    ends = {action.target, action.other}
+    return action.kind is Kind.CUT and len(ends) == 2 and ends <= {"leader", "witness", *SHAPE.agent_names}
+
+
+def _wanted_plan() -> tuple[int, list[Action]]:
+    """Return the first seed whose plan has everything, and the plan; a change of the planner only moves the seed."""
+    for seed in range(100_000):
+        plan = make_plan(seed, DURATION_S, SHAPE)
+        kinds = {action.kind for action in plan}
+        if (
+            all(kinds & wanted for wanted in WANTED)
+            and any(map(_kills_an_agent, plan))
+            and any(map(_cuts_two_members, plan))
+        ):
+            return seed, plan
+    raise AssertionError("no seed has everything")
+
+
+def test_a_short_run_has_no_violation(tmp_path: Path) -> None:
+    """Kills, pauses, cuts, a full disk, a lost HSM, duels: each guess is counted once, and the realm comes back."""
+    seed, plan = _wanted_plan()
     report_file = tmp_path / "report.json"
     result = _chaos(
-        "--seed", 7, "--duration", 20, "--users", 8, "--state-dir", tmp_path / "realm", "--json", report_file
-    )
+        "--seed", seed, "--duration", DURATION_S, "--users", 8, "--state-dir", tmp_path / "realm",
+        "--json", report_file,
+    )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
     report = json.loads(report_file.read_text())
     assert report["violations"] == []
+    assert report["plan"] == [str(action) for action in plan]
+    for wanted in WANTED:
+        assert any(line.split()[2] in {kind.value for kind in wanted} for line in report["plan"]), wanted
+    done = {text.split()[3] for text in report["events"] if "#" in text}
+    assert done >= {action.kind.value for action in plan}, "every kind says what it did"
     assert report["barriers"] >= 2, "everything was restarted during the run and after it"
-    assert report["counts"]["recover: ok"] > 50
-    assert report["counts"]["recover: invalid pin"] > 20
+    assert report["counts"]["recover: ok"] > 20
+    assert report["counts"]["recover: invalid pin"] > 10
     assert all(line in result.stdout for line in report["plan"]), "the plan is printed"
     assert len(report["events"]) > len(report["plan"]), "every action says what it did, and the end says it is healed"
+
+
+def test_a_lost_hsm_is_revived(tmp_path: Path) -> None:
+    """With nothing but failing NVRAM: agents end with status 75, are started again, and no guess is lost or gained."""
+    report_file = tmp_path / "report.json"
+    result = _chaos(
+        "--seed", 1, "--duration", 15, "--users", 8, "--only", "nvram-fails", "--state-dir", tmp_path / "realm",
+        "--json", report_file,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    report = json.loads(report_file.read_text())
+    assert [text for text in report["exits"] if "exited with status 75" in text], report["events"]
+    assert report["violations"] == []
+    assert any("lost its HSM" in text for text in report["events"])
 
 
 _SABOTAGE = """
