@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,11 +18,15 @@ import pytest
 import trio
 from click.testing import CliRunner
 
+from juicebox_hsm.adapters.certificates import issue
+from juicebox_hsm.adapters.hsm_host import init_hsm_dir
 from juicebox_hsm.client import Client, Configuration, HttpTransport, InvalidPin
-from juicebox_hsm.wire.rpc import MANAGER_METHODS, Empty, ManagerStatus
+from juicebox_hsm.wire.rpc import MANAGER_METHODS, Empty, ManagerStatus, PeerRole
 from roles.cli import cli
+from roles.manager.overview import ask_agents
 from roles.tools.demo_launch import Cluster, launch
-from roles.tools.demo_layout import DemoOptions
+from roles.tools.demo_layout import DemoOptions, services
+from roles.tools.demo_processes import OrphanGuard, RunningService
 from tests.terminal import run_on_terminal, words_of
 
 pytestmark = pytest.mark.processes
@@ -57,6 +62,26 @@ async def _client(cluster: Cluster, user: str) -> AsyncIterator[Client]:
     tokens = {realm: cluster.token(realm, user) for realm in cluster.realms}
     async with HttpTransport(ca_file=cluster.state.edge_ca) as transport:
         yield Client(Configuration.from_json(cluster.configuration), tokens, transport=transport)
+
+
+@asynccontextmanager
+async def _outsider(cluster: Cluster) -> AsyncIterator[RunningService]:
+    """Run a fourth agent, with the realm's keys and an HSM that is in no realm yet."""
+    state = cluster.state
+    service = next(found for found in services(replace(cluster.options, agents=4), state) if found.name == "agent4")
+    issue(state.path / "ca" / "cluster", PeerRole.AGENT, service.name, state.tls(service.name))
+    init_hsm_dir(state.keys(0), state.hsm(service.name))
+    guard = OrphanGuard()
+    running = RunningService(service, state.log(service.name), guard)
+    running.start()
+    try:
+        await running.wait_listening()
+        yield running
+    finally:
+        with trio.CancelScope(shield=True):
+            await running.kill()
+        running.close()
+        guard.close()
 
 
 async def _guesses_left(client: Client) -> int:
@@ -338,6 +363,21 @@ async def test_operators_commands_on_a_real_cluster(tmp_path: Path) -> None:
         assert json.loads(await operate("table-stats", "merkle", realm.hex()[:4], "--json"))["roots"] == 3
         assert len(json.loads(await operate("table-stats", "log", realm.hex(), "--json"))["groups"]) == 4
         assert (await operate("user-summary")).startswith("start,end,realm,tenant,users")
+
+        async with _outsider(cluster) as outside:
+            url = outside.service.url
+            members = (url, leaders[0].url, leaders[1].url)
+            await operate("new-group", "--realm", realm.hex()[:7], *members, expect=1)
+            assert "would join" in await operate("join-realm", "--realm", realm.hex(), url, "--dry-run")
+            for _ in range(2):  # joining again is no error
+                assert await operate("join-realm", "--realm", realm.hex()[:7], url) == "HSMs done joining realm\n"
+            created = await operate("new-group", "--realm", realm.hex()[:7], *members)
+            assert created.startswith("Created group ")
+            view = await ask_agents(cluster.session.rpc, [url], 5.0)
+            [fresh] = [group for group in view.groups_of(realm) if group.id.hex() == created.split()[-1]]
+            assert fresh.leader is not None
+            assert fresh.leader.url == url, "the first one leads"
+            assert len(fresh.configuration) == 3
 
         await cluster.process("agent3").kill()
         assert "agent" in await operate("status", expect=5)
