@@ -119,7 +119,7 @@ class ClientService:
         )
         if span is not None:
             span.end(failed="" if result == "Ok" else result, status_code=response.status, **tags)
-        unbind_context("request", "realm", "tenant")
+        unbind_context("request", "realm")
         return response
 
     async def _outcome(self, request: Request, tags: dict[str, str], trace: str | None) -> Answer:
@@ -140,7 +140,7 @@ class ClientService:
         # Tags come from here on: unauthenticated input must not be able to make series.
         tags["realm"] = message.realm.hex()
         tags["tenant"] = token.tenant
-        bind_context(realm=tags["realm"], tenant=token.tenant)
+        bind_context(realm=tags["realm"])  # tenants are named at debug only (load-balancer.md 10)
         if token.scope is None:
             tags["missing_scope"] = "true"
         if not await self._is_served(message.realm):

@@ -366,12 +366,12 @@ async def test_operators_commands_on_a_real_cluster(tmp_path: Path) -> None:
 
         async with _outsider(cluster) as outside:
             url = outside.service.url
-            members = (url, leaders[0].url, leaders[1].url)
-            await operate("new-group", "--realm", realm.hex()[:7], *members, expect=1)
+            joining = (url, leaders[0].url, leaders[1].url)
+            await operate("new-group", "--realm", realm.hex()[:7], *joining, expect=1)
             assert "would join" in await operate("join-realm", "--realm", realm.hex(), url, "--dry-run")
             for _ in range(2):  # joining again is no error
                 assert await operate("join-realm", "--realm", realm.hex()[:7], url) == "HSMs done joining realm\n"
-            created = await operate("new-group", "--realm", realm.hex()[:7], *members)
+            created = await operate("new-group", "--realm", realm.hex()[:7], *joining)
             assert created.startswith("Created group ")
             view = await ask_agents(cluster.session.rpc, [url], 5.0)
             [fresh] = [group for group in view.groups_of(realm) if group.id.hex() == created.split()[-1]]
