@@ -70,8 +70,11 @@ def init(connection: Connection) -> None:
     "--resume", type=_FILE,
     help="Keep in this file how far the trees are checked, and go on from there if an earlier check was stopped.",
 )  # fmt: skip
+@click.option("--backup", "is_backup", is_flag=True, help="This is a backup: HSMs may have gone on since it was made.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
-def check(connection: Connection, hsm_dirs: tuple[Path, ...], resume: Path | None, *, as_json: bool) -> None:
+def check(
+    connection: Connection, hsm_dirs: tuple[Path, ...], resume: Path | None, *, is_backup: bool, as_json: bool
+) -> None:
     """Verify all of the store: logs, trees, certificates, outboxes. One line per finding; exit 5 if there are any.
 
     Works beside running agents and changes nothing. Without --hsm-dir damage is found, but not every forgery, nor
@@ -90,7 +93,7 @@ def check(connection: Connection, hsm_dirs: tuple[Path, ...], resume: Path | Non
                 report = _check(connection, macs, progress, checkpoint)
         except StoreInvalid as error:
             report = Report(findings=[str(error)])
-        for problem in captured_problems(report.tails, witnesses, "the store"):
+        for problem in captured_problems(report.tails, [] if is_backup else witnesses, "the store"):
             report.add("HSM", problem)
         checkpoint.finish()
     if as_json:

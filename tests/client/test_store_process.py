@@ -95,7 +95,9 @@ async def test_backup_drill(tmp_path: Path) -> None:
         )
         assert "captured index" in asked
         await _store("restore", early, "--store", new, *hsm_dirs, expect=1)
-    assert "no findings" in await _store("check", "--store", f"sqlite:{early}", *hsm_dirs[:2])
+    assert "no findings" in await _store("check", "--store", f"sqlite:{early}", *hsm_dirs[:2], "--backup")
+    beyond = await _store("check", "--store", f"sqlite:{early}", *hsm_dirs[:2], expect=5)
+    assert "captured index" in beyond, "without saying so it is a store whose end was cut off"
     await _store("backup", late, *store)
 
     refused = (await _store("restore", early, "--store", new, *hsm_dirs, expect=1)).splitlines()

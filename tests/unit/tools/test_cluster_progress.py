@@ -98,7 +98,8 @@ async def test_only_a_terminal_is_told(autojump_clock: trio.testing.MockClock, m
             agents[0].refuse.clear()
         assert agents[1].groups[group(2)].owned == FULL
         assert ("attempt" in stream.getvalue()) is told
-        assert ("status" in {method for _, method in managers.calls}) is told
+        asked = [method for _, method in managers.calls].count("status")
+        assert (asked > 5) is told, "a few to see that managers answer, four a second to follow the transfer"
         assert bool(stream.getvalue()) is told
 
 

@@ -86,9 +86,12 @@ def test_operator_commands_take_them_too(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("JB_GCP_PROJECT", "theirs")
 
     def said(*arguments: str) -> str:
-        return CliRunner().invoke(cli, ["store", *arguments, "check"]).output
+        return CliRunner().invoke(cli, ["store", *arguments, "backup", f"{tmp_path}/copy"]).output
 
     assert "bigtable:theirs/instance" in said()
-    assert "bigtable:theirs/table" in CliRunner().invoke(cli, ["store", "check"], env={"JB_BIGTABLE": "table"}).output
+    assert (
+        "bigtable:theirs/table"
+        in CliRunner().invoke(cli, ["store", "backup", "x"], env={"JB_BIGTABLE": "table"}).output
+    )
     assert "bigtable:flag/instance" in said("--bigtable-project", "flag")
     assert f"sqlite:{tmp_path}/x.db" in said("--store", f"sqlite:{tmp_path}/x.db")
