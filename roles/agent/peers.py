@@ -1,7 +1,9 @@
 """Who else is there: the discovery watcher and the map from HSM ids to agents' addresses (agent.md 4, 8).
 
 One task polls discovery every second. Whenever it changes, every 10 s, and soon after a call to a member failed, the
-agents are asked for their status: an agent that answers is in the map, one that does not is not.
+agents are asked for their status: an agent that answers is in the map, one that does not answer twice in a row is not.
+Once is not enough: an agent that was paused itself finds that all its questions timed out, and must not lead a group
+whose members it cannot reach (own).
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ class Peers:
     def __init__(self, agent: Agent) -> None:
         self._agent = agent
         self._urls: dict[HsmId, str] = {}
+        self._missed: set[HsmId] = set()
         self._seen: tuple[ServiceAddress, ...] | None = None
         self._wake = Signal()
         self.agent_urls: tuple[str, ...] = ()
@@ -45,15 +48,16 @@ class Peers:
     async def run(self) -> None:
         """Poll discovery and statuses for ever."""
         timings = self._agent.timings
-        refresh_at = trio.current_time()
+        refresh_at = looked_at = trio.current_time()
         while True:
             changed = await self._read_discovery()
             if changed or trio.current_time() >= refresh_at:
+                looked_at = trio.current_time()
                 await self._read_statuses()
                 refresh_at = trio.current_time() + timings.peer_refresh_s
             if await self._wake.wait_at_most(timings.discovery_poll_s):
+                await trio.sleep_until(looked_at + min(SUSPECT_PAUSE_S, timings.discovery_poll_s))
                 refresh_at = trio.current_time()
-                await trio.sleep(min(SUSPECT_PAUSE_S, timings.discovery_poll_s))
 
     async def _read_discovery(self) -> bool:
         """Re-read the registrations; tell whether they changed."""
@@ -83,6 +87,13 @@ class Peers:
         async with trio.open_nursery() as nursery:
             for url in self.agent_urls:
                 nursery.start_soon(ask, url)
+        missed = {member for member in self._urls if member not in found}
+        for member in missed - self._missed:
+            if self._urls[member] in self.agent_urls:
+                found[member] = self._urls[member]
+        if missed - self._missed:
+            self._wake.set()  # look again soon: it is in the map on trust
+        self._missed = missed
         if found != self._urls:
             self._urls = found
 

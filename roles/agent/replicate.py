@@ -48,6 +48,7 @@ async def push_to_member(agent: Agent, group: GroupState, leader: LeaderState, m
     while group.leader is leader:
         url = agent.peers.url_of(member)
         if url is None:
+            agent.peers.suspect()
             await signal.wait_at_most(agent.timings.heartbeat_s)
             await trio.sleep(min(UNREACHABLE_PAUSE_S, agent.timings.heartbeat_s))
             continue

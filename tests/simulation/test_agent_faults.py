@@ -106,7 +106,9 @@ async def test_outbox_that_cannot_be_written_releases_nothing(tmp_path: Path) ->
         group = await sim.new_realm(1)
         agent = sim.agents[0]
 
-        async def refuse(_events: object) -> None:
+        async def refuse(events: object) -> None:
+            if not events:
+                return  # the settled index, which compaction may raise at any time
             agent.outbox.before_record = None
             raise StoreInvalid("no")
 

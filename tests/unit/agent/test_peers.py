@@ -1,0 +1,89 @@
+"""The map from HSM ids to agents' addresses (agent.md 8)."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+import trio
+import trio.testing
+
+from juicebox_hsm.adapters.rpc import RpcFailed
+from juicebox_hsm.ids import HsmId
+from juicebox_hsm.ports import ServiceAddress, ServiceKind
+from juicebox_hsm.wire.rpc import AgentStatus, HsmInfo, Method, RpcCode
+from roles.agent.peers import Peers
+
+HERE, THERE = "tls://here", "tls://there"
+MEMBER = HsmId(b"\x07" * 16)
+
+
+class World:
+    """Discovery and one other agent, which answers unless told not to."""
+
+    def __init__(self) -> None:
+        self.answers = True
+        self.asked = 0
+        self.addresses = [ServiceAddress(ServiceKind.AGENT, url, 1) for url in (HERE, THERE)]
+        self.peers = Peers(
+            cast(
+                "Any",
+                SimpleNamespace(
+                    store=SimpleNamespace(discovery=self),
+                    rpc=self,
+                    now_ms=lambda: 1,
+                    config=SimpleNamespace(url=HERE),
+                    timings=SimpleNamespace(peer_refresh_s=10.0, peer_status_s=2.0, discovery_poll_s=1.0),
+                    clear_trouble=lambda _: None,
+                ),
+            )
+        )
+
+    async def list(self, now_ms: int) -> list[ServiceAddress]:
+        await trio.lowlevel.checkpoint()
+        return self.addresses
+
+    async def call(self, url: str, method: Method, body: object, *, timeout_s: float) -> AgentStatus:
+        assert url == THERE
+        self.asked += 1
+        if not self.answers:
+            await trio.sleep(timeout_s)
+            raise RpcFailed(RpcCode.DEADLINE_EXCEEDED)
+        await trio.lowlevel.checkpoint()
+        return AgentStatus(1.0, HsmInfo(MEMBER, None, b""), THERE, "", [])
+
+
+async def test_one_missing_answer_is_forgiven(autojump_clock: trio.testing.MockClock, nursery: trio.Nursery) -> None:
+    """An agent that gave one answer too few stays in the map and is asked again at once; after two it is out of it."""
+    world = World()
+    nursery.start_soon(world.peers.run)
+    await trio.sleep(1)
+    assert world.peers.url_of(MEMBER) == THERE
+    world.answers = False
+    world.peers.suspect()
+    await trio.sleep(2.1)
+    assert (world.peers.url_of(MEMBER), world.asked) == (THERE, 3), "it is trusted once, and asked again"
+    world.answers = True
+    world.peers.suspect()
+    await trio.sleep(3)
+    assert world.peers.url_of(MEMBER) == THERE
+    world.answers = False
+    world.peers.suspect()
+    await trio.sleep(5)
+    assert world.peers.url_of(MEMBER) is None
+    world.answers = True
+    world.peers.suspect()
+    await trio.sleep(3)
+    assert world.peers.url_of(MEMBER) == THERE
+
+
+async def test_who_is_not_registered_any_more_goes(
+    autojump_clock: trio.testing.MockClock, nursery: trio.Nursery
+) -> None:
+    """An agent that left discovery leaves the map with the next look, whatever it answered before."""
+    world = World()
+    nursery.start_soon(world.peers.run)
+    await trio.sleep(1)
+    world.addresses = world.addresses[:1]
+    await trio.sleep(2)
+    assert world.peers.url_of(MEMBER) is None
