@@ -6,6 +6,7 @@ Record ids order as big-endian integers, which is how Python orders equal-length
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, NewType
 
@@ -95,3 +96,20 @@ class OwnedRange:
 
 
 FULL_RANGE: Final = OwnedRange(RECORD_ID_MIN, RECORD_ID_MAX)
+
+
+def uncovered(ranges: Iterable[OwnedRange]) -> list[OwnedRange]:
+    """Return the parts of the whole id space that none of the ranges has, in order; they may overlap."""
+    gaps: list[OwnedRange] = []
+    start: RecordId | None = RECORD_ID_MIN
+    for each in sorted(ranges, key=lambda each: each.start):
+        if start is None:
+            break
+        before = prev_record_id(each.start)
+        if before is not None and start <= before:
+            gaps.append(OwnedRange(start, before))
+        after = next_record_id(each.end)
+        start = None if after is None else max(start, after)
+    if start is not None:
+        gaps.append(OwnedRange(start, RECORD_ID_MAX))
+    return gaps

@@ -17,15 +17,11 @@ from juicebox_hsm.consensus.macs import Macs
 from juicebox_hsm.consensus.types import ZERO_MAC, Certificate, LogEntry, Partition, TransferringOut
 from juicebox_hsm.errors import LocalError
 from juicebox_hsm.ids import (
-    RECORD_ID_MAX,
-    RECORD_ID_MIN,
     GroupId,
     HsmId,
     OwnedRange,
     RealmId,
-    RecordId,
-    next_record_id,
-    prev_record_id,
+    uncovered,
 )
 from juicebox_hsm.merkle.kernel import node_hash
 from juicebox_hsm.merkle.nodes import BadEncoding
@@ -235,23 +231,6 @@ def check_ranges(realm: RealmId, tails: Mapping[GroupId, GroupTail], report: Rep
     trees = [partition.range for group, tail in tails.items() for partition, _ in trees_of(group, tail, tails)]
     for gap in uncovered(trees):
         report.add(where, f"no group owns the records from {gap.start.hex()} to {gap.end.hex()}")
-
-
-def uncovered(ranges: Iterable[OwnedRange]) -> list[OwnedRange]:
-    """Return the parts of the key space that none of the ranges has."""
-    gaps = []
-    start: RecordId | None = RECORD_ID_MIN
-    for each in sorted(ranges, key=lambda each: each.start):
-        if start is None:
-            break
-        before = prev_record_id(each.start)
-        if before is not None and start <= before:
-            gaps.append(OwnedRange(start, before))
-        after = next_record_id(each.end)
-        start = None if after is None else max(start, after)
-    if start is not None:
-        gaps.append(OwnedRange(start, RECORD_ID_MAX))
-    return gaps
 
 
 # --- trees -------------------------------------------------------------------------------------------

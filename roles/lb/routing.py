@@ -12,14 +12,11 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from juicebox_hsm.ids import (
-    RECORD_ID_MAX,
-    RECORD_ID_MIN,
     GroupId,
     OwnedRange,
     RealmId,
     RecordId,
-    next_record_id,
-    prev_record_id,
+    uncovered,
 )
 from juicebox_hsm.wire.rpc import AgentStatus
 
@@ -100,19 +97,7 @@ class RoutingTable:
 
     def gaps(self, realm: RealmId) -> list[OwnedRange]:
         """Return the ranges of `realm` that nobody claims."""
-        gaps: list[OwnedRange] = []
-        start: RecordId | None = RECORD_ID_MIN
-        for route in sorted(self.realms.get(realm, ()), key=lambda route: route.range.start):
-            if start is None:
-                break
-            before = prev_record_id(route.range.start)
-            if before is not None and start <= before:
-                gaps.append(OwnedRange(start, before))
-            after = next_record_id(route.range.end)
-            start = None if after is None else max(start, after)
-        if start is not None:
-            gaps.append(OwnedRange(start, RECORD_ID_MAX))
-        return gaps
+        return uncovered(route.range for route in self.realms.get(realm, ()))
 
     @property
     def route_count(self) -> int:

@@ -13,9 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from juicebox_hsm.cluster_view import AgentView, GroupView, Member, hsm_work
-from juicebox_hsm.ids import RECORD_ID_BYTES, HsmId, OwnedRange, RealmId, RecordId
+from juicebox_hsm.ids import RECORD_ID_BYTES, HsmId, OwnedRange, RealmId, RecordId, uncovered
 from roles.manager.page_style import GROUP_COLOURS, STYLE
-from roles.manager.planning import gaps
 from roles.manager.ranges import show_range
 from roles.manager.verdict import (
     BalancerReport,
@@ -155,7 +154,7 @@ def bar(parts: Sequence[tuple[int, OwnedRange]]) -> str:
             shapes.append(f'<line x1="{100 * start:.3f}%" x2="{100 * start:.3f}%" y1="0" y2="100%"/>')
         if width >= LABEL_SHARE_MIN:
             shapes.append(f'<text x="{100 * (start + width / 2):.3f}%" y="50%">{number + 1}</text>')
-    missing = gaps([owned for _, owned in parts])
+    missing = uncovered([owned for _, owned in parts])
     told = f"key space: {len(parts)} ranges" + (f", {len(missing)} without an owner" if missing else "")
     ticks = "".join(f"<span>{tick}</span>" for tick in ("00", "40", "80", "c0", "ff"))
     return (

@@ -61,22 +61,6 @@ def covers(owners: Sequence[OwnedRange], wanted: OwnedRange) -> bool:
     return all(next_record_id(left.end) == right.start for left, right in itertools.pairwise(parts))
 
 
-def gaps(owners: Sequence[OwnedRange]) -> list[OwnedRange]:
-    """Return the ranges of the whole id space that nobody owns."""
-    found = []
-    expected: RecordId | None = RECORD_ID_MIN
-    for part in sorted(owners, key=lambda part: part.start):
-        if expected is None:
-            break
-        if part.start > expected:
-            found.append(OwnedRange(expected, _before(part.start)))
-        following = next_record_id(part.end)
-        expected = following if following is None else max(expected, following)
-    if expected is not None:
-        found.append(OwnedRange(expected, RECORD_ID_MAX))
-    return found
-
-
 def plan(destination: GroupId, owners: Sequence[Owner], target: OwnedRange) -> list[Step]:
     """Return the transfers after which `destination` owns exactly `target`.
 

@@ -14,8 +14,7 @@ from typing import Final
 
 from juicebox_hsm.adapters.certificate_end import ending, from_unix_ms
 from juicebox_hsm.cluster_view import ClusterView, GroupKey, GroupView, Member
-from juicebox_hsm.ids import HsmId, OwnedRange
-from roles.manager.planning import gaps
+from juicebox_hsm.ids import HsmId, OwnedRange, uncovered
 from roles.manager.ranges import show_range
 from roles.manager.reasons import reason_of
 
@@ -96,7 +95,7 @@ def judge(evidence: Evidence) -> Verdict:
         for group in view.groups_of(realm):
             problems += _group_problems(evidence, group)
         owned = [group.owned_range for group in view.groups_of(realm) if group.owned_range is not None]
-        problems += [f"realm {realm.hex()}: nobody serves {show_range(gap)}" for gap in gaps(owned)]
+        problems += [f"realm {realm.hex()}: nobody serves {show_range(gap)}" for gap in uncovered(owned)]
         problems += [f"realm {realm.hex()}: two groups claim {show_range(part)}" for part in _overlaps(owned)]
     return Verdict(tuple(problems), tuple(_advice(evidence)))
 

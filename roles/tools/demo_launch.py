@@ -23,7 +23,7 @@ from juicebox_hsm.client import HttpTransport, TransportError
 from juicebox_hsm.cluster_view import ClusterView
 from juicebox_hsm.crypto.noise import Initiator, NoiseError
 from juicebox_hsm.errors import DecodingError
-from juicebox_hsm.ids import GroupId, RealmId
+from juicebox_hsm.ids import GroupId, RealmId, uncovered
 from juicebox_hsm.ports import TenantLimits
 from juicebox_hsm.tokens import Scope, create
 from juicebox_hsm.wire.client import (
@@ -36,7 +36,7 @@ from juicebox_hsm.wire.client import (
 )
 from juicebox_hsm.wire.rpc import Empty, Rebalanced
 from roles.manager.overview import ask_agents
-from roles.manager.planning import Owner, even_partition, gaps, plan
+from roles.manager.planning import Owner, even_partition, plan
 from roles.tools.cluster_change import transfer_range
 from roles.tools.cluster_clients import client_configuration
 from roles.tools.cluster_create import join_realm, new_group, new_realm
@@ -142,7 +142,7 @@ class Cluster:
         while True:
             view = await self.wait_leaders()
             owned = {realm: [group.owned_range for group in view.groups_of(realm)] for realm in self.realms}
-            if not any(gaps([part for part in parts if part is not None]) for parts in owned.values()):
+            if not any(uncovered([part for part in parts if part is not None]) for parts in owned.values()):
                 break
             await trio.sleep(POLL_S)
         async with HttpTransport(ca_file=self.state.edge_ca) as transport, trio.open_nursery() as nursery:

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from juicebox_hsm.errors import LocalError
-from juicebox_hsm.ids import FULL_RANGE, RECORD_ID_MAX, GroupId, OwnedRange, RecordId, next_record_id
-from roles.manager.planning import Owner, PlanRefused, covers, even_partition, gaps, plan, spread
+from juicebox_hsm.ids import FULL_RANGE, RECORD_ID_MAX, GroupId, OwnedRange, RecordId, next_record_id, uncovered
+from roles.manager.planning import Owner, PlanRefused, covers, even_partition, plan, spread
 from tests.unit.manager.fakes import group, record, subtract
 
 
@@ -29,7 +29,7 @@ def test_even_partition_covers_everything(count: int) -> None:
     parts = even_partition(count)
     assert len(parts) == count
     assert covers(parts, FULL_RANGE)
-    assert gaps(parts) == []
+    assert uncovered(parts) == []
 
 
 @pytest.mark.parametrize("count", [0, -1, 1_000_001])
@@ -51,8 +51,8 @@ def test_coverage_notices_gaps_and_overlaps() -> None:
 
 def test_gaps() -> None:
     """What nobody owns is listed, in order."""
-    assert gaps([]) == [FULL_RANGE]
-    assert gaps([_range("20", "3f"), _range("60", "ff")]) == [_range("00", "1f"), _range("40", "5f")]
+    assert uncovered([]) == [FULL_RANGE]
+    assert uncovered([_range("20", "3f"), _range("60", "ff")]) == [_range("00", "1f"), _range("40", "5f")]
 
 
 def test_takes_from_an_empty_start() -> None:
