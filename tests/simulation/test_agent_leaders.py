@@ -137,9 +137,9 @@ async def with_successor(sim: Simulation) -> tuple[GroupId, SimAgent, SimAgent]:
     old = sim.leader_of(group)
     assert old is not None
     await heartbeats(next(member for member in sim.agents if member is not old), 2)
+    sim.manager.appoints = False  # here nothing keeps it from acting on a hint in the middle of a hand-over
     new = await sim.hand_over_group(old, group)
     assert new is not None
-    sim.manager.appoints = False
     sim.manager.hints.clear()
     return group, old, new
 
