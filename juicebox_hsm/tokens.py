@@ -26,7 +26,7 @@ from jwt.algorithms import HMACAlgorithm, OKPAlgorithm, RSAAlgorithm
 
 from juicebox_hsm.errors import LocalError, check
 from juicebox_hsm.ids import RealmId
-from juicebox_hsm.tenant_secrets import VERSION_MAX, SecretAlgorithm, TenantSecret, is_tenant_name
+from juicebox_hsm.tenant_keys import VERSION_MAX, SecretAlgorithm, TenantSecret, is_tenant_name
 
 TOKEN_CHARS_MAX: Final = 1000
 LEEWAY_S: Final = 5

@@ -25,27 +25,37 @@ PROGRAM: Final = "juicebox-hsm"
 ROLES: Final = ("agent", "lb", "manager")
 
 TOOLS: Final = {
-    "bench": LazyCommand("roles.tools.bench", "Measure: client, hsm, tree, store, rpc; compare."),
-    "chaos": LazyCommand("roles.tools.chaos", "Break a real realm under load and check that each guess counted once."),
-    "check": LazyCommand("roles.tools.check", "Register, recover and delete against a realm, once or for ever."),
-    "cluster": LazyCommand("roles.tools.cluster", "See and change a cluster: realms, groups, leaders, certificates."),
-    "config": LazyCommand("roles.tools.config", "Check and show the configuration of a role."),
-    "demo": LazyCommand("roles.tools.demo", "Run a real realm here and register and recover a secret against it."),
-    "hsm": LazyCommand("roles.tools.hsm", "Prepare an HSM: realm keys and state directory."),
-    "secrets": LazyCommand("roles.tools.secrets", "Write and check the secrets file: record id key, tenants."),
-    "store": LazyCommand("roles.tools.store", "Make, check, tidy, back up and restore the store."),
-    "tenant-log": LazyCommand("roles.tools.tenant_log", "Serve and read tenants' events: every guess, for auditors."),
-    "tokens": LazyCommand("roles.tools.tokens", "Create, validate and draw keys for auth tokens."),
+    "bench": LazyCommand("roles.tools.bench.command", "Measure: client, hsm, tree, store, rpc; compare."),
+    "chaos": LazyCommand(
+        "roles.tools.chaos.command", "Break a real realm under load and check that each guess counted once."
+    ),
+    "check": LazyCommand(
+        "roles.tools.check.command", "Register, recover and delete against a realm, once or for ever."
+    ),
+    "cluster": LazyCommand(
+        "roles.tools.cluster.command", "See and change a cluster: realms, groups, leaders, certificates."
+    ),
+    "config": LazyCommand("roles.tools.config.command", "Check and show the configuration of a role."),
+    "demo": LazyCommand(
+        "roles.tools.demo.command", "Run a real realm here and register and recover a secret against it."
+    ),
+    "hsm": LazyCommand("roles.tools.hsm.command", "Prepare an HSM: realm keys and state directory."),
+    "secrets": LazyCommand("roles.tools.secrets.command", "Write and check the secrets file: record id key, tenants."),
+    "store": LazyCommand("roles.tools.store.command", "Make, check, tidy, back up and restore the store."),
+    "tenant-log": LazyCommand(
+        "roles.tools.tenant_log.command", "Serve and read tenants' events: every guess, for auditors."
+    ),
+    "tokens": LazyCommand("roles.tools.tokens.command", "Create, validate and draw keys for auth tokens."),
     # names that scripts of existing realms use
-    "cluster-bench": LazyCommand("roles.tools.bench_client", "", hidden=True),
-    "cluster-cli": LazyCommand("roles.tools.cluster", "", hidden=True),
-    "service-checker": LazyCommand("roles.tools.check", "", hidden=True),
+    "cluster-bench": LazyCommand("roles.tools.bench.client", "", hidden=True),
+    "cluster-cli": LazyCommand("roles.tools.cluster.command", "", hidden=True),
+    "service-checker": LazyCommand("roles.tools.check.command", "", hidden=True),
 }
 
 
 def _show_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:  # noqa: ARG001, FBT001 - click's
     if value:
-        from juicebox_hsm.adapters import build_info
+        from juicebox_hsm.adapters.observation import build_info
 
         click.echo(f"{PROGRAM} {__version__}\n{build_info.block()}")
         ctx.exit()
@@ -122,7 +132,7 @@ def main(arguments: list[str] | None = None) -> None:
     role, rest = _split_role(sys.argv[1:] if arguments is None else arguments)
     try:
         if os.environ.get("LOGLEVEL"):
-            from juicebox_hsm.adapters.logging import parse_level
+            from juicebox_hsm.adapters.observation.logging import parse_level
 
             parse_level(os.environ["LOGLEVEL"])
         if role is None:

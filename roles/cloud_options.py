@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 import click
 
-from juicebox_hsm.adapters.metrics import Metrics
-from juicebox_hsm.adapters.secrets_file import HeldSecrets, SecretsFile, SecretsLog
+from juicebox_hsm.adapters.observation.metrics import Metrics
+from juicebox_hsm.adapters.tenants.secrets_file import HeldSecrets, SecretsFile, SecretsLog
 from juicebox_hsm.errors import LocalError
-from juicebox_hsm.ports import Store
+from juicebox_hsm.ports.store import Store
 from roles.durations import DurationType
 
 if TYPE_CHECKING:
-    from juicebox_hsm.adapters.google_calls import Access
+    from juicebox_hsm.adapters.google.calls import Access
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -57,7 +57,7 @@ class CloudOptions:
     def access(self, store_url: str, host: str, flag: str) -> Access:
         """Return how to reach the service; the project is the store's where no flag names one. Raises `LocalError`."""
         from juicebox_hsm.adapters.bigtable.channel import ChannelTuning
-        from juicebox_hsm.adapters.google_calls import Access, parse_url
+        from juicebox_hsm.adapters.google.calls import Access, parse_url
 
         project = self.project or store_project(store_url)
         if project is None:
@@ -264,7 +264,7 @@ async def open_secrets(
         await held.load()
         yield held
         return
-    from juicebox_hsm.adapters.secret_manager import HOST, open_secret_manager
+    from juicebox_hsm.adapters.google.secret_manager import HOST, open_secret_manager
 
     access = options.cloud.access(store_url, HOST, SECRETS)
     async with open_secret_manager(access, raw=options.raw, metrics=metrics, log=log) as cloud:

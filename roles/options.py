@@ -17,7 +17,7 @@ from typing import Any, Final, TypeVar, cast
 
 import click
 
-from juicebox_hsm.adapters.cluster_tls import ClusterTls
+from juicebox_hsm.adapters.tls.cluster_tls import ClusterTls
 from juicebox_hsm.errors import LocalError
 from juicebox_hsm.wire.rpc import PeerRole
 from roles.store_options import store_option

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "juicebox_hsm"
 
 # The core, in the order of its DAG: a package may import itself and those before it.
-CORE = ("errors", "ids", "wire", "crypto", "merkle", "consensus", "hsm", "tenant_secrets", "tokens")
+CORE = ("errors", "ids", "wire", "crypto", "merkle", "consensus", "hsm", "tenant_keys", "tokens", "host")
 FORBIDDEN_IN_CORE = {
     "trio", "asyncio", "socket", "ssl", "os", "time", "random", "secrets", "threading", "subprocess", "logging",
     "structlog", "pathlib", "datetime", "http", "urllib", "select", "signal", "shutil", "tempfile", "uuid",

@@ -8,7 +8,7 @@
 the computations between requests, `transport` the HTTP connections.
 """
 
-from juicebox_hsm.adapters.unpacked import remove_unpacked_library
+from juicebox_hsm.adapters.hsm_directory.unpacked import remove_unpacked_library
 from juicebox_hsm.client.configuration import Configuration, ConfigurationError, Realm
 from juicebox_hsm.client.errors import (
     AssertionFailed,

@@ -23,7 +23,7 @@ from juicebox_hsm.crypto import Random
 from juicebox_hsm.crypto.noise import Initiator, NoiseError, Session
 from juicebox_hsm.errors import DecodingError
 from juicebox_hsm.ids import RealmId
-from juicebox_hsm.wire import secrets
+from juicebox_hsm.wire import requests as secrets
 from juicebox_hsm.wire.client import (
     ClientOutcome,
     ClientRequest,
@@ -37,7 +37,7 @@ from juicebox_hsm.wire.client import (
     decode_client_response,
     encode_client_request,
 )
-from juicebox_hsm.wire.secrets import SecretsRequest, SecretsResponse
+from juicebox_hsm.wire.requests import SecretsRequest, SecretsResponse
 
 ATTEMPTS_MAX: Final = 5
 SOFTWARE_REALM_ATTEMPTS_MAX: Final = 2

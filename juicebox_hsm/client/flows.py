@@ -17,7 +17,7 @@ from juicebox_hsm.client.transport import HttpTransport, Transport
 from juicebox_hsm.crypto import Random, derive, oprf
 from juicebox_hsm.crypto.pin import PinHashingMode, StretchedPin, stretch
 from juicebox_hsm.errors import LocalError
-from juicebox_hsm.wire import secrets
+from juicebox_hsm.wire import requests as secrets
 from juicebox_hsm.wire.cbor import U16_MAX
 
 _T = TypeVar("_T")

@@ -11,7 +11,7 @@ from juicebox_hsm.client.errors import AssertionFailed, InvalidPin, NotRegistere
 from juicebox_hsm.crypto import derive, oprf, sharing
 from juicebox_hsm.crypto.oprf import Blinded, OprfError
 from juicebox_hsm.crypto.pin import StretchedPin
-from juicebox_hsm.wire.secrets import Recover1Ok, Recover2Ok, Recover3Ok
+from juicebox_hsm.wire.requests import Recover1Ok, Recover2Ok, Recover3Ok
 
 _Answer = TypeVar("_Answer")
 

@@ -8,7 +8,7 @@ from typing import Final
 from juicebox_hsm.crypto import Random, derive, oprf, sharing
 from juicebox_hsm.crypto.pin import StretchedPin
 from juicebox_hsm.ids import RealmId
-from juicebox_hsm.wire.secrets import Register2, SignedPublicKey
+from juicebox_hsm.wire.requests import Register2, SignedPublicKey
 
 SIGNING_SEED_BYTES: Final = 32
 

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 import h11
 import trio
 
-from juicebox_hsm.adapters.streams import SocketStream, TlsStream, aclose_forcefully
+from juicebox_hsm.adapters.tls.streams import SocketStream, TlsStream, aclose_forcefully
 from juicebox_hsm.errors import RealmError, check
 
 RESPONSE_BYTES_MAX: Final = 64 * 1024

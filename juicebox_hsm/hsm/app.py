@@ -24,7 +24,7 @@ from juicebox_hsm.wire.client import (
     NoiseResponse,
     TransportResponse,
 )
-from juicebox_hsm.wire.secrets import (
+from juicebox_hsm.wire.requests import (
     SecretsRequest,
     decode_secrets_request,
     encode_secrets_response,

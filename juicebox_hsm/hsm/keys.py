@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from juicebox_hsm.crypto import Random, noise
-from juicebox_hsm.crypto.secret import Secret
+from juicebox_hsm.crypto.redacted import Secret
 from juicebox_hsm.errors import LocalError
 
 KEY_BYTES: Final = 32

@@ -14,7 +14,8 @@ from typing import Final, assert_never
 from juicebox_hsm.crypto import Random, oprf
 from juicebox_hsm.errors import DecodingError, check
 from juicebox_hsm.hsm.messages import ResultKind, ResultType
-from juicebox_hsm.wire import cbor, secrets
+from juicebox_hsm.wire import cbor
+from juicebox_hsm.wire import requests as secrets
 
 PADDED_BYTES: Final = 746
 """Registered and NoGuesses are padded to this; the longest encoding is 723 bytes."""

@@ -12,6 +12,7 @@ import trio
 
 from juicebox_hsm.consensus.types import LogEntry
 from juicebox_hsm.errors import DecodingError, RealmError, check
+from juicebox_hsm.host.log import Intent
 from juicebox_hsm.hsm.messages import (
     AppRequest,
     AppRequestOk,
@@ -21,7 +22,7 @@ from juicebox_hsm.hsm.messages import (
     Outcome,
 )
 from juicebox_hsm.ids import RECORD_ID_BYTES, GroupId, RealmId, RecordId
-from juicebox_hsm.ports import HsmGone, Intent
+from juicebox_hsm.ports.errors import HsmGone
 from juicebox_hsm.wire.client import HandshakeRequest, decode_noise_request, encode_noise_response
 from juicebox_hsm.wire.rpc import App, AppOk, Refusal, Refused
 from roles.agent.retry import STORE_RETRY, retrying

@@ -15,8 +15,8 @@ import trio
 
 from juicebox_hsm.consensus.election import elect
 from juicebox_hsm.errors import RealmError, check
+from juicebox_hsm.host.log import LogRow
 from juicebox_hsm.ids import HsmId
-from juicebox_hsm.ports import LogRow
 from roles.agent.outbox import resolve_unknown, settle
 from roles.agent.replicate import other_members
 from roles.agent.retry import STORE_RETRY

@@ -14,12 +14,14 @@ from typing import Any, Final, Protocol
 
 import trio
 
-from juicebox_hsm.adapters.logging import bind_context
+from juicebox_hsm.adapters.observation.logging import bind_context
 from juicebox_hsm.consensus.types import RoleStatus, Witness
 from juicebox_hsm.errors import RealmError, check
+from juicebox_hsm.host.events import EVENT_KEPT_MS
 from juicebox_hsm.hsm.messages import NotLeader, Outcome, StepDown, StepDownOk
 from juicebox_hsm.ids import GroupId, HsmId, RealmId
-from juicebox_hsm.ports import EVENT_KEPT_MS, HsmTransport, Store
+from juicebox_hsm.ports.hsm_transport import HsmTransport
+from juicebox_hsm.ports.store import Store
 from juicebox_hsm.wire.rpc import Method
 from roles.agent.peers import Peers
 from roles.agent.ratelimit import Limiters

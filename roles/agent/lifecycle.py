@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from juicebox_hsm.consensus.types import LogEntry, Witness
 from juicebox_hsm.errors import RealmError, check
+from juicebox_hsm.host.log import AppendOutcome
 from juicebox_hsm.hsm.messages import (
     JoinGroup,
     JoinRealm,
@@ -20,7 +21,6 @@ from juicebox_hsm.hsm.messages import (
     StatusOk,
 )
 from juicebox_hsm.ids import GroupId, HsmId, RealmId
-from juicebox_hsm.ports import AppendOutcome
 from juicebox_hsm.wire.rpc import (
     Done,
     GroupCreated,

@@ -15,35 +15,36 @@ import click
 import trio
 
 from juicebox_hsm import __version__
-from juicebox_hsm.adapters import build_info
-from juicebox_hsm.adapters.certificate_end import report_cluster_end
-from juicebox_hsm.adapters.cluster_tls import ClusterTls, certificate_end, cluster_reloads
-from juicebox_hsm.adapters.dogstatsd import send_metrics
-from juicebox_hsm.adapters.faults import FaultSwitch
-from juicebox_hsm.adapters.hsm_host import InProcessHsm, open_hsm_dir
-from juicebox_hsm.adapters.http.probes import serve_probes
-from juicebox_hsm.adapters.logging import configure, get_logger, report_suppressed
-from juicebox_hsm.adapters.memory_guard import forbid_dumps
-from juicebox_hsm.adapters.metric_names import AGENT, declare
-from juicebox_hsm.adapters.metrics import Metrics
-from juicebox_hsm.adapters.node_tuning import CACHE_NODES, LARGE_READ_PERMITS, LARGE_READ_RANGES, NodeTuning
-from juicebox_hsm.adapters.nvram_faults import with_nvram_faults
-from juicebox_hsm.adapters.rpc import RpcPool, RpcServer, serve_rpc
-from juicebox_hsm.adapters.store import open_store
-from juicebox_hsm.adapters.store_faults import with_faults
-from juicebox_hsm.adapters.store_metrics import CacheGauges, with_metrics
-from juicebox_hsm.adapters.supervision import (
+from juicebox_hsm.adapters.faults.nvram import with_nvram_faults
+from juicebox_hsm.adapters.faults.store import with_faults
+from juicebox_hsm.adapters.faults.switch import FaultSwitch
+from juicebox_hsm.adapters.hsm_directory.hsm_host import InProcessHsm, open_hsm_dir
+from juicebox_hsm.adapters.observation import build_info
+from juicebox_hsm.adapters.observation.dogstatsd import send_metrics
+from juicebox_hsm.adapters.observation.logging import configure, get_logger, report_suppressed
+from juicebox_hsm.adapters.observation.metric_names import AGENT, declare
+from juicebox_hsm.adapters.observation.metrics import Metrics
+from juicebox_hsm.adapters.observation.probes import serve_probes
+from juicebox_hsm.adapters.observation.store_metrics import CacheGauges, with_metrics
+from juicebox_hsm.adapters.observation.tracing import Traces, open_traces
+from juicebox_hsm.adapters.process.memory_guard import forbid_dumps
+from juicebox_hsm.adapters.process.supervision import (
     StartPhase,
     handle_signals,
     notify,
     run_service,
     watchdog_interval_s,
 )
-from juicebox_hsm.adapters.tracing import Traces, open_traces
+from juicebox_hsm.adapters.rpc import RpcPool, RpcServer, serve_rpc
+from juicebox_hsm.adapters.stores.node_tuning import CACHE_NODES, LARGE_READ_PERMITS, LARGE_READ_RANGES, NodeTuning
+from juicebox_hsm.adapters.stores.opening import open_store
+from juicebox_hsm.adapters.tls.certificate_end import report_cluster_end
+from juicebox_hsm.adapters.tls.cluster_tls import ClusterTls, certificate_end, cluster_reloads
 from juicebox_hsm.errors import RealmError
+from juicebox_hsm.host.events import EVENT_KEPT_MS
 from juicebox_hsm.hsm.core import Hsm
 from juicebox_hsm.hsm.platform import Platform
-from juicebox_hsm.ports import EVENT_KEPT_MS, Store
+from juicebox_hsm.ports.store import Store
 from juicebox_hsm.wire.rpc import AGENT_METHODS, PeerRole
 from roles.agent.context import Agent, AgentConfig
 from roles.agent.leader import hand_over, lead

@@ -15,21 +15,14 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from juicebox_hsm.adapters.logging import bind_context
+from juicebox_hsm.adapters.observation.logging import bind_context
 from juicebox_hsm.consensus.types import LogEntry
 from juicebox_hsm.errors import RealmError
+from juicebox_hsm.host.events import EVENT_KEPT_MS, AccountingEvent, EventKind, NewEvent, OutboxEvent, TenantCursor
+from juicebox_hsm.host.log import Intent
+from juicebox_hsm.host.services import Lease
 from juicebox_hsm.hsm.messages import ResultKind, ResultType
 from juicebox_hsm.ids import GroupId, RealmId
-from juicebox_hsm.ports import (
-    EVENT_KEPT_MS,
-    AccountingEvent,
-    EventKind,
-    Intent,
-    Lease,
-    NewEvent,
-    OutboxEvent,
-    TenantCursor,
-)
 from roles.agent.retry import retrying
 from roles.agent.state import GroupState, LeaderState, PendingRequest
 

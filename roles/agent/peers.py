@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from juicebox_hsm.errors import RealmError
+from juicebox_hsm.host.services import ServiceAddress, ServiceKind
 from juicebox_hsm.ids import HsmId
-from juicebox_hsm.ports import ServiceAddress, ServiceKind
 from juicebox_hsm.wire.rpc import AGENT_METHODS, AgentStatus, Empty
 from roles.agent.oneshot import Signal
 

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from juicebox_hsm.adapters import build_info
+from juicebox_hsm.adapters.observation import build_info
 from juicebox_hsm.errors import RealmError
-from juicebox_hsm.ports import ServiceKind
+from juicebox_hsm.host.services import ServiceKind
 from roles.agent.service import hsm_status
 
 if TYPE_CHECKING:

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
-from juicebox_hsm.adapters.certificate_end import to_unix_ms
-from juicebox_hsm.adapters.logging import bind_context
+from juicebox_hsm.adapters.observation.logging import bind_context
+from juicebox_hsm.adapters.tls.certificate_end import to_unix_ms
 from juicebox_hsm.consensus.types import Leader as LeaderRole
 from juicebox_hsm.consensus.types import RoleStatus, SteppingDown, Transferring, TransferringOut, Witness
 from juicebox_hsm.errors import RealmError
 from juicebox_hsm.hsm.messages import GroupStatus, LeaderStatus, Status, StatusOk
 from juicebox_hsm.ids import OwnedRange
-from juicebox_hsm.ports import HsmGone
+from juicebox_hsm.ports.errors import HsmGone
 from juicebox_hsm.wire.rpc import (
     AgentGroupInfo,
     AgentStatus,

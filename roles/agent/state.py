@@ -26,8 +26,8 @@ from juicebox_hsm.consensus.types import (
     Witness,
 )
 from juicebox_hsm.errors import check
+from juicebox_hsm.host.log import Intent, LogRow
 from juicebox_hsm.ids import GroupId, HsmId, RealmId, RecordId
-from juicebox_hsm.ports import Intent, LogRow
 from juicebox_hsm.wire.client import NoiseRequest
 from juicebox_hsm.wire.rpc import AppOk, Refusal, Refused
 from roles.agent.oneshot import Signal, Slot

@@ -12,6 +12,7 @@ import trio
 
 from juicebox_hsm.consensus.types import Leader, LogEntry, Partition, RoleStatus, SteppingDown, TransferringOut
 from juicebox_hsm.errors import RealmError, check
+from juicebox_hsm.host.tree import TreeSide
 from juicebox_hsm.hsm.messages import (
     CancelPreparedTransfer,
     CompleteTransfer,
@@ -29,7 +30,7 @@ from juicebox_hsm.hsm.messages import (
     TransferStatementOk,
 )
 from juicebox_hsm.ids import GroupId, OwnedRange, RealmId, RecordId, next_record_id
-from juicebox_hsm.ports import MissingNode, TreeSide
+from juicebox_hsm.ports.errors import MissingNode
 from juicebox_hsm.wire.rpc import (
     ArrivedCall,
     Done,

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from juicebox_hsm.adapters.logging import bind_context
+from juicebox_hsm.adapters.observation.logging import bind_context
 from juicebox_hsm.consensus.codec import decode_captured
 from juicebox_hsm.consensus.types import Captured, LogEntry
 from juicebox_hsm.errors import RealmError, check
+from juicebox_hsm.host.log import Compacted
 from juicebox_hsm.hsm.messages import (
     CaptureJump,
     CaptureJumpOk,
@@ -28,7 +29,7 @@ from juicebox_hsm.hsm.messages import (
     RoleOk,
 )
 from juicebox_hsm.ids import HsmId
-from juicebox_hsm.ports import Compacted, HsmGone
+from juicebox_hsm.ports.errors import HsmGone
 from juicebox_hsm.wire.rpc import AGENT_METHODS, CapturedReply, GroupCall
 from roles.agent.oneshot import Signal
 from roles.agent.retry import STORE_RETRY

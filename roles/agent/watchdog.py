@@ -12,7 +12,7 @@ import trio
 from juicebox_hsm.consensus.types import Leader
 from juicebox_hsm.hsm.messages import Status, StatusOk
 from juicebox_hsm.ids import GroupId, RealmId
-from juicebox_hsm.ports import HsmGone
+from juicebox_hsm.ports.errors import HsmGone
 from roles.agent.context import WATCHDOG_CHECKS
 
 if TYPE_CHECKING:

@@ -18,12 +18,12 @@ import trio
 
 from juicebox_hsm.adapters.rpc import RpcError
 from juicebox_hsm.errors import RealmError
+from juicebox_hsm.host.routing import Route, RouteKey
 from juicebox_hsm.ids import GroupId, RealmId, RecordId
 from juicebox_hsm.wire.client import ClientOutcome
 from juicebox_hsm.wire.rpc import AGENT_METHODS, App, AppOk, PeerRole, Refusal, Refused
 from roles.lb.context import Meter, RpcCaller
 from roles.lb.poller import Poller
-from roles.lb.routing import Route, RouteKey
 
 TRY_S: Final = 10.0
 """Longest wait for one agent (load-balancer.md constants)."""

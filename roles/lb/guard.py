@@ -13,7 +13,7 @@ import trio
 
 from juicebox_hsm.errors import RealmError
 from juicebox_hsm.ids import RealmId
-from juicebox_hsm.ports import Settings
+from juicebox_hsm.ports.settings import Settings
 from roles.lb.context import Log
 from roles.lb.poller import Poller
 

@@ -16,35 +16,36 @@ import click
 import trio
 
 from juicebox_hsm import __version__
-from juicebox_hsm.adapters import build_info
-from juicebox_hsm.adapters.certificate_end import report_cluster_end
-from juicebox_hsm.adapters.cluster_tls import ClusterTls, certificate_end, cluster_reloads
-from juicebox_hsm.adapters.dogstatsd import send_metrics
-from juicebox_hsm.adapters.faults import FaultSwitch
-from juicebox_hsm.adapters.http.drain import DrainController
-from juicebox_hsm.adapters.http.edge import Edge, open_edge_listener
-from juicebox_hsm.adapters.http.edge_tls import EdgeTls
-from juicebox_hsm.adapters.http.limits import EdgeLimits, fit_connections
-from juicebox_hsm.adapters.http.probes import serve_probes
-from juicebox_hsm.adapters.logging import configure, get_logger, report_suppressed
-from juicebox_hsm.adapters.metric_names import LOAD_BALANCER, declare
-from juicebox_hsm.adapters.metrics import Metrics
-from juicebox_hsm.adapters.rpc import RpcPool
-from juicebox_hsm.adapters.secrets_file import HeldSecrets
-from juicebox_hsm.adapters.store import open_store
-from juicebox_hsm.adapters.store_faults import with_faults
-from juicebox_hsm.adapters.store_metrics import with_metrics
-from juicebox_hsm.adapters.supervision import (
+from juicebox_hsm.adapters.edge.drain import DrainController
+from juicebox_hsm.adapters.edge.limits import EdgeLimits, fit_connections
+from juicebox_hsm.adapters.edge.server import Edge, open_edge_listener
+from juicebox_hsm.adapters.edge.tls import EdgeTls
+from juicebox_hsm.adapters.faults.store import with_faults
+from juicebox_hsm.adapters.faults.switch import FaultSwitch
+from juicebox_hsm.adapters.observation import build_info
+from juicebox_hsm.adapters.observation.dogstatsd import send_metrics
+from juicebox_hsm.adapters.observation.logging import configure, get_logger, report_suppressed
+from juicebox_hsm.adapters.observation.metric_names import LOAD_BALANCER, declare
+from juicebox_hsm.adapters.observation.metrics import Metrics
+from juicebox_hsm.adapters.observation.probes import serve_probes
+from juicebox_hsm.adapters.observation.store_metrics import with_metrics
+from juicebox_hsm.adapters.observation.tracing import ROOT_RATE, Traces, open_traces
+from juicebox_hsm.adapters.process.supervision import (
     handle_signals,
     notify,
     run_service,
     watchdog_interval_s,
 )
-from juicebox_hsm.adapters.tracing import ROOT_RATE, Traces, open_traces
-from juicebox_hsm.crypto.secret import Secret
+from juicebox_hsm.adapters.rpc import RpcPool
+from juicebox_hsm.adapters.stores.opening import open_store
+from juicebox_hsm.adapters.tenants.secrets_file import HeldSecrets
+from juicebox_hsm.adapters.tls.certificate_end import report_cluster_end
+from juicebox_hsm.adapters.tls.cluster_tls import ClusterTls, certificate_end, cluster_reloads
+from juicebox_hsm.crypto.redacted import Secret
 from juicebox_hsm.errors import LocalError, RealmError
-from juicebox_hsm.ports import ServiceKind, Store
-from juicebox_hsm.tenant_secrets import RECORD_ID_KEY_NAME, record_id_key, record_id_key_fingerprint
+from juicebox_hsm.host.services import ServiceKind
+from juicebox_hsm.ports.store import Store
+from juicebox_hsm.tenant_keys import RECORD_ID_KEY_NAME, record_id_key, record_id_key_fingerprint
 from juicebox_hsm.tokens import RejectionReason
 from juicebox_hsm.wire.rpc import PeerRole
 from roles.cloud_options import SecretsOptions, open_secrets, secrets_options

@@ -13,15 +13,16 @@ from typing import Final
 
 import trio
 
-from juicebox_hsm.adapters.logging import outside_context
+from juicebox_hsm.adapters.observation.logging import outside_context
+from juicebox_hsm.adapters.observation.tracing import Traces, active
 from juicebox_hsm.adapters.rpc import RpcError, RpcUnreachable
-from juicebox_hsm.adapters.tracing import Traces, active
 from juicebox_hsm.errors import RealmError
+from juicebox_hsm.host.routing import AgentSlice, RouteKey, RoutingTable, build_table, slice_of
+from juicebox_hsm.host.services import ServiceKind
 from juicebox_hsm.ids import OwnedRange, RealmId, RecordId
-from juicebox_hsm.ports import Discovery, ServiceKind
+from juicebox_hsm.ports.discovery import Discovery
 from juicebox_hsm.wire.rpc import AGENT_METHODS, AgentStatus, Empty, PeerRole
 from roles.lb.context import Log, Meter, RpcCaller
-from roles.lb.routing import AgentSlice, RouteKey, RoutingTable, build_table, slice_of
 
 POLL_S: Final = 0.1
 POLL_JITTER: Final = 0.2

@@ -6,9 +6,9 @@ import datetime as dt
 from collections.abc import Callable
 from typing import Final
 
-from juicebox_hsm.adapters.certificate_end import ending
-from juicebox_hsm.adapters.http.drain import DrainController, LifePhase
-from juicebox_hsm.adapters.secrets_file import REFRESH_S
+from juicebox_hsm.adapters.edge.drain import DrainController, LifePhase
+from juicebox_hsm.adapters.tenants.secrets_file import REFRESH_S
+from juicebox_hsm.adapters.tls.certificate_end import ending
 from juicebox_hsm.ids import OwnedRange, RecordId
 from roles.lb.guard import RealmGuard
 from roles.lb.poller import Poller

@@ -8,9 +8,9 @@ from typing import Final
 import trio
 
 from juicebox_hsm import __version__
-from juicebox_hsm.adapters import build_info
-from juicebox_hsm.adapters.http.drain import DrainController, LifePhase
-from juicebox_hsm.adapters.http.exchange import BodyTooLarge, Handler, Request, Response
+from juicebox_hsm.adapters.edge.drain import DrainController, LifePhase
+from juicebox_hsm.adapters.edge.exchange import BodyTooLarge, Handler, Request, Response
+from juicebox_hsm.adapters.observation import build_info
 from juicebox_hsm.wire.client import BODY_BYTES_MAX
 
 ROUND_TRIP_S: Final = 0.1

@@ -11,13 +11,13 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from juicebox_hsm.adapters.http.exchange import BodyTooLarge, Request, Response
-from juicebox_hsm.adapters.logging import bind_context, unbind_context
-from juicebox_hsm.adapters.tracing import Traces, trace_id
-from juicebox_hsm.crypto.secret import Secret
+from juicebox_hsm.adapters.edge.exchange import BodyTooLarge, Request, Response
+from juicebox_hsm.adapters.observation.logging import bind_context, unbind_context
+from juicebox_hsm.adapters.observation.tracing import Traces, trace_id
+from juicebox_hsm.crypto.redacted import Secret
 from juicebox_hsm.errors import DecodingError
 from juicebox_hsm.ids import RealmId
-from juicebox_hsm.tenant_secrets import event_user_id, record_id
+from juicebox_hsm.tenant_keys import event_user_id, record_id
 from juicebox_hsm.tokens import KeyLookup, RejectionReason, Scope, TokenCache, TokenRejection, ValidToken
 from juicebox_hsm.wire.client import (
     BODY_BYTES_MAX,

@@ -21,8 +21,8 @@ from typing import Final
 
 import trio
 
-from juicebox_hsm.adapters.logging import get_logger, louder, quieter
-from juicebox_hsm.adapters.supervision import (
+from juicebox_hsm.adapters.observation.logging import get_logger, louder, quieter
+from juicebox_hsm.adapters.process.supervision import (
     STOP_SIGNALS,
     ExitCode,
     notify,

@@ -12,14 +12,14 @@ from typing import Final
 
 import trio
 
-from juicebox_hsm.cluster_view import ClusterView, GroupKey, GroupView
 from juicebox_hsm.errors import RealmError
+from juicebox_hsm.host.cluster.view import ClusterView, GroupKey, GroupView
 from juicebox_hsm.ids import GroupId, HsmId, RealmId
 from juicebox_hsm.wire.rpc import LeaderLost
 from roles.manager.assign import assign
 from roles.manager.context import ManagerContext, text
 from roles.manager.leases import LeaseBusy, group_lease, management_lease
-from roles.manager.overview import HINT_TIMEOUT_S, STATUS_TIMEOUT_S, ask_agents, discovered_agents, read_overview
+from roles.survey.overview import HINT_TIMEOUT_S, STATUS_TIMEOUT_S, ask_agents, discovered_agents, read_overview
 
 CONFIRM_AFTER_S: Final = 1.0
 PARALLEL_GROUPS_MAX: Final = 16

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Final
 
-from juicebox_hsm.cluster_view import LEADER_WORK, ClusterView, GroupView, Member, hsm_work
 from juicebox_hsm.errors import RealmError
+from juicebox_hsm.host.cluster.view import LEADER_WORK, ClusterView, GroupView, Member, hsm_work
 from juicebox_hsm.ids import HsmId
-from juicebox_hsm.ports import StoreUnavailable
+from juicebox_hsm.ports.errors import StoreUnavailable
 from juicebox_hsm.wire.rpc import AGENT_METHODS, BecomeLeaderCall, Done, Refused
 from roles.manager.context import ManagerContext, text
 

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from juicebox_hsm.adapters.faults import FaultSwitch
-from juicebox_hsm.adapters.tracing import Traces
-from juicebox_hsm.cluster_view import GroupKey
-from juicebox_hsm.ports import Store
+from juicebox_hsm.adapters.faults.switch import FaultSwitch
+from juicebox_hsm.adapters.observation.tracing import Traces
+from juicebox_hsm.host.cluster.progress import TransferProgress
+from juicebox_hsm.host.cluster.view import GroupKey
+from juicebox_hsm.ports.store import Store
 from juicebox_hsm.wire.rpc import Method
-from roles.manager.progress import TransferProgress
 
 
 class RpcCaller(Protocol):

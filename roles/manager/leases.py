@@ -12,10 +12,10 @@ from typing import Final
 
 import trio
 
-from juicebox_hsm.cluster_view import GroupKey
 from juicebox_hsm.errors import RealmError
+from juicebox_hsm.host.cluster.view import GroupKey
+from juicebox_hsm.host.services import Lease
 from juicebox_hsm.ids import RealmId
-from juicebox_hsm.ports import Lease
 from roles.manager.context import ManagerContext
 
 LEASE_MS: Final = 3000

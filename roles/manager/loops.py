@@ -11,14 +11,14 @@ from typing import Final
 
 import trio
 
-from juicebox_hsm.adapters.tracing import active
+from juicebox_hsm.adapters.observation.tracing import active
 from juicebox_hsm.errors import RealmError
-from juicebox_hsm.ports import ServiceKind
+from juicebox_hsm.host.services import ServiceKind
 from roles.manager.appointment import Appointer
 from roles.manager.context import ManagerContext
-from roles.manager.overview import discovered_agents
 from roles.manager.rebalance import rebalance
 from roles.manager.recovery import Recovery
+from roles.survey.overview import discovered_agents
 
 DISCOVERY_POLL_S: Final = 1.0
 DISCOVERY_POLL_YOUNG_S: Final = 0.1

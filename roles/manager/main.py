@@ -9,28 +9,29 @@ import click
 import trio
 
 from juicebox_hsm import __version__
-from juicebox_hsm.adapters import build_info
-from juicebox_hsm.adapters.certificate_end import report_cluster_end
-from juicebox_hsm.adapters.cluster_tls import ClusterTls, certificate_end, cluster_reloads
-from juicebox_hsm.adapters.dogstatsd import send_metrics
-from juicebox_hsm.adapters.faults import FaultSwitch
-from juicebox_hsm.adapters.http.probes import serve_probes
-from juicebox_hsm.adapters.logging import configure, get_logger, report_suppressed
-from juicebox_hsm.adapters.metric_names import MANAGER, declare
-from juicebox_hsm.adapters.metrics import Metrics
-from juicebox_hsm.adapters.rpc import RpcPool, RpcServer, serve_rpc
-from juicebox_hsm.adapters.store import open_store
-from juicebox_hsm.adapters.store_faults import with_faults
-from juicebox_hsm.adapters.store_metrics import with_metrics
-from juicebox_hsm.adapters.supervision import (
+from juicebox_hsm.adapters.faults.store import with_faults
+from juicebox_hsm.adapters.faults.switch import FaultSwitch
+from juicebox_hsm.adapters.observation import build_info
+from juicebox_hsm.adapters.observation.dogstatsd import send_metrics
+from juicebox_hsm.adapters.observation.logging import configure, get_logger, report_suppressed
+from juicebox_hsm.adapters.observation.metric_names import MANAGER, declare
+from juicebox_hsm.adapters.observation.metrics import Metrics
+from juicebox_hsm.adapters.observation.probes import serve_probes
+from juicebox_hsm.adapters.observation.store_metrics import with_metrics
+from juicebox_hsm.adapters.observation.tracing import Traces, open_traces
+from juicebox_hsm.adapters.process.supervision import (
     handle_signals,
     notify,
     run_service,
     watchdog_interval_s,
 )
-from juicebox_hsm.adapters.tracing import Traces, open_traces
+from juicebox_hsm.adapters.rpc import RpcPool, RpcServer, serve_rpc
+from juicebox_hsm.adapters.stores.opening import open_store
+from juicebox_hsm.adapters.tls.certificate_end import report_cluster_end
+from juicebox_hsm.adapters.tls.cluster_tls import ClusterTls, certificate_end, cluster_reloads
 from juicebox_hsm.errors import RealmError
-from juicebox_hsm.ports import ServiceKind, Store
+from juicebox_hsm.host.services import ServiceKind
+from juicebox_hsm.ports.store import Store
 from juicebox_hsm.wire.rpc import MANAGER_METHODS, PeerRole
 from roles.durations import DurationType
 from roles.manager.appointment import Appointer

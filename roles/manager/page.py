@@ -12,10 +12,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from juicebox_hsm.cluster_view import AgentView, GroupView, Member, hsm_work
+from juicebox_hsm.host.cluster.ranges import show_range
+from juicebox_hsm.host.cluster.view import AgentView, GroupView, Member, hsm_work
 from juicebox_hsm.ids import RECORD_ID_BYTES, HsmId, OwnedRange, RealmId, RecordId, uncovered
 from roles.manager.page_style import GROUP_COLOURS, STYLE
-from roles.manager.ranges import show_range
 from roles.manager.verdict import (
     BalancerReport,
     Evidence,

@@ -6,17 +6,17 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from juicebox_hsm.cluster_view import ClusterView, GroupKey, group_work
 from juicebox_hsm.errors import RealmError
+from juicebox_hsm.host.cluster.view import ClusterView, GroupKey, group_work
 from juicebox_hsm.ids import HsmId
-from juicebox_hsm.ports import StoreUnavailable
+from juicebox_hsm.ports.errors import StoreUnavailable
 from juicebox_hsm.wire.rpc import Rebalanced, Refusal, Refused
 from roles.manager.appointment import Appointer
 from roles.manager.assign import appoint, drained_hsms
 from roles.manager.context import ManagerContext, text
 from roles.manager.leases import LeaseBusy, LeaseLost, group_lease, management_lease
-from roles.manager.overview import read_overview
 from roles.manager.stepdown import step_down
+from roles.survey.overview import read_overview
 
 TRAILING_ENTRIES_MAX: Final = 1000
 IMPROVEMENT_MIN: Final = 0.10

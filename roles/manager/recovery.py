@@ -14,14 +14,14 @@ from typing import Final
 
 import trio
 
-from juicebox_hsm.cluster_view import ClusterView, GroupView, owned_range
 from juicebox_hsm.errors import RealmError
+from juicebox_hsm.host.cluster.view import ClusterView, GroupView, owned_range
 from juicebox_hsm.ids import GroupId, RealmId
 from juicebox_hsm.wire.rpc import TransferringInfo
 from roles.manager.context import ManagerContext, ManagerState
 from roles.manager.leases import LeaseBusy, management_lease, ownership_lease
-from roles.manager.overview import IDS_TIMEOUT_S, STATUS_TIMEOUT_S, read_overview
 from roles.manager.transfer import Arrival, TransferRequest, ask_arrived, complete_only, run_transfer
+from roles.survey.overview import IDS_TIMEOUT_S, STATUS_TIMEOUT_S, read_overview
 
 INCOMING: Final = "In"
 

@@ -13,10 +13,10 @@ from typing import Any, Final, TypeVar
 import trio
 
 from juicebox_hsm import __version__
-from juicebox_hsm.adapters.certificate_end import to_unix_ms
+from juicebox_hsm.adapters.tls.certificate_end import to_unix_ms
 from juicebox_hsm.errors import RealmError
 from juicebox_hsm.ids import GroupId
-from juicebox_hsm.ports import StoreUnavailable
+from juicebox_hsm.ports.errors import StoreUnavailable
 from juicebox_hsm.wire.rpc import (
     Done,
     Empty,

@@ -13,10 +13,10 @@ from quart_trio import QuartTrio
 from juicebox_hsm import __version__
 from juicebox_hsm.errors import RealmError
 from roles.manager.context import ManagerContext
-from roles.manager.evidence import gather
 from roles.manager.page import Own, render, render_trouble
 from roles.manager.page_style import STYLE_HASH
 from roles.manager.verdict import Evidence, Verdict, judge, verdict_json
+from roles.survey.evidence import gather
 
 LOOK_S: Final = 3.0  # own: longest wait for a service; a page should not take longer
 KEEP_S: Final = 1.0  # own: many watchers cost the cluster one look a second

@@ -5,9 +5,9 @@ from __future__ import annotations
 from contextlib import AsyncExitStack
 from typing import Final
 
-from juicebox_hsm.cluster_view import ClusterView, GroupView, Member
 from juicebox_hsm.errors import RealmError
-from juicebox_hsm.ports import StoreUnavailable
+from juicebox_hsm.host.cluster.view import ClusterView, GroupView, Member
+from juicebox_hsm.ports.errors import StoreUnavailable
 from juicebox_hsm.wire.rpc import (
     AGENT_METHODS,
     Done,
@@ -20,7 +20,7 @@ from juicebox_hsm.wire.rpc import (
 from roles.manager.assign import assign
 from roles.manager.context import ManagerContext, text
 from roles.manager.leases import LeaseBusy, LeaseLost, group_lease, management_lease
-from roles.manager.overview import IDS_TIMEOUT_S, STEPDOWN_STATUS_TIMEOUT_S, ask_agents, read_overview
+from roles.survey.overview import IDS_TIMEOUT_S, STEPDOWN_STATUS_TIMEOUT_S, ask_agents, read_overview
 
 STEPDOWN_TIMEOUT_S: Final = 10.0  # the leader finishes what it has in flight first
 STEPDOWN: Final = AGENT_METHODS["stepdown"]

@@ -15,10 +15,11 @@ from typing import Any, Final, TypeVar
 
 import trio
 
-from juicebox_hsm.cluster_view import GroupView, Member, owned_range, wire_range
 from juicebox_hsm.errors import RealmError
+from juicebox_hsm.host.cluster.progress import Step, TransferProgress, listed
+from juicebox_hsm.host.cluster.view import GroupView, Member, owned_range, wire_range
 from juicebox_hsm.ids import GroupId, OwnedRange, RealmId, RecordId
-from juicebox_hsm.ports import StoreUnavailable
+from juicebox_hsm.ports.errors import StoreUnavailable
 from juicebox_hsm.wire.rpc import (
     AGENT_METHODS,
     ArrivedCall,
@@ -35,8 +36,7 @@ from juicebox_hsm.wire.rpc import (
 )
 from roles.manager.context import ManagerContext
 from roles.manager.leases import LeaseBusy, LeaseLost, management_lease, ownership_lease
-from roles.manager.overview import IDS_TIMEOUT_S, read_overview
-from roles.manager.progress import Step, TransferProgress, listed
+from roles.survey.overview import IDS_TIMEOUT_S, read_overview
 
 Result = TypeVar("Result")
 

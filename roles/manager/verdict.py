@@ -12,10 +12,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from juicebox_hsm.adapters.certificate_end import ending, from_unix_ms
-from juicebox_hsm.cluster_view import ClusterView, GroupKey, GroupView, Member
+from juicebox_hsm.adapters.tls.certificate_end import ending, from_unix_ms
+from juicebox_hsm.host.cluster.ranges import show_range
+from juicebox_hsm.host.cluster.view import ClusterView, GroupKey, GroupView, Member
 from juicebox_hsm.ids import HsmId, OwnedRange, uncovered
-from roles.manager.ranges import show_range
 from roles.manager.reasons import reason_of
 
 OUTBOX_ROWS_WARN: Final = 100_000  # 1 % of the bound at which clients are refused (agent.md 11)

@@ -35,13 +35,14 @@ from juicebox_hsm.client import (
     NotRegistered,
     Transient,
 )
+from juicebox_hsm.host.events import EventKind
 from juicebox_hsm.ids import RealmId
-from juicebox_hsm.ports import EventKind, Store
-from roles.tools.chaos_load import CountingTransport
-from roles.tools.demo_launch import Cluster, launch
-from roles.tools.demo_layout import TENANT, TENANT_LOG, DemoOptions
-from roles.tools.demo_processes import RunningService
-from roles.tools.demo_pubsub import PubSubEmulator, flags_of
+from juicebox_hsm.ports.store import Store
+from roles.tools.chaos.load import CountingTransport
+from roles.tools.demo.launch import Cluster, launch
+from roles.tools.demo.layout import TENANT, TENANT_LOG, DemoOptions
+from roles.tools.demo.processes import RunningService
+from roles.tools.demo.pubsub import PubSubEmulator, flags_of
 from tests.client.audit_match import Logged, Made, deliveries_problems, match_problems
 from tests.client.audit_totals import Totals, totals_problems
 from tests.client.failover import kill_leader

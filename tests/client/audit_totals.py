@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from juicebox_hsm.ports import EventKind
+from juicebox_hsm.host.events import EventKind
 from tests.client.audit_match import GUESS, UNKNOWN, Logged, Made
 
 PHASES: Final = {

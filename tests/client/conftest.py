@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from roles.tools.demo_emulator import EMULATOR_VARIABLE, HOW_TO_GET, find_emulator
+from roles.tools.demo.emulator import EMULATOR_VARIABLE, HOW_TO_GET, find_emulator
 from tests.emulator.conftest import missing
 
 

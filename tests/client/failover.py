@@ -16,8 +16,8 @@ from pathlib import Path
 
 import trio
 
-from roles.tools.demo_launch import Cluster, launch
-from roles.tools.demo_layout import DemoOptions
+from roles.tools.demo.launch import Cluster, launch
+from roles.tools.demo.layout import DemoOptions
 from tests.client.drivers import Driver, Environment, User, official_driver, own_driver
 from tests.client.scenarios import expect
 

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import trio
 
-from roles.tools.demo_launch import Cluster, launch
-from roles.tools.demo_layout import DemoOptions
-from roles.tools.demo_processes import RunningService
+from roles.tools.demo.launch import Cluster, launch
+from roles.tools.demo.layout import DemoOptions
+from roles.tools.demo.processes import RunningService
 from tests.client.drivers import Environment, own_driver
 from tests.client.failover import PIN, Tally, loop_user, new_user
 

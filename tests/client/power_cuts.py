@@ -18,10 +18,10 @@ import trio
 
 from juicebox_hsm.client import Configuration, HttpTransport
 from juicebox_hsm.history import Op, Outcome, check_history
-from roles.tools.chaos_load import FINAL_PAUSE_S, FINAL_TRIES_MAX, History, User
-from roles.tools.demo_launch import Cluster, launch
-from roles.tools.demo_layout import DemoOptions
-from roles.tools.demo_processes import RunningService, describe_exit
+from roles.tools.chaos.load import FINAL_PAUSE_S, FINAL_TRIES_MAX, History, User
+from roles.tools.demo.launch import Cluster, launch
+from roles.tools.demo.layout import DemoOptions
+from roles.tools.demo.processes import RunningService, describe_exit
 
 READY_S = 120.0
 """How long a realm may take to be whole after a cut; far more than it does, so that a crowded machine fails nothing."""

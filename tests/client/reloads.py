@@ -22,11 +22,11 @@ from pathlib import Path
 
 import trio
 
-from juicebox_hsm.adapters.certificates import issue_edge
+from juicebox_hsm.adapters.tls.certificates import issue_edge
 from juicebox_hsm.client import Client, Configuration, HttpTransport
 from juicebox_hsm.client.transport import Headers, TransportError
-from roles.tools.demo_launch import Cluster, launch
-from roles.tools.demo_layout import EDGE_HOSTS, DemoOptions
+from roles.tools.demo.launch import Cluster, launch
+from roles.tools.demo.layout import EDGE_HOSTS, DemoOptions
 
 PIN, INFO = b"1234", b"reloads"
 IN_SERVICE_S = 1.0

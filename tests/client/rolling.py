@@ -22,11 +22,11 @@ from typing import Any
 
 import trio
 
-from roles.manager.evidence import gather
 from roles.manager.verdict import judge
-from roles.tools.demo_launch import Cluster, launch
-from roles.tools.demo_layout import DemoOptions
-from roles.tools.demo_processes import RunningService
+from roles.survey.evidence import gather
+from roles.tools.demo.launch import Cluster, launch
+from roles.tools.demo.layout import DemoOptions
+from roles.tools.demo.processes import RunningService
 from tests.client.drivers import Driver, Environment, User, official_driver, own_driver
 
 PIN = b"1234"

@@ -24,8 +24,8 @@ from random import Random
 import trio
 
 from juicebox_hsm.client import Client, Configuration, HttpTransport, InvalidPin
-from roles.tools.demo_launch import Cluster, launch
-from roles.tools.demo_layout import DemoOptions
+from roles.tools.demo.launch import Cluster, launch
+from roles.tools.demo.layout import DemoOptions
 
 PIN = b"1234"
 WRONG_PIN = b"4321"

@@ -25,9 +25,9 @@ from random import Random
 import trio
 
 from juicebox_hsm.client import Client, Configuration, HttpTransport
-from roles.tools.demo_launch import Cluster, launch
-from roles.tools.demo_layout import DemoOptions
-from roles.tools.demo_pubsub import EMULATOR_VARIABLE, PubSubEmulator
+from roles.tools.demo.launch import Cluster, launch
+from roles.tools.demo.layout import DemoOptions
+from roles.tools.demo.pubsub import EMULATOR_VARIABLE, PubSubEmulator
 
 PIN = b"1234"
 WARN_S = 90.0

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import trio
 
-from juicebox_hsm.adapters.faults import ENVIRONMENT, Faults
-from juicebox_hsm.adapters.hsm_host import generate_keys, init_hsm_dir
+from juicebox_hsm.adapters.faults.switch import ENVIRONMENT, Faults
+from juicebox_hsm.adapters.hsm_directory.hsm_host import generate_keys, init_hsm_dir
 from juicebox_hsm.adapters.rpc import RpcPool, RpcUnreachable
 from juicebox_hsm.wire.rpc import (
     AGENT_METHODS,

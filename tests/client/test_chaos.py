@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from roles.tools.chaos_plan import Action, Kind, Shape, make_plan
+from roles.tools.chaos.plan import Action, Kind, Shape, make_plan
 
 pytestmark = pytest.mark.processes
 

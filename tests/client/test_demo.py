@@ -18,15 +18,15 @@ import pytest
 import trio
 from click.testing import CliRunner
 
-from juicebox_hsm.adapters.certificates import issue
-from juicebox_hsm.adapters.hsm_host import init_hsm_dir
+from juicebox_hsm.adapters.hsm_directory.hsm_host import init_hsm_dir
+from juicebox_hsm.adapters.tls.certificates import issue
 from juicebox_hsm.client import Client, Configuration, HttpTransport, InvalidPin
 from juicebox_hsm.wire.rpc import MANAGER_METHODS, Empty, ManagerStatus, PeerRole
 from roles.cli import cli
-from roles.manager.overview import ask_agents
-from roles.tools.demo_launch import Cluster, launch
-from roles.tools.demo_layout import DemoOptions, services
-from roles.tools.demo_processes import OrphanGuard, RunningService
+from roles.survey.overview import ask_agents
+from roles.tools.demo.launch import Cluster, launch
+from roles.tools.demo.layout import DemoOptions, services
+from roles.tools.demo.processes import OrphanGuard, RunningService
 from tests.terminal import run_on_terminal, words_of
 
 pytestmark = pytest.mark.processes

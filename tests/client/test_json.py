@@ -16,10 +16,10 @@ import trio
 from click.testing import CliRunner
 
 from roles.cli import cli
-from roles.tools.bench_client import Result
-from roles.tools.chaos_report import Report
-from roles.tools.demo_launch import Cluster, launch
-from roles.tools.demo_layout import DemoOptions
+from roles.tools.bench.client import Result
+from roles.tools.chaos.report import Report
+from roles.tools.demo.launch import Cluster, launch
+from roles.tools.demo.layout import DemoOptions
 
 pytestmark = pytest.mark.processes
 

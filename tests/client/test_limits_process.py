@@ -28,9 +28,9 @@ from juicebox_hsm.client import (
     RateLimitExceeded,
 )
 from juicebox_hsm.client.transport import Observation
+from juicebox_hsm.host.services import TenantLimits
 from juicebox_hsm.ids import RealmId
-from juicebox_hsm.ports import TenantLimits
-from juicebox_hsm.tenant_secrets import TenantSecret, parse_file, tenant_secret_name
+from juicebox_hsm.tenant_keys import TenantSecret, parse_file, tenant_secret_name
 from juicebox_hsm.tokens import Scope, create
 from juicebox_hsm.wire.client import (
     ClientOutcome,
@@ -40,8 +40,8 @@ from juicebox_hsm.wire.client import (
     encode_client_request,
     encode_client_response,
 )
-from roles.tools.demo_launch import Cluster, launch
-from roles.tools.demo_layout import KEY_VERSION, TENANT, DemoOptions, signing_key
+from roles.tools.demo.launch import Cluster, launch
+from roles.tools.demo.layout import KEY_VERSION, TENANT, DemoOptions, signing_key
 
 pytestmark = pytest.mark.processes
 

@@ -19,10 +19,10 @@ import pytest
 import trio
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-from juicebox_hsm.adapters.metric_names import AGENT, LOAD_BALANCER, MANAGER, Catalogue
-from juicebox_hsm.adapters.store_metrics import NAMES
-from roles.tools.demo_launch import Cluster, launch
-from roles.tools.demo_layout import DemoOptions
+from juicebox_hsm.adapters.observation.metric_names import AGENT, LOAD_BALANCER, MANAGER, Catalogue
+from juicebox_hsm.adapters.observation.store_metrics import NAMES
+from roles.tools.demo.launch import Cluster, launch
+from roles.tools.demo.layout import DemoOptions
 
 pytestmark = pytest.mark.processes
 CATALOGUES = {"agent": AGENT, "lb": LOAD_BALANCER, "manager": MANAGER}

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from roles.tools.demo_launch import Cluster, launch
-from roles.tools.demo_layout import DemoOptions
+from roles.tools.demo.launch import Cluster, launch
+from roles.tools.demo.layout import DemoOptions
 from tests.client.drivers import Driver, Environment, official_driver, own_driver
 from tests.client.scenarios import SCENARIOS, Stage, expect, kill_realm, one_realm_down
 

@@ -25,7 +25,7 @@ from typing import Any
 
 import pytest
 
-from juicebox_hsm.cluster_view import AgentView, build_view
+from juicebox_hsm.host.cluster.view import AgentView, build_view
 from juicebox_hsm.ids import OwnedRange
 from juicebox_hsm.wire import rpc
 from roles.manager.page import REFRESH_S, Own, render, render_trouble

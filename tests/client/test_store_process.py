@@ -13,8 +13,8 @@ import pytest
 import trio
 
 from juicebox_hsm.client import Client, ClientError, Configuration, HttpTransport, InvalidPin
-from roles.tools.demo_launch import Cluster, launch
-from roles.tools.demo_layout import DemoOptions, StateDir
+from roles.tools.demo.launch import Cluster, launch
+from roles.tools.demo.layout import DemoOptions, StateDir
 
 pytestmark = pytest.mark.processes
 

@@ -20,13 +20,13 @@ import pytest
 import roles.agent.main
 import roles.lb.main
 import roles.manager.main
-import roles.tools.check
-import roles.tools.tenant_log_serve
-from juicebox_hsm.adapters.certificates import CaKind, init_ca, issue, issue_edge
-from juicebox_hsm.adapters.hsm_host import generate_keys, init_hsm_dir
-from juicebox_hsm.adapters.supervision import ExitCode
+import roles.tenant_log.main
+import roles.tools.check.command
+from juicebox_hsm.adapters.hsm_directory.hsm_host import generate_keys, init_hsm_dir
+from juicebox_hsm.adapters.process.supervision import ExitCode
+from juicebox_hsm.adapters.tls.certificates import CaKind, init_ca, issue, issue_edge
 from roles.options import flag_of
-from roles.tools.demo_layout import PORTS
+from roles.tools.demo.layout import PORTS
 
 pytestmark = pytest.mark.processes
 ROOT = Path(__file__).parents[2]
@@ -37,8 +37,8 @@ COMMANDS = {
     "manager": roles.manager.main.command,
 }
 TOOLS = {
-    "tenant-log": (roles.tools.tenant_log_serve.serve, ("tenant-log", "serve")),
-    "check": (roles.tools.check.command, ("check", "--forever")),
+    "tenant-log": (roles.tenant_log.main.command, ("tenant-log", "serve")),
+    "check": (roles.tools.check.command.command, ("check", "--forever")),
 }
 ROLE_UNITS = [path for path in UNITS if path.stem.removeprefix("juicebox-").rstrip("@") in COMMANDS]
 TOOL_UNITS = [path for path in UNITS if path not in ROLE_UNITS]

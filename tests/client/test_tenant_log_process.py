@@ -18,12 +18,12 @@ import pytest
 import trio
 
 from juicebox_hsm.client import Client, ClientError, Configuration, HttpTransport, InvalidPin, NotRegistered
-from juicebox_hsm.tenant_secrets import event_user_id
+from juicebox_hsm.tenant_keys import event_user_id
 from juicebox_hsm.tokens import Scope
-from roles.tools.cluster_session import ToolFailure
-from roles.tools.demo_launch import Cluster, launch
-from roles.tools.demo_layout import TENANT, TENANT_LOG, DemoOptions
-from roles.tools.tenant_log_client import LogClient
+from roles.tools.demo.launch import Cluster, launch
+from roles.tools.demo.layout import TENANT, TENANT_LOG, DemoOptions
+from roles.tools.session import ToolFailure
+from roles.tools.tenant_log.client import LogClient
 
 pytestmark = pytest.mark.processes
 

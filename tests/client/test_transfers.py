@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from juicebox_hsm.cluster_view import AgentView, ClusterView, build_view, wire_range
+from juicebox_hsm.host.cluster.view import AgentView, ClusterView, build_view, wire_range
 from juicebox_hsm.ids import FULL_RANGE
 from juicebox_hsm.wire.rpc import Range, TransferringInfo
 from tests.client.transfers import STEPS, Kill, Plan, drill, gapless, is_settled, plan_kills, step_done

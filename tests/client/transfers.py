@@ -27,16 +27,16 @@ from pathlib import Path
 import trio
 
 from juicebox_hsm.client import Configuration, HttpTransport
-from juicebox_hsm.cluster_view import ClusterView, GroupKey
 from juicebox_hsm.history import Op, Outcome, check_history
+from juicebox_hsm.host.cluster.view import ClusterView, GroupKey
 from juicebox_hsm.ids import GroupId, OwnedRange, RecordId
-from roles.manager.overview import ask_agents
 from roles.manager.recovery import INCOMING, pending
-from roles.tools.chaos_load import History, User
-from roles.tools.cluster_change import transfer_range
-from roles.tools.cluster_session import ToolFailure
-from roles.tools.demo_launch import Cluster, launch
-from roles.tools.demo_layout import DemoOptions
+from roles.survey.overview import ask_agents
+from roles.tools.chaos.load import History, User
+from roles.tools.cluster.change import transfer_range
+from roles.tools.demo.launch import Cluster, launch
+from roles.tools.demo.layout import DemoOptions
+from roles.tools.session import ToolFailure
 
 COMPLETE_S = 10.0
 RESTART_S = 1.0

@@ -8,8 +8,8 @@ from typing import NoReturn
 
 import pytest
 
-from roles.tools import demo_pubsub
-from roles.tools.demo_emulator import EMULATOR_VARIABLE, HOW_TO_GET, Emulator, find_emulator
+from roles.tools.demo import pubsub as demo_pubsub
+from roles.tools.demo.emulator import EMULATOR_VARIABLE, HOW_TO_GET, Emulator, find_emulator
 from tests.ci import in_ci
 
 pytest.register_assert_rewrite(

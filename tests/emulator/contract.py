@@ -15,18 +15,12 @@ import pytest
 import trio
 
 from juicebox_hsm.consensus.types import LogEntry, Partition, TransferringIn, TransferringOut
+from juicebox_hsm.host.log import AppendOutcome, Compacted, LogRow
+from juicebox_hsm.host.services import ServiceAddress, ServiceKind, TenantLimits
+from juicebox_hsm.host.tree import TreeSide
 from juicebox_hsm.ids import FULL_RANGE, GroupId, HsmId, OwnedRange, RealmId, RecordId
-from juicebox_hsm.ports import (
-    AppendOutcome,
-    Compacted,
-    LogRow,
-    MissingNode,
-    ServiceAddress,
-    ServiceKind,
-    Store,
-    TenantLimits,
-    TreeSide,
-)
+from juicebox_hsm.ports.errors import MissingNode
+from juicebox_hsm.ports.store import Store
 from tests.emulator.realm_data import (
     GROUP,
     HSM,

@@ -6,8 +6,9 @@ import pytest
 import trio
 import trio.testing
 
-from juicebox_hsm.event_bus import BusEvent, EventBus, InvalidAcks
-from juicebox_hsm.ports import EventKind, NewEvent, Store
+from juicebox_hsm.host.events import EventKind, NewEvent
+from juicebox_hsm.ports.event_bus import BusEvent, EventBus, InvalidAcks
+from juicebox_hsm.ports.store import Store
 from tests.emulator.contract import Backend
 from tests.emulator.realm_data import GROUP, REALM, event
 

@@ -10,9 +10,10 @@ from typing import Any, cast
 import pytest
 import trio
 
-from juicebox_hsm.adapters.metrics import Metrics
+from juicebox_hsm.adapters.observation.metrics import Metrics
+from juicebox_hsm.host.events import EVENT_KEPT_MS, EventKind, NewEvent, OutboxEvent
 from juicebox_hsm.ids import RealmId
-from juicebox_hsm.ports import EVENT_KEPT_MS, EventKind, NewEvent, OutboxEvent, Store
+from juicebox_hsm.ports.store import Store
 from roles.agent import outbox
 from roles.agent.context import AgentConfig
 from roles.agent.outbox import LEASE_MS, Dispatcher

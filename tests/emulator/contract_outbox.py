@@ -6,8 +6,9 @@ from collections.abc import Mapping
 
 import trio
 
+from juicebox_hsm.host.events import AccountingEvent, Backlog, EventKind, OutboxEvent, TenantCursor
 from juicebox_hsm.ids import RecordId
-from juicebox_hsm.ports import AccountingEvent, Backlog, EventKind, OutboxEvent, Store, TenantCursor
+from juicebox_hsm.ports.store import Store
 from tests.emulator.contract import Backend
 from tests.emulator.realm_data import GROUP, OTHER_GROUP, REALM, event
 

@@ -6,9 +6,11 @@ import random
 from dataclasses import dataclass, field
 
 from juicebox_hsm.consensus.types import Captured, Certificate, LogEntry, Partition
+from juicebox_hsm.host.events import EventKind, NewEvent
+from juicebox_hsm.host.log import AppendOutcome, Intent
 from juicebox_hsm.ids import FULL_RANGE, GroupId, HsmId, OwnedRange, RealmId, RecordId
 from juicebox_hsm.merkle.kernel import Tree, empty_root, squash
-from juicebox_hsm.ports import AppendOutcome, EventKind, Intent, NewEvent, Store
+from juicebox_hsm.ports.store import Store
 
 REALM = RealmId(b"\x11" * 16)
 GROUP = GroupId(b"\x21" * 16)

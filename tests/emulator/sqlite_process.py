@@ -10,9 +10,12 @@ import sys
 
 import trio
 
-from juicebox_hsm.adapters.store import open_store
+from juicebox_hsm.adapters.stores.opening import open_store
+from juicebox_hsm.host.events import EventKind
+from juicebox_hsm.host.log import AppendOutcome
 from juicebox_hsm.ids import RecordId
-from juicebox_hsm.ports import AppendOutcome, EventKind, Store, StoreUnavailable
+from juicebox_hsm.ports.errors import StoreUnavailable
+from juicebox_hsm.ports.store import Store
 from tests.emulator.realm_data import GROUP, REALM, Grown, append, batch, entry, event, intent
 
 RACE_INDEXES = 150

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from roles.tools.demo_emulator import EMULATOR_VARIABLE, Emulator, demo_store
+from roles.tools.demo.emulator import EMULATOR_VARIABLE, Emulator, demo_store
 
 pytestmark = [pytest.mark.emulator, pytest.mark.processes]
 
@@ -43,7 +43,7 @@ def test_the_demo_on_its_own_emulator(bigtable_emulator: str, tmp_path: Path) ->
 def test_without_an_emulator(tmp_path: Path) -> None:
     """Where the emulator is not installed the demo says in one line how to get it."""
     script = (
-        "import roles.tools.demo_emulator as e; e.SDK_ROOTS = (); e.PROGRAM = 'no-such-program'; "
+        "import roles.tools.demo.emulator as e; e.SDK_ROOTS = (); e.PROGRAM = 'no-such-program'; "
         "from roles.cli import main; import sys; sys.argv = ['x', 'demo', '--store', 'bigtable']; main()"
     )
     environment = {name: value for name, value in os.environ.items() if name != EMULATOR_VARIABLE}

@@ -20,24 +20,17 @@ from juicebox_hsm.adapters.bigtable.nodes import UPPER_BITS, TreeNodes
 from juicebox_hsm.adapters.bigtable.outbox import BigtableOutbox
 from juicebox_hsm.adapters.bigtable.published import BigtablePublished
 from juicebox_hsm.adapters.bigtable.table import Endpoint, Table
-from juicebox_hsm.adapters.metrics import Metrics
-from juicebox_hsm.adapters.node_tuning import NodeTuning
-from juicebox_hsm.adapters.store import open_store
+from juicebox_hsm.adapters.observation.metrics import Metrics
+from juicebox_hsm.adapters.stores.node_tuning import NodeTuning
+from juicebox_hsm.adapters.stores.opening import open_store
 from juicebox_hsm.consensus.types import Partition
 from juicebox_hsm.errors import InvariantViolation, LocalError
+from juicebox_hsm.host.events import EventKind, TenantCursor
+from juicebox_hsm.host.log import AppendOutcome, Compacted, LogRow
+from juicebox_hsm.host.services import ServiceKind
 from juicebox_hsm.ids import RecordId
-from juicebox_hsm.ports import (
-    AppendOutcome,
-    Compacted,
-    EventKind,
-    LogRow,
-    ServiceKind,
-    Store,
-    StoreAmbiguous,
-    StoreInvalid,
-    StoreUnavailable,
-    TenantCursor,
-)
+from juicebox_hsm.ports.errors import StoreAmbiguous, StoreInvalid, StoreUnavailable
+from juicebox_hsm.ports.store import Store
 from tests.emulator.bigtable_backend import BigtableBackend, Faults
 from tests.emulator.realm_data import (
     GROUP,

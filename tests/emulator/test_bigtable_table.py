@@ -33,7 +33,7 @@ from juicebox_hsm.adapters.bigtable.retry import NoSuchTable, RetryProfile
 from juicebox_hsm.adapters.bigtable.table import Endpoint, Table
 from juicebox_hsm.errors import InvariantViolation
 from juicebox_hsm.ids import RealmId
-from juicebox_hsm.ports import StoreAmbiguous, StoreInvalid, StoreUnavailable
+from juicebox_hsm.ports.errors import StoreAmbiguous, StoreInvalid, StoreUnavailable
 from tests.emulator.bigtable_backend import QUICK_RETRY, Faults
 
 pytestmark = pytest.mark.emulator

@@ -19,12 +19,14 @@ from juicebox_hsm.adapters.bigtable.log import FRESH_S
 from juicebox_hsm.adapters.bigtable.nodes import TreeNodes
 from juicebox_hsm.adapters.bigtable.table import Table
 from juicebox_hsm.adapters.bigtable.upkeep import Upkeep, open_upkeep
-from juicebox_hsm.adapters.store_check import SLICES, Checkpoint, Report
+from juicebox_hsm.adapters.stores.check import SLICES, Checkpoint, Report
 from juicebox_hsm.consensus.types import Partition, TransferringOut
+from juicebox_hsm.host.events import AccountingEvent, EventKind
 from juicebox_hsm.ids import FULL_RANGE, RealmId, RecordId
 from juicebox_hsm.merkle import codec as merkle_codec
 from juicebox_hsm.merkle.kernel import row_key
-from juicebox_hsm.ports import AccountingEvent, EventKind, Store, StoreInvalid, StoreUnavailable
+from juicebox_hsm.ports.errors import StoreInvalid, StoreUnavailable
+from juicebox_hsm.ports.store import Store
 from roles.cli import cli
 from tests.emulator.bigtable_backend import BigtableBackend
 from tests.emulator.realm_data import (

@@ -16,15 +16,17 @@ from google.pubsub_v1.types import pubsub as messages
 
 from juicebox_hsm.adapters.bigtable.driver import CallFailed, Metadata
 from juicebox_hsm.adapters.bigtable.retry import RetryProfile
-from juicebox_hsm.adapters.google_calls import Access, GoogleCalls, open_calls
-from juicebox_hsm.adapters.metrics import Metrics
+from juicebox_hsm.adapters.google.calls import Access, GoogleCalls, open_calls
+from juicebox_hsm.adapters.observation.metrics import Metrics
 from juicebox_hsm.adapters.pubsub import codec
 from juicebox_hsm.adapters.pubsub.bus import PUBSUB, PubSubBus, open_pubsub
 from juicebox_hsm.adapters.pubsub.codec import Names
 from juicebox_hsm.adapters.sqlite.backend import open_sqlite
-from juicebox_hsm.event_bus import BusEvent
-from juicebox_hsm.ports import OutboxEvent, Store, StoreInvalid, StoreUnavailable
-from roles.tools.demo_pubsub import PubSubEmulator
+from juicebox_hsm.host.events import OutboxEvent
+from juicebox_hsm.ports.errors import StoreInvalid, StoreUnavailable
+from juicebox_hsm.ports.event_bus import BusEvent
+from juicebox_hsm.ports.store import Store
+from roles.tools.demo.pubsub import PubSubEmulator
 from tests.emulator import contract
 from tests.emulator.contract_bus import GUESS, BusContract, publish, pull, user_event
 from tests.emulator.realm_data import GROUP, REALM

@@ -13,9 +13,9 @@ import trio
 
 from juicebox_hsm.client import Client, Configuration, HttpTransport, InvalidPin
 from juicebox_hsm.errors import LocalError
-from roles.tools import demo_pubsub
-from roles.tools.demo_launch import launch
-from roles.tools.demo_layout import TENANT, TENANT_LOG, DemoOptions
+from roles.tools.demo import pubsub as demo_pubsub
+from roles.tools.demo.launch import launch
+from roles.tools.demo.layout import TENANT, TENANT_LOG, DemoOptions
 from tests.client.audit import Seen, read_log
 from tests.client.audit_match import Logged
 

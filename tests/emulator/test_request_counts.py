@@ -9,9 +9,9 @@ import pytest
 import trio
 from click.testing import CliRunner, Result
 
-from juicebox_hsm.adapters.store import open_store
+from juicebox_hsm.adapters.stores.opening import open_store
+from juicebox_hsm.host.events import EventKind
 from juicebox_hsm.ids import RealmId
-from juicebox_hsm.ports import EventKind
 from roles.cli import cli
 from tests.emulator.bigtable_backend import BigtableBackend
 from tests.emulator.contract_dispatch import DAY_MS, NOW_MS, Clock, dispatcher, made

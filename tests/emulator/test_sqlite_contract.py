@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from juicebox_hsm.adapters.store import open_store
-from juicebox_hsm.ports import Store
+from juicebox_hsm.adapters.stores.opening import open_store
+from juicebox_hsm.ports.store import Store
 from tests.emulator import contract
 from tests.emulator.contract import ClusterContract, LogContract, NodeContract
 from tests.emulator.contract_bus import BusContract

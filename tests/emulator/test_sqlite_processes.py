@@ -15,7 +15,7 @@ from typing import IO
 import apsw
 import pytest
 
-from juicebox_hsm.adapters.store import open_store
+from juicebox_hsm.adapters.stores.opening import open_store
 from juicebox_hsm.ids import RecordId
 from juicebox_hsm.merkle.kernel import Tree
 from tests.emulator.realm_data import GROUP, REALM, Grown, append, batch, entry

@@ -14,7 +14,7 @@ from typing import Any
 
 import grpc
 
-from juicebox_hsm.adapters.certificates import CaKind, init_ca, issue_edge
+from juicebox_hsm.adapters.tls.certificates import CaKind, init_ca, issue_edge
 
 STREAMS = {"ReadRows", "MutateRows"}
 WAIT_S = 20.0

@@ -51,7 +51,7 @@ from juicebox_hsm.hsm.messages import (
 from juicebox_hsm.hsm.state import LeaderState, Log, SteppingDownState
 from juicebox_hsm.ids import GroupId, HsmId, OwnedRange, RealmId, RecordId
 from juicebox_hsm.merkle.kernel import EdgeWalk, PathWalk, Side, delta_rows, finish_walk
-from juicebox_hsm.wire import secrets
+from juicebox_hsm.wire import requests as secrets
 from juicebox_hsm.wire.client import HandshakeRequest, HandshakeResponse, NoiseRequest, NoiseResponse, TransportRequest
 
 T = TypeVar("T")

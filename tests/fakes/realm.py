@@ -20,9 +20,9 @@ from juicebox_hsm.crypto.pin import PinHashingMode
 from juicebox_hsm.errors import DecodingError
 from juicebox_hsm.ids import RealmId
 from juicebox_hsm.wire import client as wire
-from juicebox_hsm.wire import secrets
+from juicebox_hsm.wire import requests as secrets
 from juicebox_hsm.wire.client import ClientOutcome, ClientRequest, ClientResponse
-from juicebox_hsm.wire.secrets import Phase, SecretsRequest, SecretsResponse
+from juicebox_hsm.wire.requests import Phase, SecretsRequest, SecretsResponse
 
 
 @dataclass

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from juicebox_hsm import tokens
-from juicebox_hsm.crypto.secret import Secret
+from juicebox_hsm.crypto.redacted import Secret
 from juicebox_hsm.ids import RealmId
-from juicebox_hsm.tenant_secrets import SecretAlgorithm, TenantSecret
+from juicebox_hsm.tenant_keys import SecretAlgorithm, TenantSecret
 from juicebox_hsm.tokens import TokenCache, TokenKey, TokenRejection, ValidToken
 
 REALM = RealmId(bytes(range(16)))

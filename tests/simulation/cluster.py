@@ -17,10 +17,10 @@ from typing import Any
 
 import trio
 
-from juicebox_hsm.adapters.hsm_host import InProcessHsm
-from juicebox_hsm.adapters.logging import get_logger
-from juicebox_hsm.adapters.metrics import Metrics
-from juicebox_hsm.adapters.store import open_store
+from juicebox_hsm.adapters.hsm_directory.hsm_host import InProcessHsm
+from juicebox_hsm.adapters.observation.logging import get_logger
+from juicebox_hsm.adapters.observation.metrics import Metrics
+from juicebox_hsm.adapters.stores.opening import open_store
 from juicebox_hsm.client import Client
 from juicebox_hsm.client.configuration import Configuration, Realm
 from juicebox_hsm.client.exchange import Exchange
@@ -29,10 +29,13 @@ from juicebox_hsm.consensus.types import LogEntry
 from juicebox_hsm.crypto.noise import Initiator
 from juicebox_hsm.crypto.pin import PinHashingMode
 from juicebox_hsm.errors import RealmError
+from juicebox_hsm.host.events import NewEvent
+from juicebox_hsm.host.log import AppendOutcome, Intent
+from juicebox_hsm.host.services import ServiceKind
 from juicebox_hsm.hsm.core import Hsm
 from juicebox_hsm.hsm.keys import RealmKeys
 from juicebox_hsm.ids import GroupId, HsmId, RealmId, RecordId
-from juicebox_hsm.ports import AppendOutcome, Intent, NewEvent, ServiceKind, Store
+from juicebox_hsm.ports.store import Store
 from juicebox_hsm.wire.client import (
     HTTP_STATUS,
     ClientOutcome,
@@ -44,6 +47,7 @@ from juicebox_hsm.wire.client import (
     encode_client_response,
     encode_noise_request,
 )
+from juicebox_hsm.wire.requests import Register1, encode_secrets_request
 from juicebox_hsm.wire.rpc import (
     MANAGER_METHODS,
     App,
@@ -70,7 +74,6 @@ from juicebox_hsm.wire.rpc import (
     TransferPrepare,
     TransferredOut,
 )
-from juicebox_hsm.wire.secrets import Register1, encode_secrets_request
 from roles.agent.context import Agent, AgentConfig, Timings
 from roles.agent.leader import lead
 from roles.agent.registration import register

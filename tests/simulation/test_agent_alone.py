@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 import trio
 
-from juicebox_hsm.adapters import logging
-from juicebox_hsm.adapters.certificate_end import from_unix_ms
+from juicebox_hsm.adapters.observation import logging
+from juicebox_hsm.adapters.tls.certificate_end import from_unix_ms
 from juicebox_hsm.client import InvalidPin, NotRegistered
+from juicebox_hsm.host.events import EventKind
+from juicebox_hsm.host.log import AppendOutcome
 from juicebox_hsm.ids import RealmId
-from juicebox_hsm.ports import AppendOutcome, EventKind
 from juicebox_hsm.wire.rpc import Empty
 from tests.simulation.cluster import KEEP_EVENTS, TENANT, simulation
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import trio
 
 from juicebox_hsm.consensus.types import Certificate
+from juicebox_hsm.host.log import Compacted
 from juicebox_hsm.ids import GroupId
-from juicebox_hsm.ports import Compacted
 from juicebox_hsm.wire.rpc import AppOk, Done
 from roles.agent.registration import readyz
 from tests.simulation.cluster import QUICK, SimAgent, Simulation, simulation, until

@@ -15,9 +15,11 @@ import roles.agent.app as app_module
 from juicebox_hsm.consensus.codec import decode_captured, encode_log_entry
 from juicebox_hsm.consensus.types import Partition
 from juicebox_hsm.crypto.noise import Initiator
+from juicebox_hsm.host.services import TenantLimits
+from juicebox_hsm.host.tree import TreeSide
 from juicebox_hsm.hsm.messages import CaptureNext, PersistState, Request, Response
 from juicebox_hsm.ids import GroupId, RealmId, RecordId
-from juicebox_hsm.ports import StoreUnavailable, TenantLimits, TreeSide
+from juicebox_hsm.ports.errors import StoreUnavailable
 from juicebox_hsm.wire.client import HandshakeRequest, encode_noise_request
 from juicebox_hsm.wire.rpc import (
     App,

@@ -11,20 +11,14 @@ import pytest
 import trio
 
 import roles.agent.app as app_module
-from juicebox_hsm.adapters.nvram import NvramFailed
-from juicebox_hsm.adapters.supervision import ExitCode, exit_code_of
+from juicebox_hsm.adapters.hsm_directory.nvram import NvramFailed
+from juicebox_hsm.adapters.process.supervision import ExitCode, exit_code_of
 from juicebox_hsm.consensus.types import LogEntry
+from juicebox_hsm.host.events import EventKind
+from juicebox_hsm.host.log import AppendOutcome, Compacted
 from juicebox_hsm.hsm.messages import AppRequest, Outcome, Request, Response
 from juicebox_hsm.ids import GroupId, RealmId
-from juicebox_hsm.ports import (
-    AppendOutcome,
-    Compacted,
-    EventKind,
-    HsmGone,
-    StoreAmbiguous,
-    StoreInvalid,
-    StoreUnavailable,
-)
+from juicebox_hsm.ports.errors import HsmGone, StoreAmbiguous, StoreInvalid, StoreUnavailable
 from juicebox_hsm.wire.rpc import App, AppOk, Refusal, Refused
 from roles.agent.leader import hand_over
 from roles.agent.registration import livez, readyz

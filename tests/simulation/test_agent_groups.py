@@ -9,8 +9,10 @@ import trio
 
 from juicebox_hsm.client import ClientError
 from juicebox_hsm.consensus.types import LogEntry
+from juicebox_hsm.host.events import EventKind
+from juicebox_hsm.host.log import Compacted
 from juicebox_hsm.ids import GroupId
-from juicebox_hsm.ports import Compacted, EventKind, StoreUnavailable
+from juicebox_hsm.ports.errors import StoreUnavailable
 from juicebox_hsm.wire.rpc import AppOk, Done, Refusal
 from tests.simulation.cluster import KEEP_EVENTS, QUICK, TENANT, SimAgent, Simulation, simulation, until
 

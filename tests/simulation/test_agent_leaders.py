@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import trio
 
+from juicebox_hsm.host.log import AppendOutcome
 from juicebox_hsm.hsm.messages import BecomeLeader, NotCaptured, Outcome, Request, Response
 from juicebox_hsm.ids import GroupId
-from juicebox_hsm.ports import AppendOutcome, StoreAmbiguous, StoreUnavailable
+from juicebox_hsm.ports.errors import StoreAmbiguous, StoreUnavailable
 from juicebox_hsm.wire.rpc import AppOk, BecomeLeaderCall, Done, GroupCall, Refusal, Refused, SteppedDown
 from roles.agent.leader import handle_become_leader
 from roles.agent.lost import LEADERSHIPS_MAX, LeaderWatch

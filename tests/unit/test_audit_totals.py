@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from juicebox_hsm.ports import EventKind
+from juicebox_hsm.host.events import EventKind
 from tests.client.audit_match import Logged, Made
 from tests.client.audit_totals import Totals, totals_problems
 

@@ -11,7 +11,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from juicebox_hsm.adapters.certificates import CaKind, init_ca, issue, issue_edge
+from juicebox_hsm.adapters.tls.certificates import CaKind, init_ca, issue, issue_edge
 from juicebox_hsm.errors import LocalError
 from juicebox_hsm.wire.rpc import PeerRole
 

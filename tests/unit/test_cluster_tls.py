@@ -17,8 +17,8 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 
-from juicebox_hsm.adapters.certificates import CaKind, init_ca, issue, issue_edge
-from juicebox_hsm.adapters.cluster_tls import ClusterTls, PeerIdentity, peer_identity
+from juicebox_hsm.adapters.tls.certificates import CaKind, init_ca, issue, issue_edge
+from juicebox_hsm.adapters.tls.cluster_tls import ClusterTls, PeerIdentity, peer_identity
 from juicebox_hsm.errors import LocalError, PeerError
 from juicebox_hsm.wire.rpc import PeerRole
 

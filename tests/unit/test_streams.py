@@ -10,7 +10,7 @@ import pytest
 import trio
 import trustme
 
-from juicebox_hsm.adapters.streams import SocketStream, TlsStream, aclose_forcefully
+from juicebox_hsm.adapters.tls.streams import SocketStream, TlsStream, aclose_forcefully
 
 LARGE = bytes(range(256)) * 40_000
 

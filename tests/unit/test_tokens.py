@@ -20,10 +20,10 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from juicebox_hsm import tokens
-from juicebox_hsm.crypto.secret import Secret
+from juicebox_hsm.crypto.redacted import Secret
 from juicebox_hsm.errors import LocalError
 from juicebox_hsm.ids import RealmId
-from juicebox_hsm.tenant_secrets import SecretAlgorithm, TenantSecret, parse_payload
+from juicebox_hsm.tenant_keys import SecretAlgorithm, TenantSecret, parse_payload
 from juicebox_hsm.tokens import (
     BadKeyError,
     RejectionReason,

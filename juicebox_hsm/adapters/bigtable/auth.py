@@ -13,11 +13,11 @@ from typing import Any, Final, Protocol
 import trio
 
 from juicebox_hsm.adapters.bigtable.driver import Metadata
-from juicebox_hsm.adapters.logging import get_logger
-from juicebox_hsm.adapters.metrics import Metrics
-from juicebox_hsm.adapters.retry_metrics import Family
+from juicebox_hsm.adapters.observation.logging import get_logger
+from juicebox_hsm.adapters.observation.metrics import Metrics
+from juicebox_hsm.adapters.observation.retry_metrics import Family
 from juicebox_hsm.errors import LocalError
-from juicebox_hsm.ports import StoreUnavailable
+from juicebox_hsm.ports.errors import StoreUnavailable
 
 SCOPES: Final = (
     "https://www.googleapis.com/auth/bigtable.data",

@@ -41,11 +41,11 @@ from juicebox_hsm.adapters.bigtable.settled import Settled
 from juicebox_hsm.adapters.bigtable.stats import BigtableStats
 from juicebox_hsm.adapters.bigtable.table import CALL_S, Endpoint
 from juicebox_hsm.adapters.bigtable.warming import warm_channel
-from juicebox_hsm.adapters.embedded_bus import EmbeddedBus
-from juicebox_hsm.adapters.metrics import Metrics
-from juicebox_hsm.adapters.node_tuning import DEFAULT_NODE_TUNING, NodeTuning
+from juicebox_hsm.adapters.observation.metrics import Metrics
+from juicebox_hsm.adapters.stores.embedded_bus import EmbeddedBus
+from juicebox_hsm.adapters.stores.node_tuning import DEFAULT_NODE_TUNING, NodeTuning
 from juicebox_hsm.errors import LocalError
-from juicebox_hsm.ports import Store
+from juicebox_hsm.ports.store import Store
 
 EMULATOR_VARIABLE: Final = "BIGTABLE_EMULATOR_HOST"
 DATA_TARGET: Final = "bigtable.googleapis.com:443"

@@ -16,7 +16,7 @@ import grpc.aio
 import trio
 
 from juicebox_hsm.adapters.bigtable.driver import CallFailed, Driver, Metadata
-from juicebox_hsm.adapters.logging import get_logger
+from juicebox_hsm.adapters.observation.logging import get_logger
 
 ROTATION_S: Final = 3_300.0
 WARM_S: Final = 5.0

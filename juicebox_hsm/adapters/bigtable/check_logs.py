@@ -19,7 +19,7 @@ from juicebox_hsm.adapters.bigtable.log import WINDOW_ROWS, BigtableLog
 from juicebox_hsm.adapters.bigtable.log_rows import decode_entries, decode_with_intents, is_tombstone
 from juicebox_hsm.adapters.bigtable.settled import Settled
 from juicebox_hsm.adapters.bigtable.table import Endpoint, Table
-from juicebox_hsm.adapters.store_check import (
+from juicebox_hsm.adapters.stores.check import (
     GroupTail,
     Progress,
     Report,
@@ -30,7 +30,7 @@ from juicebox_hsm.adapters.store_check import (
 from juicebox_hsm.consensus.macs import Macs
 from juicebox_hsm.consensus.types import LogEntry
 from juicebox_hsm.ids import GroupId, RealmId
-from juicebox_hsm.ports import StoreInvalid
+from juicebox_hsm.ports.errors import StoreInvalid
 
 ATTEMPTS_MAX: Final = 5
 """Readings of a log in which something looked wrong while it grew."""

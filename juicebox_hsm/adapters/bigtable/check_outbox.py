@@ -8,9 +8,9 @@ from juicebox_hsm.adapters.bigtable import keys
 from juicebox_hsm.adapters.bigtable.codec import Selection
 from juicebox_hsm.adapters.bigtable.outbox_rows import EVENTS, Cursor, decode_cursor, decode_event
 from juicebox_hsm.adapters.bigtable.table import Endpoint, Table
-from juicebox_hsm.adapters.store_check import Progress, Report
+from juicebox_hsm.adapters.stores.check import Progress, Report
 from juicebox_hsm.ids import RealmId
-from juicebox_hsm.ports import StoreInvalid
+from juicebox_hsm.ports.errors import StoreInvalid
 
 _NEWEST_OF_EACH: Final = Selection(cells_per_column=1)
 

@@ -18,7 +18,7 @@ from juicebox_hsm.adapters.bigtable import keys
 from juicebox_hsm.adapters.bigtable.codec import KeyRange, Row, RowSet
 from juicebox_hsm.adapters.bigtable.log import BigtableLog
 from juicebox_hsm.adapters.bigtable.table import Endpoint, Table
-from juicebox_hsm.adapters.store_check import (
+from juicebox_hsm.adapters.stores.check import (
     HASH_BYTES,
     LEAF_BITS,
     GroupTail,
@@ -31,7 +31,7 @@ from juicebox_hsm.adapters.store_check import (
 from juicebox_hsm.consensus.types import Partition
 from juicebox_hsm.ids import RECORD_ID_BYTES, GroupId, OwnedRange, RealmId, RecordId
 from juicebox_hsm.merkle.kernel import row_key
-from juicebox_hsm.ports import StoreInvalid, StoreUnavailable
+from juicebox_hsm.ports.errors import StoreInvalid, StoreUnavailable
 
 PART_ROWS_MAX: Final = 20_000
 """Rows of a part held at a time, 20 MB of leaves; read in some 3 s, while obsolete nodes stay for 5."""

@@ -30,21 +30,13 @@ from juicebox_hsm.adapters.bigtable.codec import (
 )
 from juicebox_hsm.adapters.bigtable.retry import NoSuchTable
 from juicebox_hsm.adapters.bigtable.table import Endpoint, Table
-from juicebox_hsm.adapters.logging import get_logger
-from juicebox_hsm.adapters.metrics import Metrics
-from juicebox_hsm.adapters.retry_metrics import Family
+from juicebox_hsm.adapters.observation.logging import get_logger
+from juicebox_hsm.adapters.observation.metrics import Metrics
+from juicebox_hsm.adapters.observation.retry_metrics import Family
 from juicebox_hsm.errors import DecodingError, RealmError
+from juicebox_hsm.host.services import DISCOVERY_EXPIRY_S, Lease, ServiceAddress, ServiceKind, TenantLimits
 from juicebox_hsm.ids import LOG_INDEX_MAX
-from juicebox_hsm.ports import (
-    DISCOVERY_EXPIRY_S,
-    Lease,
-    ServiceAddress,
-    ServiceKind,
-    StoreAmbiguous,
-    StoreInvalid,
-    StoreUnavailable,
-    TenantLimits,
-)
+from juicebox_hsm.ports.errors import StoreAmbiguous, StoreInvalid, StoreUnavailable
 from juicebox_hsm.wire import cbor
 
 DISCOVERY: Final = "discovery"

@@ -13,7 +13,7 @@ from typing import Any, Final, NamedTuple
 from google.cloud.bigtable_v2.types import bigtable as _messages
 from google.cloud.bigtable_v2.types import data as _data
 
-from juicebox_hsm.ports import StoreInvalid
+from juicebox_hsm.ports.errors import StoreInvalid
 
 READ_ROWS: Final = "/google.bigtable.v2.Bigtable/ReadRows"
 MUTATE_ROW: Final = "/google.bigtable.v2.Bigtable/MutateRow"

@@ -15,7 +15,7 @@ import trio
 
 from juicebox_hsm.adapters.bigtable.codec import DeleteColumn
 from juicebox_hsm.adapters.bigtable.nodes import TreeNodes
-from juicebox_hsm.adapters.logging import get_logger
+from juicebox_hsm.adapters.observation.logging import get_logger
 from juicebox_hsm.errors import RealmError
 from juicebox_hsm.ids import RealmId
 

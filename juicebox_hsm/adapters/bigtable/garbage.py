@@ -19,9 +19,9 @@ import trio
 from juicebox_hsm.adapters.bigtable.check_trees import Looked, TreeCheck
 from juicebox_hsm.adapters.bigtable.codec import DeleteColumn, Mutation
 from juicebox_hsm.adapters.bigtable.table import Table
-from juicebox_hsm.adapters.store_check import SLICES, Progress, Report
+from juicebox_hsm.adapters.stores.check import SLICES, Progress, Report
 from juicebox_hsm.ids import RealmId, uncovered
-from juicebox_hsm.ports import StoreInvalid, StoreUnavailable
+from juicebox_hsm.ports.errors import StoreInvalid, StoreUnavailable
 
 READERS_S: Final = 10.0
 """How long a row stays after it was found unneeded; agents' own deletions wait 5 s."""

@@ -10,8 +10,9 @@ from typing import Final
 
 from juicebox_hsm.adapters.bigtable.codec import KeyRange
 from juicebox_hsm.errors import LocalError
+from juicebox_hsm.host.services import ServiceKind
 from juicebox_hsm.ids import ID_BYTES, GroupId, RealmId, RecordId
-from juicebox_hsm.ports import ServiceKind, StoreInvalid
+from juicebox_hsm.ports.errors import StoreInvalid
 
 TOP: Final = 2**64 - 1
 TENANT_BYTES_MAX: Final = 256

@@ -24,22 +24,15 @@ from juicebox_hsm.adapters.bigtable.log_reads import LogReads
 from juicebox_hsm.adapters.bigtable.log_rows import TOMBSTONE_CELL, entry_cells, is_tombstone
 from juicebox_hsm.adapters.bigtable.nodes import TreeNodes
 from juicebox_hsm.adapters.bigtable.table import Table
-from juicebox_hsm.adapters.metrics import Metrics
-from juicebox_hsm.adapters.retry_metrics import Family
+from juicebox_hsm.adapters.observation.metrics import Metrics
+from juicebox_hsm.adapters.observation.retry_metrics import Family
 from juicebox_hsm.consensus.codec import decode_certificate, encode_certificate
 from juicebox_hsm.consensus.types import ZERO_MAC, Certificate, LogEntry
 from juicebox_hsm.errors import DecodingError, check
+from juicebox_hsm.host.log import AppendOutcome, Compacted, Intent, LogRow
 from juicebox_hsm.ids import ID_BYTES, GroupId, RealmId
 from juicebox_hsm.merkle.kernel import delta_rows
-from juicebox_hsm.ports import (
-    AppendOutcome,
-    Compacted,
-    Intent,
-    LogRow,
-    StoreAmbiguous,
-    StoreInvalid,
-    StoreUnavailable,
-)
+from juicebox_hsm.ports.errors import StoreAmbiguous, StoreInvalid, StoreUnavailable
 
 BATCH_ENTRIES_MAX: Final = 100
 WINDOW_ROWS: Final = 100

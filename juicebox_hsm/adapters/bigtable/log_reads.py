@@ -16,8 +16,9 @@ from juicebox_hsm.adapters.bigtable.codec import EVERYTHING, KeyRange, Row, RowS
 from juicebox_hsm.adapters.bigtable.log_rows import decode_cell, decode_entries, decode_with_intents, is_tombstone
 from juicebox_hsm.adapters.bigtable.table import Endpoint, Table
 from juicebox_hsm.consensus.types import LogEntry
+from juicebox_hsm.host.log import Compacted, Intent
 from juicebox_hsm.ids import GroupId, RealmId
-from juicebox_hsm.ports import Compacted, Intent, StoreUnavailable
+from juicebox_hsm.ports.errors import StoreUnavailable
 
 BATCH_ROWS_BEFORE: Final = 99
 """A row of up to 100 entries that contains an index starts at most so far before it."""

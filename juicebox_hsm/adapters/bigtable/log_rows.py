@@ -10,8 +10,9 @@ from juicebox_hsm.adapters.bigtable.codec import Row, SetCell
 from juicebox_hsm.consensus.codec import encode_log_entry, split_log_entry
 from juicebox_hsm.consensus.types import LogEntry
 from juicebox_hsm.errors import DecodingError
+from juicebox_hsm.host.log import Intent
 from juicebox_hsm.ids import RECORD_ID_BYTES, RecordId
-from juicebox_hsm.ports import Intent, StoreInvalid
+from juicebox_hsm.ports.errors import StoreInvalid
 from juicebox_hsm.wire import cbor
 
 ENTRIES: Final = "f"

@@ -21,12 +21,13 @@ import trio
 from juicebox_hsm.adapters.bigtable import keys
 from juicebox_hsm.adapters.bigtable.codec import KeyRange, Row, RowSet, Selection, SetCell
 from juicebox_hsm.adapters.bigtable.table import Endpoint, Table
-from juicebox_hsm.adapters.node_tuning import DEFAULT_NODE_TUNING, NodeTuning
+from juicebox_hsm.adapters.stores.node_tuning import DEFAULT_NODE_TUNING, NodeTuning
 from juicebox_hsm.consensus.types import Partition
 from juicebox_hsm.errors import DecodingError
+from juicebox_hsm.host.tree import TreeSide
 from juicebox_hsm.ids import RealmId, RecordId
 from juicebox_hsm.merkle.kernel import EdgeWalk, PathWalk, Side, Walk, path_scan_starts, scan_end
-from juicebox_hsm.ports import MissingNode, StoreInvalid, StoreUnavailable, TreeSide
+from juicebox_hsm.ports.errors import MissingNode, StoreInvalid, StoreUnavailable
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

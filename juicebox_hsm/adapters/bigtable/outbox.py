@@ -48,18 +48,9 @@ from juicebox_hsm.adapters.bigtable.retry import Attempts
 from juicebox_hsm.adapters.bigtable.settled import Settled
 from juicebox_hsm.adapters.bigtable.table import Endpoint
 from juicebox_hsm.errors import check
+from juicebox_hsm.host.events import EVENT_KEPT_MS, Backlog, EventKind, NewEvent, OutboxEvent, TenantCursor
 from juicebox_hsm.ids import GroupId, RealmId
-from juicebox_hsm.ports import (
-    EVENT_KEPT_MS,
-    Backlog,
-    EventKind,
-    NewEvent,
-    OutboxEvent,
-    StoreAmbiguous,
-    StoreInvalid,
-    StoreUnavailable,
-    TenantCursor,
-)
+from juicebox_hsm.ports.errors import StoreAmbiguous, StoreInvalid, StoreUnavailable
 
 ROW_EVENTS_MAX: Final = 100
 CONFLICTS_MAX: Final = 1_000

@@ -16,8 +16,8 @@ from juicebox_hsm.adapters.bigtable import keys
 from juicebox_hsm.adapters.bigtable.codec import DeleteColumn, Mutation, Selection, SetCell
 from juicebox_hsm.adapters.bigtable.outbox_rows import EVENTS, REMOVED, REMOVED_BELOW, decode_cursor
 from juicebox_hsm.adapters.bigtable.outbox_table import OutboxTable
+from juicebox_hsm.host.events import OutboxEvent, TenantCursor
 from juicebox_hsm.ids import GroupId, RealmId
-from juicebox_hsm.ports import OutboxEvent, TenantCursor
 
 WINDOW: Final = 1_000
 WINDOWS_MAX: Final = 8

@@ -12,8 +12,9 @@ from juicebox_hsm.adapters.bigtable import keys
 from juicebox_hsm.adapters.bigtable.codec import Cell, Row
 from juicebox_hsm.consensus.types import MAC_BYTES
 from juicebox_hsm.errors import DecodingError
+from juicebox_hsm.host.events import EventKind, NewEvent, OutboxEvent
 from juicebox_hsm.ids import ID_BYTES, RECORD_ID_BYTES, GroupId, RecordId
-from juicebox_hsm.ports import EventKind, NewEvent, OutboxEvent, StoreInvalid
+from juicebox_hsm.ports.errors import StoreInvalid
 from juicebox_hsm.wire import cbor
 
 EVENTS: Final = "f"

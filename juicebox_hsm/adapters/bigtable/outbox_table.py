@@ -8,8 +8,9 @@ from juicebox_hsm.adapters.bigtable import keys
 from juicebox_hsm.adapters.bigtable.codec import KeyRange, RowSet, Selection
 from juicebox_hsm.adapters.bigtable.outbox_rows import EVENTS, decode_event
 from juicebox_hsm.adapters.bigtable.table import Endpoint, Table
+from juicebox_hsm.host.events import OutboxEvent
 from juicebox_hsm.ids import RealmId
-from juicebox_hsm.ports import OutboxEvent, StoreUnavailable
+from juicebox_hsm.ports.errors import StoreUnavailable
 
 ROW_EVENTS_BEFORE: Final = 99
 """A row of up to 100 events that contains a sequence number starts at most so far before it."""

@@ -16,8 +16,8 @@ from juicebox_hsm.adapters.bigtable.codec import DeleteColumn, DeleteRow, Mutati
 from juicebox_hsm.adapters.bigtable.outbox_rows import ACKNOWLEDGED, EVENTS, Cursor, decode_cursor
 from juicebox_hsm.adapters.bigtable.outbox_table import OutboxTable
 from juicebox_hsm.adapters.bigtable.table import ROW_MUTATIONS_MAX, Endpoint
+from juicebox_hsm.host.events import OutboxEvent
 from juicebox_hsm.ids import RealmId
-from juicebox_hsm.ports import OutboxEvent
 
 BLOCK: Final = 1_024
 HINT_EVERY: Final = 1_024

@@ -15,7 +15,7 @@ from juicebox_hsm.adapters.bigtable.retry import Attempts, NoSuchTable, RetryPro
 from juicebox_hsm.adapters.bigtable.table import Endpoint, Table
 from juicebox_hsm.errors import LocalError
 from juicebox_hsm.ids import ID_BYTES, RealmId
-from juicebox_hsm.ports import StoreAmbiguous, StoreInvalid, StoreUnavailable
+from juicebox_hsm.ports.errors import StoreAmbiguous, StoreInvalid, StoreUnavailable
 
 CREATE_TABLE: Final = "/google.bigtable.admin.v2.BigtableTableAdmin/CreateTable"
 LIST_TABLES: Final = "/google.bigtable.admin.v2.BigtableTableAdmin/ListTables"

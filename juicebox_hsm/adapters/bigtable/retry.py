@@ -10,7 +10,7 @@ import trio
 
 from juicebox_hsm.adapters.bigtable.driver import CallFailed
 from juicebox_hsm.errors import RealmError
-from juicebox_hsm.ports import StoreInvalid, StoreUnavailable
+from juicebox_hsm.ports.errors import StoreInvalid, StoreUnavailable
 
 RETRYABLE: Final = frozenset(
     ("ABORTED", "CANCELLED", "DEADLINE_EXCEEDED", "INTERNAL", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "UNKNOWN")

@@ -17,7 +17,7 @@ from juicebox_hsm.adapters.bigtable import keys
 from juicebox_hsm.adapters.bigtable.codec import DeleteColumn, Mutation, RowSet, Selection, SetCell
 from juicebox_hsm.adapters.bigtable.outbox_rows import EVENTS, SETTLED, number
 from juicebox_hsm.adapters.bigtable.table import Endpoint, Table
-from juicebox_hsm.adapters.logging import get_logger
+from juicebox_hsm.adapters.observation.logging import get_logger
 from juicebox_hsm.errors import RealmError
 from juicebox_hsm.ids import GroupId, RealmId
 

@@ -16,9 +16,9 @@ from juicebox_hsm.adapters.bigtable.check_trees import node_place
 from juicebox_hsm.adapters.bigtable.codec import Row, Selection
 from juicebox_hsm.adapters.bigtable.log_rows import is_tombstone
 from juicebox_hsm.adapters.bigtable.table import Endpoint, Table
-from juicebox_hsm.adapters.store_check import LEAF_BITS
+from juicebox_hsm.adapters.stores.check import LEAF_BITS
 from juicebox_hsm.ids import ID_BYTES, GroupId, RealmId
-from juicebox_hsm.table_stats import LogStats, PrefixStats, TreeStats, UserStats
+from juicebox_hsm.ports.table_stats import LogStats, PrefixStats, TreeStats, UserStats
 
 TOMBSTONE_EXPIRY_MICROS: Final = 7 * 86_400 * 1_000_000
 """Age from which the service may remove tombstones (storage.md 1)."""

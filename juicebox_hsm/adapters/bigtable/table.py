@@ -30,7 +30,7 @@ from juicebox_hsm.adapters.bigtable.codec import (
 from juicebox_hsm.adapters.bigtable.driver import CallFailed, Metadata, Transport
 from juicebox_hsm.adapters.bigtable.retry import REFUSED, RETRYABLE, STORE_RETRY, Attempts, RetryProfile, translate
 from juicebox_hsm.errors import check
-from juicebox_hsm.ports import StoreAmbiguous, StoreInvalid, StoreUnavailable
+from juicebox_hsm.ports.errors import StoreAmbiguous, StoreInvalid, StoreUnavailable
 
 CALL_S: Final = 20.0
 KEY_BYTES_MAX: Final = 4_096

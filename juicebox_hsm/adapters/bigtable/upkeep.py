@@ -26,10 +26,10 @@ from juicebox_hsm.adapters.bigtable.realms import BigtableRealms
 from juicebox_hsm.adapters.bigtable.retry import NoSuchTable
 from juicebox_hsm.adapters.bigtable.settled import Settled
 from juicebox_hsm.adapters.bigtable.table import Table
-from juicebox_hsm.adapters.store_check import SLICES, Checkpoint, Progress, Report, check_ranges
+from juicebox_hsm.adapters.stores.check import SLICES, Checkpoint, Progress, Report, check_ranges
 from juicebox_hsm.consensus.macs import Macs
 from juicebox_hsm.ids import RealmId
-from juicebox_hsm.ports import StoreInvalid, StoreUnavailable
+from juicebox_hsm.ports.errors import StoreInvalid, StoreUnavailable
 
 RANGES_ATTEMPTS_MAX: Final = 20
 """Readings of all tails while a range moves between two groups."""

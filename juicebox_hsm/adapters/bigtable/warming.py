@@ -12,7 +12,7 @@ from juicebox_hsm.adapters.bigtable import codec, keys
 from juicebox_hsm.adapters.bigtable.codec import RowSet, Selection
 from juicebox_hsm.adapters.bigtable.driver import CallFailed, Transport
 from juicebox_hsm.adapters.bigtable.table import Endpoint
-from juicebox_hsm.adapters.logging import get_logger
+from juicebox_hsm.adapters.observation.logging import get_logger
 
 _ANY_ROW: Final = RowSet(ranges=(keys.whole_table(),))
 _NAME: Final = Selection(cells_per_row=1, strip_values=True)

@@ -20,15 +20,16 @@ import trio
 
 from juicebox_hsm.adapters.bigtable.driver import CallFailed
 from juicebox_hsm.adapters.bigtable.retry import RetryProfile
-from juicebox_hsm.adapters.google_calls import Access, GoogleCalls, Service, open_calls, scopes
-from juicebox_hsm.adapters.logging import get_logger
-from juicebox_hsm.adapters.metrics import Metrics
+from juicebox_hsm.adapters.google.calls import Access, GoogleCalls, Service, open_calls, scopes
+from juicebox_hsm.adapters.observation.logging import get_logger
+from juicebox_hsm.adapters.observation.metrics import Metrics
 from juicebox_hsm.adapters.pubsub import codec
 from juicebox_hsm.adapters.pubsub.codec import Names
 from juicebox_hsm.errors import RealmError
-from juicebox_hsm.event_bus import BusEvent
+from juicebox_hsm.host.events import EVENT_KEPT_MS, OutboxEvent
 from juicebox_hsm.ids import RealmId
-from juicebox_hsm.ports import EVENT_KEPT_MS, OutboxEvent, StoreUnavailable
+from juicebox_hsm.ports.errors import StoreUnavailable
+from juicebox_hsm.ports.event_bus import BusEvent
 
 EMULATOR_VARIABLE: Final = "PUBSUB_EMULATOR_HOST"
 HOST: Final = "pubsub.googleapis.com"

@@ -14,9 +14,9 @@ from typing import Any, Final
 
 from google.pubsub_v1.types import pubsub as _messages
 
-from juicebox_hsm.event_bus import BusEvent, InvalidAcks
+from juicebox_hsm.host.events import OutboxEvent
 from juicebox_hsm.ids import RealmId
-from juicebox_hsm.ports import OutboxEvent
+from juicebox_hsm.ports.event_bus import BusEvent, InvalidAcks
 
 PUBLISH: Final = "/google.pubsub.v1.Publisher/Publish"
 CREATE_TOPIC: Final = "/google.pubsub.v1.Publisher/CreateTopic"

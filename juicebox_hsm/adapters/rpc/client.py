@@ -18,7 +18,7 @@ import trio
 from juicebox_hsm.adapters.rpc import frames
 from juicebox_hsm.adapters.rpc.errors import RpcError, RpcFailed, RpcUnreachable
 from juicebox_hsm.adapters.rpc.streams import QUEUE_BYTES_HIGH, FramedStream
-from juicebox_hsm.adapters.streams import ByteStream
+from juicebox_hsm.adapters.tls.streams import ByteStream
 from juicebox_hsm.errors import DecodingError
 from juicebox_hsm.wire.rpc import Method, PeerRole, RpcCode
 

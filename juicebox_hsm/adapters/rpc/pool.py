@@ -14,15 +14,15 @@ from urllib.parse import urlsplit
 
 import trio
 
-from juicebox_hsm.adapters.cluster_tls import ClusterTls, peer_identity
-from juicebox_hsm.adapters.logging import get_logger, outside_context
-from juicebox_hsm.adapters.metrics import Metrics, Timer
+from juicebox_hsm.adapters.observation.logging import get_logger, outside_context
+from juicebox_hsm.adapters.observation.metrics import Metrics, Timer
+from juicebox_hsm.adapters.observation.tracing import current
 from juicebox_hsm.adapters.rpc.client import RpcConnection
 from juicebox_hsm.adapters.rpc.errors import RpcError, RpcFailed, RpcUnreachable
 from juicebox_hsm.adapters.rpc.server import is_loopback
 from juicebox_hsm.adapters.rpc.streams import describe
-from juicebox_hsm.adapters.streams import SocketStream, TlsStream
-from juicebox_hsm.adapters.tracing import current
+from juicebox_hsm.adapters.tls.cluster_tls import ClusterTls, peer_identity
+from juicebox_hsm.adapters.tls.streams import SocketStream, TlsStream
 from juicebox_hsm.errors import PeerError
 from juicebox_hsm.wire.rpc import Method, PeerRole
 

@@ -20,15 +20,15 @@ from typing import Any, Final
 
 import trio
 
-from juicebox_hsm.adapters.cluster_tls import ClusterTls, PeerIdentity, peer_identity
-from juicebox_hsm.adapters.logging import get_logger
-from juicebox_hsm.adapters.metrics import Counter, Gauge, Metrics, Timer
+from juicebox_hsm.adapters.observation.logging import get_logger
+from juicebox_hsm.adapters.observation.metrics import Counter, Gauge, Metrics, Timer
+from juicebox_hsm.adapters.observation.tracing import Span, Traces, active
 from juicebox_hsm.adapters.rpc import frames
 from juicebox_hsm.adapters.rpc.streams import FramedStream, describe
-from juicebox_hsm.adapters.streams import ByteStream, SocketStream, TlsStream
-from juicebox_hsm.adapters.tracing import Span, Traces, active
+from juicebox_hsm.adapters.tls.cluster_tls import ClusterTls, PeerIdentity, peer_identity
+from juicebox_hsm.adapters.tls.streams import ByteStream, SocketStream, TlsStream
 from juicebox_hsm.errors import DecodingError, LocalError, PeerError, RealmError
-from juicebox_hsm.ports import HsmGone
+from juicebox_hsm.ports.errors import HsmGone
 from juicebox_hsm.wire.rpc import Method, PeerRole, RpcCode
 
 IN_FLIGHT_MAX: Final = 1024  # agent.md 2: per stream

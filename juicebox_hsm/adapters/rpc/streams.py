@@ -20,7 +20,7 @@ from typing import Final, Protocol
 import trio
 
 from juicebox_hsm.adapters.rpc import frames
-from juicebox_hsm.adapters.streams import ByteStream, aclose_forcefully
+from juicebox_hsm.adapters.tls.streams import ByteStream, aclose_forcefully
 
 PING_AFTER_S: Final = 0.25  # agent.md 2
 SILENT_TICKS_MAX: Final = 4  # agent.md 2: closed after 1 s, that is four passes, without a frame

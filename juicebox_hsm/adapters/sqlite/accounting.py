@@ -8,8 +8,8 @@ from typing import Final
 from juicebox_hsm.adapters.sqlite.reads import Reads, fetch
 from juicebox_hsm.adapters.sqlite.writer import Writer
 from juicebox_hsm.errors import LocalError
+from juicebox_hsm.host.events import AccountingEvent
 from juicebox_hsm.ids import RealmId
-from juicebox_hsm.ports import AccountingEvent
 
 DAY_MS: Final = 86_400_000
 

@@ -9,9 +9,7 @@ from pathlib import Path
 import apsw
 import trio
 
-from juicebox_hsm.adapters.embedded_bus import EmbeddedBus
-from juicebox_hsm.adapters.metrics import Metrics
-from juicebox_hsm.adapters.node_tuning import DEFAULT_NODE_TUNING, NodeTuning
+from juicebox_hsm.adapters.observation.metrics import Metrics
 from juicebox_hsm.adapters.sqlite.accounting import SqliteAccounting
 from juicebox_hsm.adapters.sqlite.cluster import (
     SqliteDiscovery,
@@ -29,8 +27,10 @@ from juicebox_hsm.adapters.sqlite.reads import Reads
 from juicebox_hsm.adapters.sqlite.schema import WRITER_CACHE_KIB, connect, prepare_file, prepare_tables, translate
 from juicebox_hsm.adapters.sqlite.stats import SqliteStats
 from juicebox_hsm.adapters.sqlite.writer import FileLock, Writer
+from juicebox_hsm.adapters.stores.embedded_bus import EmbeddedBus
+from juicebox_hsm.adapters.stores.node_tuning import DEFAULT_NODE_TUNING, NodeTuning
 from juicebox_hsm.errors import LocalError
-from juicebox_hsm.ports import Store
+from juicebox_hsm.ports.store import Store
 
 
 def _open_files(path: Path) -> tuple[FileLock, apsw.Connection]:

@@ -14,7 +14,7 @@ from typing import Final
 
 import apsw
 
-from juicebox_hsm.adapters.nvram import sync_directory
+from juicebox_hsm.adapters.hsm_directory.nvram import sync_directory
 from juicebox_hsm.adapters.sqlite.check_logs import group_bounds
 from juicebox_hsm.adapters.sqlite.reads import fetch, fetch_one
 from juicebox_hsm.adapters.sqlite.rows import decode_entries
@@ -28,7 +28,7 @@ from juicebox_hsm.adapters.sqlite.schema import (
 )
 from juicebox_hsm.adapters.sqlite.snapshot import open_snapshot
 from juicebox_hsm.adapters.sqlite.writer import FileLock
-from juicebox_hsm.adapters.store_check import LogTail, tail_of
+from juicebox_hsm.adapters.stores.check import LogTail, tail_of
 from juicebox_hsm.errors import LocalError
 from juicebox_hsm.ids import GroupId, RealmId
 

@@ -21,7 +21,7 @@ from juicebox_hsm.adapters.sqlite.reads import fetch, fetch_one
 from juicebox_hsm.adapters.sqlite.rows import entries_size
 from juicebox_hsm.adapters.sqlite.schema import INDEX_BITS
 from juicebox_hsm.adapters.sqlite.snapshot import open_snapshot
-from juicebox_hsm.adapters.store_check import (
+from juicebox_hsm.adapters.stores.check import (
     SLICES,
     Checkpoint,
     GroupTail,

@@ -10,7 +10,7 @@ import apsw
 from juicebox_hsm.adapters.sqlite.reads import fetch, fetch_one
 from juicebox_hsm.adapters.sqlite.rows import checksum, decode_certificate, decode_entries, decode_intents
 from juicebox_hsm.adapters.sqlite.schema import INDEX_BITS, INDEX_MAX
-from juicebox_hsm.adapters.store_check import (
+from juicebox_hsm.adapters.stores.check import (
     GroupTail,
     Progress,
     Report,
@@ -21,7 +21,7 @@ from juicebox_hsm.adapters.store_check import (
 from juicebox_hsm.consensus.macs import Macs
 from juicebox_hsm.consensus.types import LogEntry
 from juicebox_hsm.ids import GroupId, RealmId
-from juicebox_hsm.ports import StoreInvalid
+from juicebox_hsm.ports.errors import StoreInvalid
 
 PROGRESS_ROWS: Final = 500
 RECENT_ENTRIES: Final = 100_000

@@ -9,9 +9,9 @@ import apsw
 
 from juicebox_hsm.adapters.sqlite.reads import fetch, fetch_one
 from juicebox_hsm.adapters.sqlite.rows import checksum, decode_event
-from juicebox_hsm.adapters.store_check import Progress, Report
+from juicebox_hsm.adapters.stores.check import Progress, Report
 from juicebox_hsm.ids import GroupId, RealmId
-from juicebox_hsm.ports import StoreInvalid
+from juicebox_hsm.ports.errors import StoreInvalid
 
 PROGRESS_ROWS: Final = 5_000
 _TENANTS: Final = "SELECT number, tenant, tail, published, removed FROM outbox_tenants WHERE realm = ? ORDER BY tenant"

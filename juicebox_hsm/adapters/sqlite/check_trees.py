@@ -18,10 +18,10 @@ from juicebox_hsm.adapters.sqlite.layout import (
 )
 from juicebox_hsm.adapters.sqlite.nodes import decode_page
 from juicebox_hsm.adapters.sqlite.reads import fetch_one
-from juicebox_hsm.adapters.store_check import Report, branches, is_intact, node_name, slice_of
+from juicebox_hsm.adapters.stores.check import Report, branches, is_intact, node_name, slice_of
 from juicebox_hsm.consensus.types import Partition
 from juicebox_hsm.ids import RECORD_ID_BYTES, OwnedRange, RecordId
-from juicebox_hsm.ports import StoreInvalid
+from juicebox_hsm.ports.errors import StoreInvalid
 
 _LENGTH_BYTES: Final = 4
 _PAGES_KEPT: Final = 16  # one of each level: the walk goes through the tree in order

@@ -10,14 +10,14 @@ from contextlib import suppress
 import apsw
 import trio
 
-from juicebox_hsm.adapters.metrics import Metrics
-from juicebox_hsm.adapters.retry_metrics import Family
+from juicebox_hsm.adapters.observation.metrics import Metrics
+from juicebox_hsm.adapters.observation.retry_metrics import Family
 from juicebox_hsm.adapters.sqlite.reads import Reads, fetch, fetch_one, realm_number
 from juicebox_hsm.adapters.sqlite.schema import REALMS_MAX
 from juicebox_hsm.adapters.sqlite.writer import Writer
 from juicebox_hsm.errors import LocalError
+from juicebox_hsm.host.services import DISCOVERY_EXPIRY_S, Lease, ServiceAddress, ServiceKind, TenantLimits
 from juicebox_hsm.ids import RealmId
-from juicebox_hsm.ports import DISCOVERY_EXPIRY_S, Lease, ServiceAddress, ServiceKind, TenantLimits
 
 _LIVE = "SELECT name, owner, id, expires_ms FROM leases"
 

@@ -17,7 +17,7 @@ from juicebox_hsm.adapters.sqlite.accounting import DAY_MS
 from juicebox_hsm.adapters.sqlite.cluster import obtain_lease
 from juicebox_hsm.adapters.sqlite.reads import fetch, fetch_one
 from juicebox_hsm.adapters.sqlite.writer import Operation
-from juicebox_hsm.ports import DISCOVERY_EXPIRY_S
+from juicebox_hsm.host.services import DISCOVERY_EXPIRY_S
 
 INTERVAL_S: Final = 3_600.0
 LEASE: Final = "maintenance"

@@ -13,8 +13,8 @@ from typing import Final
 
 import apsw
 
-from juicebox_hsm.adapters.metrics import Metrics
-from juicebox_hsm.adapters.retry_metrics import Family
+from juicebox_hsm.adapters.observation.metrics import Metrics
+from juicebox_hsm.adapters.observation.retry_metrics import Family
 from juicebox_hsm.adapters.sqlite.nodes import TreeNodes
 from juicebox_hsm.adapters.sqlite.reads import Reads, fetch, fetch_one, group_number, make_group_number
 from juicebox_hsm.adapters.sqlite.rows import (
@@ -30,8 +30,8 @@ from juicebox_hsm.adapters.sqlite.schema import INDEX_BITS, INDEX_MAX
 from juicebox_hsm.adapters.sqlite.writer import Writer
 from juicebox_hsm.consensus.types import ZERO_MAC, Certificate, LogEntry
 from juicebox_hsm.errors import check
+from juicebox_hsm.host.log import AppendOutcome, Compacted, Intent, LogRow
 from juicebox_hsm.ids import GroupId, RealmId
-from juicebox_hsm.ports import AppendOutcome, Compacted, Intent, LogRow
 
 BATCH_ENTRIES_MAX: Final = 100
 COMPACT_ROWS: Final = 200

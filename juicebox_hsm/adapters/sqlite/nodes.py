@@ -15,7 +15,6 @@ from typing import Final, cast
 import apsw
 import msgspec
 
-from juicebox_hsm.adapters.node_tuning import CACHE_NODES
 from juicebox_hsm.adapters.sqlite.cache import NodeCache
 from juicebox_hsm.adapters.sqlite.layout import (
     HASH_BYTES,
@@ -33,9 +32,11 @@ from juicebox_hsm.adapters.sqlite.layout import (
 from juicebox_hsm.adapters.sqlite.reads import Reads, fetch_one
 from juicebox_hsm.adapters.sqlite.rows import unpack
 from juicebox_hsm.adapters.sqlite.schema import translate
+from juicebox_hsm.adapters.stores.node_tuning import CACHE_NODES
 from juicebox_hsm.consensus.types import Partition
+from juicebox_hsm.host.tree import TreeSide
 from juicebox_hsm.ids import OwnedRange, RealmId, RecordId
-from juicebox_hsm.ports import MissingNode, StoreInvalid, TreeSide
+from juicebox_hsm.ports.errors import MissingNode, StoreInvalid
 
 PAGES_AHEAD: Final = 4
 """Levels of pages asked for in one round; a path of random records in a tree of a million needs six from the root."""

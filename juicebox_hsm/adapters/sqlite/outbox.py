@@ -16,8 +16,8 @@ from juicebox_hsm.adapters.sqlite.reads import Reads, fetch, fetch_one, make_gro
 from juicebox_hsm.adapters.sqlite.rows import checksum, decode_event, encode_event
 from juicebox_hsm.adapters.sqlite.writer import Writer
 from juicebox_hsm.errors import check
+from juicebox_hsm.host.events import EVENT_KEPT_MS, Backlog, EventKind, NewEvent, OutboxEvent, TenantCursor
 from juicebox_hsm.ids import GroupId, RealmId
-from juicebox_hsm.ports import EVENT_KEPT_MS, Backlog, EventKind, NewEvent, OutboxEvent, TenantCursor
 
 _TENANT: Final = "SELECT number, tail FROM outbox_tenants WHERE realm = ? AND tenant = ?"
 _BACKLOG: Final = """SELECT coalesce(sum(t.tail - t.published), 0), min(o.when_ms)

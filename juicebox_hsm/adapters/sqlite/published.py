@@ -15,8 +15,8 @@ from juicebox_hsm.adapters.sqlite.reads import Reads, fetch, fetch_one
 from juicebox_hsm.adapters.sqlite.rows import decode_event
 from juicebox_hsm.adapters.sqlite.schema import SEQ_MAX
 from juicebox_hsm.adapters.sqlite.writer import Writer
+from juicebox_hsm.host.events import OutboxEvent
 from juicebox_hsm.ids import GroupId, RealmId
-from juicebox_hsm.ports import OutboxEvent
 
 _TENANT: Final = "SELECT number, published FROM outbox_tenants WHERE realm = ? AND tenant = ?"
 _LEFT: Final = """SELECT o.seq, o.data, g.grp, o.idx, o.when_ms FROM outbox o INDEXED BY outbox_left

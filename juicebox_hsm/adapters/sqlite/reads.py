@@ -15,7 +15,7 @@ import trio
 
 from juicebox_hsm.adapters.sqlite.schema import READER_CACHE_KIB, connect, translate
 from juicebox_hsm.ids import GroupId, RealmId
-from juicebox_hsm.ports import StoreInvalid
+from juicebox_hsm.ports.errors import StoreInvalid
 
 SCANS_MAX: Final = 4
 """Long reads at a time: they are rare, and each holds a connection."""

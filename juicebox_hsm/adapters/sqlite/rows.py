@@ -21,8 +21,10 @@ from juicebox_hsm.consensus.types import (
     TransferringIn,
     TransferringOut,
 )
+from juicebox_hsm.host.events import EventKind, NewEvent
+from juicebox_hsm.host.log import Intent
 from juicebox_hsm.ids import GroupId, HsmId, OwnedRange, RealmId, RecordId
-from juicebox_hsm.ports import EventKind, Intent, NewEvent, StoreInvalid
+from juicebox_hsm.ports.errors import StoreInvalid
 
 _PartitionRow = tuple[bytes, bytes, bytes]  # start, end, root hash
 _TransferRow = tuple[bool, bytes, bytes, bytes, bytes, int]  # is in, peer group, start, end, root hash or b"", at

@@ -14,7 +14,7 @@ from typing import Final
 import apsw
 
 from juicebox_hsm.errors import LocalError, RealmError
-from juicebox_hsm.ports import StoreInvalid, StoreUnavailable
+from juicebox_hsm.ports.errors import StoreInvalid, StoreUnavailable
 
 APPLICATION_ID: Final = 0x4A42_4853  # "JBHS"
 SCHEMA_VERSION: Final = 3

@@ -16,8 +16,8 @@ from juicebox_hsm.adapters.sqlite.reads import Reads, Values, fetch, fetch_one
 from juicebox_hsm.adapters.sqlite.rows import entries_size
 from juicebox_hsm.adapters.sqlite.schema import INDEX_BITS, INDEX_MAX
 from juicebox_hsm.ids import GroupId, RealmId
-from juicebox_hsm.ports import StoreInvalid
-from juicebox_hsm.table_stats import LogStats, PrefixStats, TreeStats, UserStats
+from juicebox_hsm.ports.errors import StoreInvalid
+from juicebox_hsm.ports.table_stats import LogStats, PrefixStats, TreeStats, UserStats
 
 _LOG: Final = "SELECT id, last, length(entries) + coalesce(length(intents), 0) FROM log WHERE id BETWEEN ? AND ?"
 _TREE: Final = "SELECT id, substr(data, 1, 5), length(data) FROM tree WHERE id BETWEEN ? AND ?"

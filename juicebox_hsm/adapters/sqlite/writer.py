@@ -27,7 +27,7 @@ import outcome
 import trio
 
 from juicebox_hsm.adapters.sqlite.schema import BUSY_TIMEOUT_MS, translate
-from juicebox_hsm.ports import StoreUnavailable
+from juicebox_hsm.ports.errors import StoreUnavailable
 
 GROUP_MAX: Final = 256
 """Operations per transaction: enough to share one flush among all tasks of a busy agent, small enough to stay short."""

@@ -15,7 +15,7 @@ from juicebox_hsm.hsm import messages as m
 from juicebox_hsm.hsm.state import GroupState, LeaderState, Poisoned, WitnessState
 from juicebox_hsm.ids import FULL_RANGE, GroupId, OwnedRange, RecordId
 from juicebox_hsm.merkle.kernel import Side
-from juicebox_hsm.wire import secrets
+from juicebox_hsm.wire import requests as secrets
 from tests.fakes.counter_nvram import CounterPlatform, PowerCut, RollbackRefused
 from tests.fakes.hsm import Client, MemoryPlatform, World, realm_keys
 from tests.property.hsm.forgery import alter

@@ -8,7 +8,7 @@ from juicebox_hsm.consensus.types import LogEntry
 from juicebox_hsm.hsm import messages as m
 from juicebox_hsm.hsm.state import Poisoned
 from juicebox_hsm.ids import GroupId
-from juicebox_hsm.wire import secrets
+from juicebox_hsm.wire import requests as secrets
 from tests.fakes.counter_nvram import CounterPlatform, RewindablePlatform, UnsealedPlatform
 from tests.fakes.hsm import expect
 from tests.property.hsm.adversary import Adversary

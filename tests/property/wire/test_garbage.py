@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from juicebox_hsm.errors import DecodingError
-from juicebox_hsm.wire import cbor, secrets
+from juicebox_hsm.wire import cbor
 from juicebox_hsm.wire import client as wire
+from juicebox_hsm.wire import requests as secrets
 from tests.vectors import VECTORS
 
 CODECS: dict[str, tuple[Callable[[bytes], Any], Callable[[Any], bytes]]] = {

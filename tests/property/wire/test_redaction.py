@@ -16,11 +16,12 @@ from juicebox_hsm.crypto.derive import RegistrationSigner, UnlockKeys
 from juicebox_hsm.crypto.noise import Initiator, Responder, Session, public_key
 from juicebox_hsm.crypto.oprf import Blinded, Evaluation
 from juicebox_hsm.crypto.pin import StretchedPin
-from juicebox_hsm.crypto.secret import Secret
+from juicebox_hsm.crypto.redacted import Secret
 from juicebox_hsm.ids import RealmId
-from juicebox_hsm.tenant_secrets import SecretAlgorithm, TenantSecret
+from juicebox_hsm.tenant_keys import SecretAlgorithm, TenantSecret
 from juicebox_hsm.tokens import TokenKey
-from juicebox_hsm.wire import client, secrets
+from juicebox_hsm.wire import client
+from juicebox_hsm.wire import requests as secrets
 
 PUBLIC_FIELDS = {"version", "realm"}
 """Byte fields that may be printed: a registration's version and the realm's id identify, they do not unlock."""

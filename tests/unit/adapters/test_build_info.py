@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from juicebox_hsm import __version__
-from juicebox_hsm.adapters import build_info
+from juicebox_hsm.adapters.observation import build_info
 from roles.cli import cli
 from roles.lb.routes import livez_text
 

@@ -9,11 +9,12 @@ import pytest
 import trio
 import trio.testing
 
-from juicebox_hsm.adapters import embedded_bus
-from juicebox_hsm.adapters.embedded_bus import REDELIVER_S, EmbeddedBus
-from juicebox_hsm.event_bus import BusEvent
+from juicebox_hsm.adapters.stores import embedded_bus
+from juicebox_hsm.adapters.stores.embedded_bus import REDELIVER_S, EmbeddedBus
+from juicebox_hsm.host.events import OutboxEvent
 from juicebox_hsm.ids import RealmId
-from juicebox_hsm.ports import OutboxEvent, StoreUnavailable
+from juicebox_hsm.ports.errors import StoreUnavailable
+from juicebox_hsm.ports.event_bus import BusEvent
 from tests.emulator.realm_data import REALM, event
 
 

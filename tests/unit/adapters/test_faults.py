@@ -11,11 +11,13 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from juicebox_hsm.adapters.faults import ENVIRONMENT, NO_FAULTS, Faults, FaultSwitch
-from juicebox_hsm.adapters.nvram import NvramFailed
-from juicebox_hsm.adapters.nvram_faults import with_nvram_faults
-from juicebox_hsm.adapters.store_faults import with_faults
-from juicebox_hsm.ports import Lease, Store, StoreAmbiguous, StoreUnavailable
+from juicebox_hsm.adapters.faults.nvram import with_nvram_faults
+from juicebox_hsm.adapters.faults.store import with_faults
+from juicebox_hsm.adapters.faults.switch import ENVIRONMENT, NO_FAULTS, Faults, FaultSwitch
+from juicebox_hsm.adapters.hsm_directory.nvram import NvramFailed
+from juicebox_hsm.host.services import Lease
+from juicebox_hsm.ports.errors import StoreAmbiguous, StoreUnavailable
+from juicebox_hsm.ports.store import Store
 from tests.fakes.hsm import MemoryPlatform, realm_keys
 
 
@@ -70,7 +72,7 @@ def test_the_file_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv(ENVIRONMENT, str(tmp_path))
     switch = FaultSwitch.from_environment("agent1")
     clock = [100.0]
-    monkeypatch.setattr("juicebox_hsm.adapters.faults.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("juicebox_hsm.adapters.faults.switch.time.monotonic", lambda: clock[0])
     assert switch.now == NO_FAULTS
     wanted = Faults(clock_offset_ms=-5000, store_refuses=True)
     (tmp_path / "agent1.json").write_text(wanted.to_json())

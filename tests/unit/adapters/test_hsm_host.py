@@ -13,8 +13,8 @@ import pytest
 import trio
 import trio.testing
 
-from juicebox_hsm.adapters import hsm_host
-from juicebox_hsm.adapters.hsm_host import (
+from juicebox_hsm.adapters.hsm_directory import hsm_host
+from juicebox_hsm.adapters.hsm_directory.hsm_host import (
     FilePlatform,
     InProcessHsm,
     generate_keys,
@@ -22,7 +22,7 @@ from juicebox_hsm.adapters.hsm_host import (
     open_hsm_dir,
     read_hsm_dir,
 )
-from juicebox_hsm.adapters.key_bundle import read_bundle
+from juicebox_hsm.adapters.hsm_directory.key_bundle import read_bundle
 from juicebox_hsm.errors import InvariantViolation, LocalError
 from juicebox_hsm.hsm.core import Hsm
 from juicebox_hsm.hsm.messages import (
@@ -38,7 +38,8 @@ from juicebox_hsm.hsm.messages import (
     StatusOk,
 )
 from juicebox_hsm.hsm.state import InvalidRealmStatement
-from juicebox_hsm.ports import HsmGone, HsmTransport
+from juicebox_hsm.ports.errors import HsmGone
+from juicebox_hsm.ports.hsm_transport import HsmTransport
 from tests.fakes.hsm import MemoryPlatform, expect, realm_keys
 
 
@@ -262,7 +263,7 @@ def test_a_failed_init_leaves_nothing(keys_file: Path, tmp_path: Path, monkeypat
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("juicebox_hsm.adapters.nvram.write_durably", full)
+        patch.setattr("juicebox_hsm.adapters.hsm_directory.nvram.write_durably", full)
         with pytest.raises(LocalError, match=r"--dir .*No space left"):
             init_hsm_dir(keys_file, tmp_path / "hsm")
     assert {entry.name for entry in tmp_path.iterdir()} == {"realm.keys", "realm.keys.key"}

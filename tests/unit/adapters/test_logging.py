@@ -14,8 +14,8 @@ import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from juicebox_hsm.adapters import logging
-from juicebox_hsm.crypto.secret import Secret
+from juicebox_hsm.adapters.observation import logging
+from juicebox_hsm.crypto.redacted import Secret
 from juicebox_hsm.errors import LocalError
 from juicebox_hsm.ids import OwnedRange, RecordId
 from juicebox_hsm.wire.rpc import GroupCall

@@ -7,7 +7,7 @@ import sys
 
 PROGRAM = """
 import ctypes, resource
-from juicebox_hsm.adapters.memory_guard import forbid_dumps
+from juicebox_hsm.adapters.process.memory_guard import forbid_dumps
 forbid_dumps()
 print(resource.getrlimit(resource.RLIMIT_CORE), ctypes.CDLL(None).prctl(3, 0, 0, 0, 0))
 """

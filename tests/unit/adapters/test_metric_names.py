@@ -10,15 +10,17 @@ import pytest
 import trio
 
 from juicebox_hsm.adapters.bigtable import auth
-from juicebox_hsm.adapters.metric_names import AGENT, LOAD_BALANCER, MANAGER, Catalogue, declare
-from juicebox_hsm.adapters.metrics import Metrics
+from juicebox_hsm.adapters.google.secret_manager import SECRET_MANAGER
+from juicebox_hsm.adapters.observation.metric_names import AGENT, LOAD_BALANCER, MANAGER, Catalogue, declare
+from juicebox_hsm.adapters.observation.metrics import Metrics
+from juicebox_hsm.adapters.observation.retry_metrics import RESULTS
+from juicebox_hsm.adapters.observation.store_metrics import INNER_NAMES, NAMES, CacheGauges, with_metrics
 from juicebox_hsm.adapters.pubsub.bus import PUBSUB
-from juicebox_hsm.adapters.retry_metrics import RESULTS
-from juicebox_hsm.adapters.secret_manager import SECRET_MANAGER
-from juicebox_hsm.adapters.store import open_store
-from juicebox_hsm.adapters.store_metrics import INNER_NAMES, NAMES, CacheGauges, with_metrics
+from juicebox_hsm.adapters.stores.opening import open_store
 from juicebox_hsm.errors import RealmError
-from juicebox_hsm.ports import AppendOutcome, ServiceKind, StoreUnavailable
+from juicebox_hsm.host.log import AppendOutcome
+from juicebox_hsm.host.services import ServiceKind
+from juicebox_hsm.ports.errors import StoreUnavailable
 from tests.emulator.realm_data import REALM, append, batch
 
 ROOT = Path(__file__).parent.parent.parent.parent

@@ -11,9 +11,9 @@ import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
 
-from juicebox_hsm.adapters import metrics as metrics_module
-from juicebox_hsm.adapters.dogstatsd import PACKET_BYTES_MAX, drain, send_metrics
-from juicebox_hsm.adapters.metrics import Metrics
+from juicebox_hsm.adapters.observation import metrics as metrics_module
+from juicebox_hsm.adapters.observation.dogstatsd import PACKET_BYTES_MAX, drain, send_metrics
+from juicebox_hsm.adapters.observation.metrics import Metrics
 
 
 def packets(metrics: Metrics) -> list[str]:

@@ -12,8 +12,15 @@ from typing import Any
 
 import pytest
 
-from juicebox_hsm.adapters import nvram
-from juicebox_hsm.adapters.nvram import CLOCK_STEP, SECTOR_BYTES, SLOT_OFFSETS, FileNvram, NvramFailed, read_nvram
+from juicebox_hsm.adapters.hsm_directory import nvram
+from juicebox_hsm.adapters.hsm_directory.nvram import (
+    CLOCK_STEP,
+    SECTOR_BYTES,
+    SLOT_OFFSETS,
+    FileNvram,
+    NvramFailed,
+    read_nvram,
+)
 from juicebox_hsm.errors import LocalError
 
 

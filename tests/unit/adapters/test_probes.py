@@ -12,10 +12,10 @@ import trio.lowlevel
 import trio.testing
 from quart_trio import QuartTrio
 
-from juicebox_hsm.adapters.http import probes
-from juicebox_hsm.adapters.http.containment import ContainedConfig
-from juicebox_hsm.adapters.http.probes import serve_probes
-from juicebox_hsm.adapters.metrics import Metrics
+from juicebox_hsm.adapters.observation import probes
+from juicebox_hsm.adapters.observation.containment import ContainedConfig
+from juicebox_hsm.adapters.observation.metrics import Metrics
+from juicebox_hsm.adapters.observation.probes import serve_probes
 from juicebox_hsm.errors import LocalError, RealmError
 
 

@@ -11,12 +11,12 @@ import pytest
 import trio
 
 from juicebox_hsm.adapters.bigtable.retry import RetryProfile
-from juicebox_hsm.adapters.google_calls import Access, open_calls
-from juicebox_hsm.adapters.metrics import Metrics
-from juicebox_hsm.adapters.secret_manager import SECRET_MANAGER, CloudSecrets
+from juicebox_hsm.adapters.google.calls import Access, open_calls
+from juicebox_hsm.adapters.google.secret_manager import SECRET_MANAGER, CloudSecrets
+from juicebox_hsm.adapters.observation.metrics import Metrics
 from juicebox_hsm.errors import RealmError
-from juicebox_hsm.ports import StoreUnavailable
-from juicebox_hsm.tenant_secrets import RECORD_ID_KEY_NAME, SecretAlgorithm, SecretError
+from juicebox_hsm.ports.errors import StoreUnavailable
+from juicebox_hsm.tenant_keys import RECORD_ID_KEY_NAME, SecretAlgorithm, SecretError
 from tests.fakes.secret_manager import SecretManager
 
 QUICK = RetryProfile(first_s=0.01, most_s=0.02, attempts_max=3, total_s=5.0)

@@ -13,8 +13,9 @@ import pytest
 import trio
 import trio.testing
 
-from juicebox_hsm.adapters import logging, supervision
-from juicebox_hsm.adapters.supervision import (
+from juicebox_hsm.adapters.observation import logging
+from juicebox_hsm.adapters.process import supervision
+from juicebox_hsm.adapters.process.supervision import (
     ExitCode,
     StartPhase,
     exit_code_of,
@@ -25,7 +26,7 @@ from juicebox_hsm.adapters.supervision import (
     run_service,
 )
 from juicebox_hsm.errors import InvariantViolation, LocalError, RealmError, check
-from juicebox_hsm.ports import HsmGone, StoreUnavailable
+from juicebox_hsm.ports.errors import HsmGone, StoreUnavailable
 
 
 class Terminal(io.StringIO):

@@ -18,8 +18,7 @@ from hypothesis import strategies as st
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from juicebox_hsm.adapters.rpc import RpcPool, serve_rpc
-from juicebox_hsm.adapters.tracing import (
+from juicebox_hsm.adapters.observation.tracing import (
     BACKGROUND_RATE,
     Traces,
     active,
@@ -29,6 +28,7 @@ from juicebox_hsm.adapters.tracing import (
     open_traces,
     parse_traceparent,
 )
+from juicebox_hsm.adapters.rpc import RpcPool, serve_rpc
 from juicebox_hsm.errors import LocalError
 from juicebox_hsm.wire.rpc import MANAGER_METHODS, Empty, ManagerStatus
 

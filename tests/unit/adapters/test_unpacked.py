@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.parametrize("module", ["juicebox_hsm.client", "roles.agent.main", "roles.tools.hsm", "roles.tools.check"])
+@pytest.mark.parametrize(
+    "module", ["juicebox_hsm.client", "roles.agent.main", "roles.tools.hsm.command", "roles.tools.check.command"]
+)
 def test_imports_leave_nothing(module: str, tmp_path: Path) -> None:
     """A process that imported everything and is killed has left nothing; its cryptography still works."""
     program = (

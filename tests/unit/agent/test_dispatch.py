@@ -11,12 +11,14 @@ from typing import Any, ClassVar, cast
 import pytest
 import trio
 
-from juicebox_hsm.adapters.embedded_bus import EmbeddedBus
-from juicebox_hsm.adapters.logging import get_logger
-from juicebox_hsm.adapters.metrics import Metrics
-from juicebox_hsm.adapters.store import open_store
+from juicebox_hsm.adapters.observation.logging import get_logger
+from juicebox_hsm.adapters.observation.metrics import Metrics
+from juicebox_hsm.adapters.stores.embedded_bus import EmbeddedBus
+from juicebox_hsm.adapters.stores.opening import open_store
+from juicebox_hsm.host.events import EVENT_KEPT_MS, EventKind, OutboxEvent
 from juicebox_hsm.ids import RealmId
-from juicebox_hsm.ports import EVENT_KEPT_MS, EventKind, OutboxEvent, Store, StoreUnavailable
+from juicebox_hsm.ports.errors import StoreUnavailable
+from juicebox_hsm.ports.store import Store
 from roles.agent.context import AgentConfig
 from roles.agent.outbox import LATE_MS, BusTrouble, Dispatcher, kept_name
 from tests.emulator.contract_dispatch import DAY_MS, NOW_MS, Clock, dispatcher, made

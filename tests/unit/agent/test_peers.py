@@ -9,8 +9,8 @@ import trio
 import trio.testing
 
 from juicebox_hsm.adapters.rpc import RpcFailed
+from juicebox_hsm.host.services import ServiceAddress, ServiceKind
 from juicebox_hsm.ids import HsmId
-from juicebox_hsm.ports import ServiceAddress, ServiceKind
 from juicebox_hsm.wire.rpc import AgentStatus, HsmInfo, Method, RpcCode
 from roles.agent.peers import Peers
 

@@ -9,13 +9,14 @@ from typing import Any, cast
 import pytest
 import trio
 
-from juicebox_hsm.adapters.dogstatsd import send_metrics
-from juicebox_hsm.adapters.metrics import Metrics
+from juicebox_hsm.adapters.observation.dogstatsd import send_metrics
+from juicebox_hsm.adapters.observation.metrics import Metrics
 from juicebox_hsm.consensus.types import Captured, Leader, RoleStatus, SteppingDown, Witness
 from juicebox_hsm.errors import RealmError
+from juicebox_hsm.host.events import EventKind, NewEvent, OutboxEvent
 from juicebox_hsm.hsm.messages import GroupStatus, RealmStatus, ResultKind, ResultType, StatusOk
 from juicebox_hsm.ids import GroupId, HsmId, RealmId, RecordId
-from juicebox_hsm.ports import EventKind, HsmGone, NewEvent, OutboxEvent, StoreInvalid, StoreUnavailable
+from juicebox_hsm.ports.errors import HsmGone, StoreInvalid, StoreUnavailable
 from juicebox_hsm.wire.client import TransportRequest
 from roles.agent.compact import compactible_rows, compaction_index
 from roles.agent.context import Agent, Timings

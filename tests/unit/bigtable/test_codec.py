@@ -27,7 +27,7 @@ from juicebox_hsm.adapters.bigtable.codec import (
     check_and_mutate_request,
     read_rows_request,
 )
-from juicebox_hsm.ports import StoreInvalid
+from juicebox_hsm.ports.errors import StoreInvalid
 
 Response: Any = bigtable.ReadRowsResponse.pb()
 Check: Any = bigtable.CheckAndMutateRowRequest.pb()

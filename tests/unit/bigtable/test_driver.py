@@ -15,8 +15,8 @@ from juicebox_hsm.adapters.bigtable import auth
 from juicebox_hsm.adapters.bigtable.auth import ApplicationDefault, NoAuthorization
 from juicebox_hsm.adapters.bigtable.driver import CallFailed, Driver
 from juicebox_hsm.adapters.bigtable.retry import Attempts, NoSuchTable, RetryProfile, translate
-from juicebox_hsm.adapters.metrics import Metrics
-from juicebox_hsm.ports import StoreInvalid, StoreUnavailable
+from juicebox_hsm.adapters.observation.metrics import Metrics
+from juicebox_hsm.ports.errors import StoreInvalid, StoreUnavailable
 
 
 @pytest.fixture

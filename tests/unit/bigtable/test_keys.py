@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from juicebox_hsm.adapters.bigtable import keys
 from juicebox_hsm.adapters.bigtable.accounting import day_micros
 from juicebox_hsm.errors import LocalError
+from juicebox_hsm.host.services import ServiceKind
 from juicebox_hsm.ids import GroupId, RealmId, RecordId
 from juicebox_hsm.merkle.kernel import row_key
-from juicebox_hsm.ports import ServiceKind, StoreInvalid
+from juicebox_hsm.ports.errors import StoreInvalid
 
 GROUP = GroupId(bytes(range(16)))
 indexes = st.integers(0, 2**64 - 1)

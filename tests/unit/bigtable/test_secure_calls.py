@@ -22,8 +22,8 @@ from juicebox_hsm.adapters.bigtable.driver import CallFailed, Driver
 from juicebox_hsm.adapters.bigtable.retry import NoSuchTable, RetryProfile
 from juicebox_hsm.adapters.bigtable.table import Endpoint, Table
 from juicebox_hsm.adapters.bigtable.warming import warm_channel
-from juicebox_hsm.adapters.google_calls import GoogleCalls, Service
-from juicebox_hsm.ports import StoreUnavailable
+from juicebox_hsm.adapters.google.calls import GoogleCalls, Service
+from juicebox_hsm.ports.errors import StoreUnavailable
 from tests.fakes.google_service import Call, GoogleService
 
 INSTANCE = "projects/p/instances/i"

@@ -13,7 +13,7 @@ from juicebox_hsm.client import AssertionFailed, InvalidAuth, InvalidPin, Transi
 from juicebox_hsm.client.errors import ClientError
 from juicebox_hsm.client.exchange import Exchange
 from juicebox_hsm.wire import client as wire
-from juicebox_hsm.wire import secrets
+from juicebox_hsm.wire import requests as secrets
 from juicebox_hsm.wire.client import ClientOutcome
 from tests.fakes.random import SeededRandom
 from tests.fakes.realm import FakeRealm, FakeTransport, make_realms

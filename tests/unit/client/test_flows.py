@@ -31,7 +31,7 @@ from juicebox_hsm.crypto.pin import StretchedPin
 from juicebox_hsm.errors import LocalError
 from juicebox_hsm.ids import RealmId
 from juicebox_hsm.wire import client as wire
-from juicebox_hsm.wire import secrets
+from juicebox_hsm.wire import requests as secrets
 from juicebox_hsm.wire.client import ClientOutcome
 from tests.fakes.random import SeededRandom
 from tests.fakes.realm import FakeRealm, FakeTransport, Registered, configure, make_realms

@@ -16,11 +16,11 @@ import trio
 import trio.testing
 import trustme
 
-from juicebox_hsm.adapters.http.drain import DrainController
-from juicebox_hsm.adapters.http.edge import Edge
-from juicebox_hsm.adapters.http.edge_tls import EdgeTls
-from juicebox_hsm.adapters.http.exchange import BodyTooLarge, Request, Response
-from juicebox_hsm.adapters.http.limits import EdgeLimits
+from juicebox_hsm.adapters.edge.drain import DrainController
+from juicebox_hsm.adapters.edge.exchange import BodyTooLarge, Request, Response
+from juicebox_hsm.adapters.edge.limits import EdgeLimits
+from juicebox_hsm.adapters.edge.server import Edge
+from juicebox_hsm.adapters.edge.tls import EdgeTls
 
 MemoryStream = trio.StapledStream[trio.testing.MemorySendStream, trio.testing.MemoryReceiveStream]
 HandlerFunction = Callable[[Request], Awaitable[Response]]

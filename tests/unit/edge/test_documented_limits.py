@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from juicebox_hsm.adapters.http.limits import EdgeLimits
+from juicebox_hsm.adapters.edge.limits import EdgeLimits
 
 PAGE = Path(__file__).parents[3] / "docs" / "protocol" / "load-balancer.md"
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import trio
 
-from juicebox_hsm.adapters.http.exchange import Request, Response
-from juicebox_hsm.adapters.http.limits import EdgeLimits
-from juicebox_hsm.adapters.streams import lean
+from juicebox_hsm.adapters.edge.exchange import Request, Response
+from juicebox_hsm.adapters.edge.limits import EdgeLimits
+from juicebox_hsm.adapters.tls.streams import lean
 from tests.unit.edge.harness import EdgeFixture, H1Client, Identity
 
 

@@ -11,10 +11,10 @@ import trio
 from h2.errors import ErrorCodes
 from hyperframe.frame import ContinuationFrame, DataFrame, HeadersFrame, PingFrame, RstStreamFrame, SettingsFrame
 
-from juicebox_hsm.adapters.http.edge_connection import ConnectionTable
-from juicebox_hsm.adapters.http.edge_h2 import H2Session
-from juicebox_hsm.adapters.http.exchange import Request, Response
-from juicebox_hsm.adapters.http.limits import EdgeLimits
+from juicebox_hsm.adapters.edge.connection import ConnectionTable
+from juicebox_hsm.adapters.edge.exchange import Request, Response
+from juicebox_hsm.adapters.edge.h2 import H2Session
+from juicebox_hsm.adapters.edge.limits import EdgeLimits
 from tests.unit.edge.harness import EdgeFixture, H2Client, Identity
 
 

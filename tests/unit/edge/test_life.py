@@ -20,14 +20,14 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from juicebox_hsm.adapters.http.edge import open_edge_listener
-from juicebox_hsm.adapters.http.edge_connection import Connection, ConnectionTable
-from juicebox_hsm.adapters.http.edge_h1 import H1Session
-from juicebox_hsm.adapters.http.edge_h2 import H2Session
-from juicebox_hsm.adapters.http.edge_tls import EdgeTls, load_edge_context
-from juicebox_hsm.adapters.http.exchange import Request, Response
-from juicebox_hsm.adapters.http.limits import FILES_RESERVED, EdgeLimits, fit_connections
-from juicebox_hsm.adapters.streams import TlsStream
+from juicebox_hsm.adapters.edge.connection import Connection, ConnectionTable
+from juicebox_hsm.adapters.edge.exchange import Request, Response
+from juicebox_hsm.adapters.edge.h1 import H1Session
+from juicebox_hsm.adapters.edge.h2 import H2Session
+from juicebox_hsm.adapters.edge.limits import FILES_RESERVED, EdgeLimits, fit_connections
+from juicebox_hsm.adapters.edge.server import open_edge_listener
+from juicebox_hsm.adapters.edge.tls import EdgeTls, load_edge_context
+from juicebox_hsm.adapters.tls.streams import TlsStream
 from juicebox_hsm.errors import LocalError
 from tests.unit.edge.harness import EdgeFixture, H1Client, H2Client, Identity, MemoryStream, make_identity
 

@@ -25,7 +25,7 @@ from juicebox_hsm.hsm.records import RECORD_BYTES, Registered, decode_record, en
 from juicebox_hsm.hsm.state import LeaderState
 from juicebox_hsm.ids import FULL_RANGE, GroupId, OwnedRange, RealmId, RecordId
 from juicebox_hsm.merkle.kernel import Tree, decode_delta
-from juicebox_hsm.wire import secrets
+from juicebox_hsm.wire import requests as secrets
 from juicebox_hsm.wire.client import HandshakeRequest, TransportRequest
 from tests.fakes.hsm import Client, World, expect, refused, snapshot
 

@@ -56,7 +56,7 @@ from juicebox_hsm.hsm.messages import (
     TransferOutOk,
 )
 from juicebox_hsm.ids import FULL_RANGE, GroupId, OwnedRange, RecordId
-from juicebox_hsm.wire import secrets
+from juicebox_hsm.wire import requests as secrets
 from tests.fakes.hsm import World, expect, snapshot
 
 LOWER = OwnedRange(RecordId(bytes(32)), RecordId(b"\x7f" + b"\xff" * 31))

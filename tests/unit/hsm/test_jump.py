@@ -22,7 +22,7 @@ from juicebox_hsm.hsm.messages import (
 )
 from juicebox_hsm.hsm.state import GroupState, HsmState
 from juicebox_hsm.ids import FULL_RANGE, GroupId, RealmId
-from juicebox_hsm.wire import secrets
+from juicebox_hsm.wire import requests as secrets
 from tests.fakes.hsm import World, expect, refused
 
 

@@ -21,7 +21,7 @@ from juicebox_hsm.hsm.messages import (
     StepDownOk,
 )
 from juicebox_hsm.ids import FULL_RANGE, GroupId, OwnedRange, RecordId
-from juicebox_hsm.wire import secrets
+from juicebox_hsm.wire import requests as secrets
 from tests.fakes.hsm import World, expect
 
 TRANSCRIPT = Path(__file__).parents[2] / "data" / "hsm-transcript.txt"

@@ -21,7 +21,7 @@ from juicebox_hsm.ids import FULL_RANGE
 from juicebox_hsm.merkle import model
 from juicebox_hsm.merkle.codec import Branch, Interior, Proof
 from juicebox_hsm.merkle.kernel import Tree
-from juicebox_hsm.wire import secrets
+from juicebox_hsm.wire import requests as secrets
 from tests.fakes.hsm import World, expect, refused
 
 RECORD = b"\x40" + bytes(31)

@@ -24,9 +24,9 @@ from juicebox_hsm.hsm.records import (
     refuse_invalid,
     run,
 )
-from juicebox_hsm.wire import secrets
+from juicebox_hsm.wire import requests as secrets
 from juicebox_hsm.wire.cbor import SCALAR_ORDER
-from juicebox_hsm.wire.secrets import Phase
+from juicebox_hsm.wire.requests import Phase
 from tests.fakes.hsm import Client, realm_keys
 
 CLIENT = Client(realm_keys().communication_public, bytes(32))

@@ -6,7 +6,7 @@ import pytest
 
 from juicebox_hsm.consensus.nvram import Deserialization, InvalidChecksum, decode_state
 from juicebox_hsm.consensus.types import Leader, RoleStatus, Witness
-from juicebox_hsm.crypto.secret import Secret
+from juicebox_hsm.crypto.redacted import Secret
 from juicebox_hsm.errors import InvariantViolation, LocalError
 from juicebox_hsm.hsm.core import Hsm
 from juicebox_hsm.hsm.keys import RealmKeys
@@ -26,7 +26,7 @@ from juicebox_hsm.hsm.messages import (
 )
 from juicebox_hsm.hsm.state import InvalidRealmStatement, Poisoned
 from juicebox_hsm.ids import FULL_RANGE
-from juicebox_hsm.wire import secrets
+from juicebox_hsm.wire import requests as secrets
 from tests.fakes.hsm import MemoryPlatform, World, expect, realm_keys, snapshot
 
 

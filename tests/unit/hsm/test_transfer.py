@@ -28,7 +28,7 @@ from juicebox_hsm.hsm.messages import (
 )
 from juicebox_hsm.ids import FULL_RANGE, GroupId, OwnedRange, RealmId, RecordId
 from juicebox_hsm.merkle.kernel import Side
-from juicebox_hsm.wire import secrets
+from juicebox_hsm.wire import requests as secrets
 from tests.fakes.hsm import World, expect, refused
 
 LOWER = OwnedRange(RecordId(bytes(32)), RecordId(b"\x7f" + b"\xff" * 31))

@@ -9,13 +9,14 @@ from typing import Any
 
 import trio
 
-from juicebox_hsm.adapters.http.exchange import BodyTooLarge, Request
+from juicebox_hsm.adapters.edge.exchange import BodyTooLarge, Request
+from juicebox_hsm.adapters.observation.tracing import Traces
 from juicebox_hsm.adapters.rpc import RpcFailed, RpcUnreachable
-from juicebox_hsm.adapters.tracing import Traces
-from juicebox_hsm.crypto.secret import Secret
+from juicebox_hsm.crypto.redacted import Secret
+from juicebox_hsm.host.services import ServiceAddress, ServiceKind
 from juicebox_hsm.ids import GroupId, OwnedRange, RealmId, RecordId
-from juicebox_hsm.ports import ServiceAddress, ServiceKind, StoreUnavailable
-from juicebox_hsm.tenant_secrets import SecretAlgorithm, TenantSecret, record_id_key_fingerprint
+from juicebox_hsm.ports.errors import StoreUnavailable
+from juicebox_hsm.tenant_keys import SecretAlgorithm, TenantSecret, record_id_key_fingerprint
 from juicebox_hsm.tokens import TokenKey, create
 from juicebox_hsm.wire.client import (
     ClientRequest,

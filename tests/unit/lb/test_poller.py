@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from juicebox_hsm.adapters.rpc import RpcUnreachable
+from juicebox_hsm.host.routing import AgentSlice, Route, build_table, slice_of
 from juicebox_hsm.ids import GroupId, OwnedRange, RecordId
 from juicebox_hsm.wire.rpc import Range
-from roles.lb.routing import AgentSlice, Route, build_table, slice_of
 from tests.unit.lb.harness import REALM, Balancer, FakeAgent, owned
 
 RECORD = RecordId(b"\x55" * 32)

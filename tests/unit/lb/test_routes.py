@@ -7,8 +7,8 @@ import datetime as dt
 import pytest
 import trio
 
-from juicebox_hsm.adapters.http.drain import DrainController
-from juicebox_hsm.adapters.http.exchange import Request, Response
+from juicebox_hsm.adapters.edge.drain import DrainController
+from juicebox_hsm.adapters.edge.exchange import Request, Response
 from juicebox_hsm.ids import RealmId
 from juicebox_hsm.wire.rpc import Range
 from roles.lb.readiness import Readiness

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import trio
 
-from juicebox_hsm.adapters.secrets_file import SecretsFile
+from juicebox_hsm.adapters.tenants.secrets_file import SecretsFile
 from juicebox_hsm.errors import LocalError
-from juicebox_hsm.tenant_secrets import RECORD_ID_KEY_NAME, SecretError, record_id_key
+from juicebox_hsm.tenant_keys import RECORD_ID_KEY_NAME, SecretError, record_id_key
 from tests.unit.lb.harness import LbRecorder
 
 GOOD: dict[str, Any] = {

@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from juicebox_hsm.adapters import logging
-from juicebox_hsm.adapters.tracing import Traces, make_provider
-from juicebox_hsm.crypto.secret import Secret
+from juicebox_hsm.adapters.observation import logging
+from juicebox_hsm.adapters.observation.tracing import Traces, make_provider
+from juicebox_hsm.crypto.redacted import Secret
 from juicebox_hsm.ids import RealmId
-from juicebox_hsm.tenant_secrets import SecretAlgorithm, TenantSecret, event_user_id, record_id
+from juicebox_hsm.tenant_keys import SecretAlgorithm, TenantSecret, event_user_id, record_id
 from juicebox_hsm.tokens import TokenKey
 from juicebox_hsm.wire.client import (
     ClientOutcome,

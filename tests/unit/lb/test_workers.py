@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 import trio
 
-from juicebox_hsm.adapters import logging
-from juicebox_hsm.adapters.supervision import ExitCode
+from juicebox_hsm.adapters.observation import logging
+from juicebox_hsm.adapters.process.supervision import ExitCode
 from roles.lb import workers
 
 WAIT_S = 20.0

@@ -9,10 +9,11 @@ from typing import Any
 import structlog
 import trio
 
-from juicebox_hsm.adapters.metrics import Metrics
+from juicebox_hsm.adapters.observation.metrics import Metrics
 from juicebox_hsm.adapters.rpc import RpcUnreachable
+from juicebox_hsm.host.services import Lease, ServiceAddress, ServiceKind
 from juicebox_hsm.ids import FULL_RANGE, GroupId, HsmId, OwnedRange, RealmId, RecordId
-from juicebox_hsm.ports import Lease, ServiceAddress, ServiceKind, StoreUnavailable
+from juicebox_hsm.ports.errors import StoreUnavailable
 from juicebox_hsm.wire import rpc
 from roles.manager.context import ManagerContext
 from roles.manager.recovery import Recovery

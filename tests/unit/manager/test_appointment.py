@@ -10,9 +10,9 @@ import pytest
 import trio
 import trio.testing
 
-from juicebox_hsm.adapters.faults import ENVIRONMENT, Faults, FaultSwitch
-from juicebox_hsm.adapters.store_faults import with_faults
-from juicebox_hsm.cluster_view import AgentView, build_view
+from juicebox_hsm.adapters.faults.store import with_faults
+from juicebox_hsm.adapters.faults.switch import ENVIRONMENT, Faults, FaultSwitch
+from juicebox_hsm.host.cluster.view import AgentView, build_view
 from juicebox_hsm.ids import OwnedRange, RecordId
 from juicebox_hsm.wire.rpc import LeaderLost, Rebalanced, Refusal, Refused
 from roles.manager.appointment import Appointer

@@ -10,8 +10,8 @@ from contextlib import asynccontextmanager
 import pytest
 import trio
 
-from juicebox_hsm.adapters.certificates import CaKind, init_ca, issue_edge
-from roles.manager.balancers import probe_balancer, probe_balancers
+from juicebox_hsm.adapters.tls.certificates import CaKind, init_ca, issue_edge
+from roles.survey.balancers import probe_balancer, probe_balancers
 
 Answer = Callable[[trio.SSLStream[trio.SocketStream]], Awaitable[None]]
 

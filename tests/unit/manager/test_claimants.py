@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import pytest
 import trio.testing
 
-from juicebox_hsm.cluster_view import wire_range
+from juicebox_hsm.host.cluster.planning import covers
+from juicebox_hsm.host.cluster.view import wire_range
 from juicebox_hsm.ids import OwnedRange
 from juicebox_hsm.wire.rpc import Done, Refusal, Refused, TransferComplete, TransferInCall, TransferOutCall
 from juicebox_hsm.wire.rpc import TransferringInfo as Marker
 from roles.manager.context import ManagerContext
-from roles.manager.planning import covers
 from roles.manager.transfer import TransferRequest, run_requested_transfer
 from tests.unit.manager.fakes import (
     FULL,

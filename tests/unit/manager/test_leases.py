@@ -6,7 +6,7 @@ import pytest
 import trio
 import trio.testing
 
-from juicebox_hsm.ports import StoreInvalid, StoreUnavailable
+from juicebox_hsm.ports.errors import StoreInvalid, StoreUnavailable
 from roles.manager.context import ManagerContext
 from roles.manager.leases import LeaseBusy, LeaseLost, management_lease
 from tests.unit.manager.fakes import FakeLeases, make_context

@@ -6,7 +6,8 @@ import pytest
 import trio
 import trio.testing
 
-from juicebox_hsm.ports import ServiceKind, StoreUnavailable
+from juicebox_hsm.host.services import ServiceKind
+from juicebox_hsm.ports.errors import StoreUnavailable
 from roles.manager.loops import Pacer, register, run_loop, watch_agents
 from tests.unit.manager.fakes import FakeDiscovery, make_context, three
 

@@ -13,15 +13,16 @@ import pytest
 import trio
 from quart_trio import QuartTrio
 
-from juicebox_hsm.adapters.http.probes import make_app
-from juicebox_hsm.adapters.metrics import Metrics
-from juicebox_hsm.cluster_view import AgentView, build_view
+from juicebox_hsm.adapters.observation.metrics import Metrics
+from juicebox_hsm.adapters.observation.probes import make_app
+from juicebox_hsm.host.cluster.progress import Step, TransferProgress
+from juicebox_hsm.host.cluster.view import AgentView, build_view
+from juicebox_hsm.host.services import ServiceKind
 from juicebox_hsm.ids import FULL_RANGE, OwnedRange
-from juicebox_hsm.ports import ServiceKind, StoreUnavailable
+from juicebox_hsm.ports.errors import StoreUnavailable
 from juicebox_hsm.wire import rpc
 from roles.manager.context import ManagerContext
 from roles.manager.page import Own, bar, render
-from roles.manager.progress import Step, TransferProgress
 from roles.manager.status_page import HEADERS, StatusPage
 from roles.manager.verdict import BalancerReport, Evidence, ManagerReport, judge
 from tests.unit.manager.fakes import REALM, FakeAgent, group, hsm, make_context, record, three

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from juicebox_hsm.adapters.rpc import RpcUnreachable
-from juicebox_hsm.cluster_view import AgentView, build_view, hsm_work
+from juicebox_hsm.host.cluster.view import AgentView, build_view, hsm_work
 from juicebox_hsm.ids import OwnedRange
-from juicebox_hsm.ports import StoreUnavailable
+from juicebox_hsm.ports.errors import StoreUnavailable
 from juicebox_hsm.wire.rpc import Rebalanced, Refusal, Refused
 from roles.manager.appointment import Appointer
 from roles.manager.context import ManagerContext, ManagerState

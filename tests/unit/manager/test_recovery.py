@@ -6,10 +6,10 @@ import pytest
 import trio
 import trio.testing
 
+from juicebox_hsm.host.cluster.progress import Step
 from juicebox_hsm.ids import RealmId
 from juicebox_hsm.wire.rpc import Done, Refusal, Refused
 from roles.manager.context import ManagerContext
-from roles.manager.progress import Step
 from roles.manager.recovery import PASS_S, REALMS_AT_ONCE_MAX, Recovery
 from roles.manager.transfer import TransferRequest, run_requested_transfer
 from tests.unit.manager.fakes import (

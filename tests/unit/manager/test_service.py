@@ -25,8 +25,8 @@ from juicebox_hsm.wire.rpc import (
 )
 from roles.manager.appointment import Appointer
 from roles.manager.context import ManagerContext
-from roles.manager.evidence import read_manager_status
 from roles.manager.service import ManagerService
+from roles.survey.evidence import read_manager_status
 from tests.unit.manager.fakes import FULL, REALM, FakeAgent, FakeLeases, group, hsm, make_context, three
 
 

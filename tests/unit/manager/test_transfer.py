@@ -7,10 +7,10 @@ import trio
 import trio.testing
 
 from juicebox_hsm.adapters.rpc import RpcUnreachable
+from juicebox_hsm.host.cluster.planning import covers
 from juicebox_hsm.ids import OwnedRange
 from juicebox_hsm.wire.rpc import Done, Range, Refusal, Refused, TransferOutCall, TransferPrepare
 from roles.manager.context import ManagerContext
-from roles.manager.planning import covers
 from roles.manager.transfer import TransferRequest, run_requested_transfer, run_transfer
 from tests.unit.manager.fakes import (
     FULL,

@@ -9,14 +9,14 @@ from dataclasses import replace
 import msgspec
 import pytest
 
-from juicebox_hsm.adapters.certificate_end import to_unix_ms
-from juicebox_hsm.cluster_view import AgentView, build_view
+from juicebox_hsm.adapters.tls.certificate_end import to_unix_ms
+from juicebox_hsm.host.cluster.view import AgentView, build_view
 from juicebox_hsm.ids import FULL_RANGE, OwnedRange
 from juicebox_hsm.wire import rpc
-from roles.manager.evidence import read_manager_status
 from roles.manager.reasons import OTHER, REASONS, reason_of
 from roles.manager.recovery import pending, remember_pending
 from roles.manager.verdict import BalancerReport, Evidence, ManagerReport, judge, verdict_json
+from roles.survey.evidence import read_manager_status
 from tests.unit.manager.fakes import REALM, FakeAgent, FakeGroup, group, hsm, make_context, record, three
 
 NOW = dt.datetime(2026, 11, 1, tzinfo=dt.UTC)

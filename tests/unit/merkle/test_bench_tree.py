@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from roles.tools.bench_tree import bench_tree, run
+from roles.tools.bench.tree import bench_tree, run
 
 
 def test_both_forms_are_measured_and_written(tmp_path: Path) -> None:

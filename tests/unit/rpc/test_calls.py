@@ -15,7 +15,7 @@ from juicebox_hsm.adapters.rpc import RpcFailed, RpcUnreachable, frames
 from juicebox_hsm.adapters.rpc import server as server_module
 from juicebox_hsm.adapters.rpc.client import IN_FLIGHT_MAX
 from juicebox_hsm.errors import InvariantViolation, RealmError
-from juicebox_hsm.ports import HsmGone
+from juicebox_hsm.ports.errors import HsmGone
 from juicebox_hsm.wire.rpc import (
     AGENT_METHODS,
     MANAGER_METHODS,

@@ -10,11 +10,11 @@ import pytest
 import trio
 import trio.testing
 
-from juicebox_hsm.adapters.certificates import init_ca, issue
-from juicebox_hsm.adapters.cluster_tls import ClusterTls
-from juicebox_hsm.adapters.metrics import Metrics
+from juicebox_hsm.adapters.observation.metrics import Metrics
 from juicebox_hsm.adapters.rpc import Handler, RpcFailed, RpcPool, RpcServer, RpcUnreachable, frames, serve_rpc
 from juicebox_hsm.adapters.rpc import server as server_module
+from juicebox_hsm.adapters.tls.certificates import init_ca, issue
+from juicebox_hsm.adapters.tls.cluster_tls import ClusterTls
 from juicebox_hsm.errors import LocalError
 from juicebox_hsm.wire.rpc import AppOk, Method, PeerRole, RpcCode
 

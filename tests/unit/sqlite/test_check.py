@@ -16,14 +16,14 @@ import pytest
 from juicebox_hsm.adapters.sqlite.check import check_file
 from juicebox_hsm.adapters.sqlite.layout import leaf_id
 from juicebox_hsm.adapters.sqlite.rows import checksum, decode_entries, encode_entries
-from juicebox_hsm.adapters.store import open_store
-from juicebox_hsm.adapters.store_check import Report
+from juicebox_hsm.adapters.stores.check import Report
+from juicebox_hsm.adapters.stores.opening import open_store
 from juicebox_hsm.consensus.macs import Macs
 from juicebox_hsm.consensus.types import Captured, Certificate, LogEntry, Partition
 from juicebox_hsm.errors import LocalError
+from juicebox_hsm.host.events import EventKind
 from juicebox_hsm.ids import FULL_RANGE, HsmId, RecordId
 from juicebox_hsm.merkle.kernel import empty_root
-from juicebox_hsm.ports import EventKind
 from tests.emulator.realm_data import GROUP, HSM, NO_CHANGE, REALM, Grown, append, certificate, event
 
 MACS = Macs(b"m" * 32)

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from juicebox_hsm.adapters.sqlite.rows import entries_size
-from juicebox_hsm.adapters.store import open_store
+from juicebox_hsm.adapters.stores.opening import open_store
+from juicebox_hsm.host.events import AccountingEvent
 from juicebox_hsm.ids import RealmId, RecordId
-from juicebox_hsm.ports import AccountingEvent, StoreInvalid
+from juicebox_hsm.ports.errors import StoreInvalid
 from tests.emulator.realm_data import GROUP, OTHER_GROUP, REALM, Grown, append, batch
 
 DAY_MS = 86_400_000

@@ -13,11 +13,13 @@ import pytest
 from juicebox_hsm.adapters.sqlite import gc, schema
 from juicebox_hsm.adapters.sqlite.accounting import DAY_MS, SqliteAccounting
 from juicebox_hsm.adapters.sqlite.reads import fetch, fetch_one
-from juicebox_hsm.adapters.store import open_store
+from juicebox_hsm.adapters.stores.opening import open_store
 from juicebox_hsm.errors import LocalError
+from juicebox_hsm.host.events import AccountingEvent
 from juicebox_hsm.ids import RealmId, RecordId
-from juicebox_hsm.ports import AccountingEvent, Store, StoreInvalid, StoreUnavailable
-from roles.tools.bench_store import measure
+from juicebox_hsm.ports.errors import StoreInvalid, StoreUnavailable
+from juicebox_hsm.ports.store import Store
+from roles.tools.bench.store import measure
 from tests.emulator.realm_data import GROUP, Grown
 
 REALM = RealmId(b"\x11" * 16)

@@ -8,9 +8,9 @@ import apsw
 
 from juicebox_hsm.adapters.sqlite import schema
 from juicebox_hsm.adapters.sqlite.accounting import DAY_MS
-from juicebox_hsm.adapters.store import open_store
+from juicebox_hsm.adapters.stores.opening import open_store
+from juicebox_hsm.host.events import AccountingEvent
 from juicebox_hsm.ids import RecordId
-from juicebox_hsm.ports import AccountingEvent
 from tests.emulator.realm_data import REALM, append, batch, event
 
 _NEW_PARTS = (

@@ -17,7 +17,7 @@ from juicebox_hsm.adapters.sqlite.reads import fetch, fetch_one
 from juicebox_hsm.adapters.sqlite.schema import connect
 from juicebox_hsm.adapters.sqlite.writer import CHECKPOINT_BYTES, Operation, Writer
 from juicebox_hsm.errors import InvariantViolation, check
-from juicebox_hsm.ports import StoreUnavailable
+from juicebox_hsm.ports.errors import StoreUnavailable
 
 TIMEOUT_S = 3.0
 

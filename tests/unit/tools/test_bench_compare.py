@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from roles.cli import cli
-from roles.tools.bench_compare import compare
+from roles.tools.bench.compare import compare
 
 
 def _result(op: str = "recover", **changes: Any) -> dict[str, Any]:

@@ -11,8 +11,8 @@ import trio
 import trio.testing
 from click.testing import CliRunner
 
-from juicebox_hsm.cluster_view import ClusterView, GroupView, Member
 from juicebox_hsm.history import Call, Op, Outcome
+from juicebox_hsm.host.cluster.view import ClusterView, GroupView, Member
 from juicebox_hsm.ids import GroupId, HsmId, OwnedRange, RealmId, RecordId
 from juicebox_hsm.wire.client import (
     ClientOutcome,
@@ -25,12 +25,12 @@ from juicebox_hsm.wire.client import (
     encode_client_response,
 )
 from juicebox_hsm.wire.rpc import GroupInfo, LeaderInfo, Range, RoleInfo
-from roles.tools.chaos import command
-from roles.tools.chaos_faults import choose_transfer
-from roles.tools.chaos_load import CountingTransport, History, lost_attempts
-from roles.tools.chaos_plan import LONG_PAUSE_S, Kind, Shape, make_plan, possible_kinds
-from roles.tools.chaos_proxy import Network, pid_of_port
-from roles.tools.chaos_report import Report
+from roles.tools.chaos.command import command
+from roles.tools.chaos.faults import choose_transfer
+from roles.tools.chaos.load import CountingTransport, History, lost_attempts
+from roles.tools.chaos.plan import LONG_PAUSE_S, Kind, Shape, make_plan, possible_kinds
+from roles.tools.chaos.proxy import Network, pid_of_port
+from roles.tools.chaos.report import Report
 
 SHAPE = Shape(agents=3, managers=2, load_balancers=2, groups=2)
 

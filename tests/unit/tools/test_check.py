@@ -12,18 +12,18 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 from trio.testing import MockClock
 
-from juicebox_hsm.adapters.certificates import CaKind, init_ca
-from juicebox_hsm.adapters.dogstatsd import send_once, service_check
-from juicebox_hsm.adapters.metrics import Metrics
+from juicebox_hsm.adapters.observation.dogstatsd import send_once, service_check
+from juicebox_hsm.adapters.observation.metrics import Metrics
+from juicebox_hsm.adapters.tls.certificates import CaKind, init_ca
 from juicebox_hsm.client import Configuration
 from juicebox_hsm.client.transport import Observation
 from juicebox_hsm.ids import RealmId
 from roles.cli import cli
-from roles.tools import check_run
-from roles.tools.bench_client import Target
-from roles.tools.check import report_json, roots
-from roles.tools.check_run import Certificates, Checker, Settings
-from roles.tools.cluster_session import ToolFailure
+from roles.tools.bench.client import Target
+from roles.tools.check import run as check_run
+from roles.tools.check.command import report_json, roots
+from roles.tools.check.run import Certificates, Checker, Settings
+from roles.tools.session import ToolFailure
 
 URL = "https://127.0.0.1:1/"
 CONFIGURATION = Configuration.from_json(

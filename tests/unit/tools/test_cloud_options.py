@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from juicebox_hsm.adapters.google_calls import parse_url
+from juicebox_hsm.adapters.google.calls import parse_url
 from juicebox_hsm.errors import LocalError
 from roles.cloud_options import CloudOptions, pubsub_problem, secrets_problem, take_cloud
 

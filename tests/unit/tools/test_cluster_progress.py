@@ -12,14 +12,14 @@ import trio
 import trio.testing
 
 from juicebox_hsm.adapters.rpc import RpcUnreachable
-from juicebox_hsm.cluster_view import wire_range
-from juicebox_hsm.ports import ServiceKind
+from juicebox_hsm.host.cluster.view import wire_range
+from juicebox_hsm.host.services import ServiceKind
 from juicebox_hsm.wire import rpc
 from roles.manager.appointment import Appointer
 from roles.manager.service import ManagerService
-from roles.tools.cluster_change import transfer_range, transfer_shown
-from roles.tools.cluster_progress import watch
-from roles.tools.cluster_session import Session
+from roles.tools.cluster.change import transfer_range, transfer_shown
+from roles.tools.cluster.progress import watch
+from roles.tools.session import Session
 from tests.unit.manager.fakes import FULL, REALM, FakeAgent, FakeStore, group, make_context, three
 
 MANAGER = "tls://m2"

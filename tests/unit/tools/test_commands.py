@@ -11,10 +11,14 @@ from click.testing import CliRunner, Result
 
 from juicebox_hsm.client import Configuration
 from juicebox_hsm.ids import RealmId
-from juicebox_hsm.tenant_secrets import parse_file
+from juicebox_hsm.tenant_keys import parse_file
 from roles.cli import cli
-from roles.tools import bench_client, cluster_clients, demo_layout, secrets, tokens
-from roles.tools.cluster_session import ToolFailure, first_leaf
+from roles.tools.bench import client as bench_client
+from roles.tools.cluster import clients as cluster_clients
+from roles.tools.demo import layout as demo_layout
+from roles.tools.secrets import command as secrets
+from roles.tools.session import ToolFailure, first_leaf
+from roles.tools.tokens import command as tokens
 
 REALM = "0f" * 16
 

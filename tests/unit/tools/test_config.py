@@ -14,12 +14,12 @@ from click.testing import CliRunner, Result
 import roles.agent.main
 import roles.lb.main
 import roles.manager.main
-from juicebox_hsm.adapters.certificates import CaKind, init_ca, issue, issue_edge
-from juicebox_hsm.adapters.hsm_host import generate_keys, init_hsm_dir, open_hsm_dir
+from juicebox_hsm.adapters.hsm_directory.hsm_host import generate_keys, init_hsm_dir, open_hsm_dir
+from juicebox_hsm.adapters.tls.certificates import CaKind, init_ca, issue, issue_edge
 from roles.cli import cli
 from roles.durations import DurationRange
 from roles.options import flag_of, read_settings, variable_of
-from roles.tools.config import parse_role
+from roles.tools.config.command import parse_role
 
 COMMANDS = {
     "agent": roles.agent.main.command,

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from juicebox_hsm.adapters.hsm_host import open_hsm_dir
+from juicebox_hsm.adapters.hsm_directory.hsm_host import open_hsm_dir
 from juicebox_hsm.hsm.core import Hsm
 from juicebox_hsm.hsm.messages import NewRealm, NewRealmOk
-from roles.tools.hsm import command
+from roles.tools.hsm.command import command
 from tests.fakes.hsm import expect
 
 

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from juicebox_hsm.ids import OwnedRange
 from roles.durations import format_duration, parse_duration
-from roles.tools.cluster_ids import parse_record_id, resolve_id, show_range, show_record_id
-from roles.tools.cluster_session import ExitCode, ToolFailure
+from roles.tools.ids import parse_record_id, resolve_id, show_range, show_record_id
+from roles.tools.session import ExitCode, ToolFailure
 
 KNOWN = [bytes.fromhex("ab" * 16), bytes.fromhex("ac" + "00" * 15), bytes.fromhex("1f" * 16)]
 

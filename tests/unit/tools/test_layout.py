@@ -9,16 +9,16 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from juicebox_hsm.cluster_view import AgentView, ClusterView, build_view
 from juicebox_hsm.errors import LocalError
+from juicebox_hsm.host.cluster.layout import advice, choose_hsms, commands, make_layout, shorten, windows
+from juicebox_hsm.host.cluster.planning import even_partition
+from juicebox_hsm.host.cluster.view import AgentView, ClusterView, build_view
 from juicebox_hsm.ids import FULL_RANGE, HsmId, RecordId
 from juicebox_hsm.wire import rpc
 from roles.cli import cli
-from roles.manager.planning import even_partition
-from roles.tools.cluster_ids import parse_record_id
-from roles.tools.cluster_layout import advice, choose_hsms, commands, make_layout, shorten, windows
-from roles.tools.cluster_session import ToolFailure
-from roles.tools.cluster_stats import period
+from roles.tools.cluster.stats import period
+from roles.tools.ids import parse_record_id
+from roles.tools.session import ToolFailure
 from tests.unit.manager.fakes import REALM, FakeAgent, FakeGroup, group, hsm
 
 KEY = b"k" * 32

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from juicebox_hsm.adapters.certificates import CaKind, init_ca, issue, issue_edge
-from juicebox_hsm.adapters.hsm_host import generate_keys, init_hsm_dir
+from juicebox_hsm.adapters.hsm_directory.hsm_host import generate_keys, init_hsm_dir
+from juicebox_hsm.adapters.tls.certificates import CaKind, init_ca, issue, issue_edge
 from roles.cli import cli, main
 
 REALM = "00" * 16
@@ -32,7 +32,7 @@ MANAGER = "--role manager --store sqlite:st.db --cluster-tls tls/manager --liste
 CLUSTER = "--store sqlite:st.db --cluster-tls tls/operator"
 
 
-@pytest.mark.parametrize("module", ["agent.main", "lb.main", "manager.main", "tools.tenant_log_serve"])
+@pytest.mark.parametrize("module", ["agent.main", "lb.main", "manager.main", "tenant_log.main"])
 @pytest.mark.parametrize("form", ["bare", "group"])
 def test_bugs_are_one_line_of_json(
     place: Path, module: str, form: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

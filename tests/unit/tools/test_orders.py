@@ -10,13 +10,13 @@ import trio
 import trio.testing
 
 from juicebox_hsm.adapters.rpc import RpcFailed
-from juicebox_hsm.cluster_view import AgentView, ClusterView, build_view
+from juicebox_hsm.host.cluster.view import AgentView, ClusterView, build_view
+from juicebox_hsm.host.services import ServiceKind
 from juicebox_hsm.ids import FULL_RANGE, OwnedRange, RealmId
-from juicebox_hsm.ports import ServiceKind
 from juicebox_hsm.wire.rpc import Done, Empty, ManagerStatus, Method, Range, Refusal, Refused, RpcCode, TransferringInfo
-from roles.tools.cluster_change import check_transfer
-from roles.tools.cluster_leaders import led_by, still_led
-from roles.tools.cluster_session import COMMAND_TIMEOUT_S, ExitCode, Session, ToolFailure, call_manager, refused
+from roles.tools.cluster.change import check_transfer
+from roles.tools.cluster.leaders import led_by, still_led
+from roles.tools.session import COMMAND_TIMEOUT_S, ExitCode, Session, ToolFailure, call_manager, refused
 from tests.unit.manager.fakes import REALM, FakeAgent, FakeDiscovery, FakeGroup, group, hsm, record, three
 
 LOW, HIGH = OwnedRange(record("00"), record("7f", 0xFF)), OwnedRange(record("80"), record("ff", 0xFF))

@@ -13,21 +13,22 @@ import pytest
 import trio
 from click.testing import CliRunner, Result
 
-from juicebox_hsm.adapters.hsm_host import InProcessHsm, generate_keys, init_hsm_dir, open_hsm_dir
+from juicebox_hsm.adapters.hsm_directory.hsm_host import InProcessHsm, generate_keys, init_hsm_dir, open_hsm_dir
 from juicebox_hsm.adapters.sqlite.accounting import DAY_MS
 from juicebox_hsm.adapters.sqlite.backup import read_tails
 from juicebox_hsm.adapters.sqlite.check import check_file
-from juicebox_hsm.adapters.store import open_store
-from juicebox_hsm.adapters.store_check import SLICES, Checkpoint, LogTail
-from juicebox_hsm.cluster_view import AgentView
+from juicebox_hsm.adapters.stores.check import SLICES, Checkpoint, LogTail
+from juicebox_hsm.adapters.stores.opening import open_store
 from juicebox_hsm.errors import LocalError
+from juicebox_hsm.host.cluster.view import AgentView
+from juicebox_hsm.host.events import AccountingEvent
+from juicebox_hsm.host.services import ServiceKind
 from juicebox_hsm.hsm.core import Hsm
 from juicebox_hsm.hsm.messages import CaptureNext, NewRealm, NewRealmOk, PersistState
 from juicebox_hsm.ids import GroupId, HsmId, RealmId, RecordId
-from juicebox_hsm.ports import AccountingEvent, ServiceKind
 from roles.agent.outbox import kept_name
 from roles.cli import cli
-from roles.tools.store_restore import HsmWitness, Membership, restore_problems, witness_of
+from roles.tools.store.restore import HsmWitness, Membership, restore_problems, witness_of
 from tests.emulator.realm_data import GROUP, OTHER_GROUP, REALM, Grown, entry, event, mac
 
 _rng = random.Random(1)
@@ -276,7 +277,7 @@ async def _one_hsm_realm(file: Path, hsm_dir: Path) -> tuple[RealmId, HsmId]:
             await store.log.append(made.realm, made.group, [made.entry], [None], made.delta)
             await hsm.send(CaptureNext(made.realm, made.group, (made.entry,)))
             await hsm.send(PersistState())
-    from juicebox_hsm.adapters.hsm_host import read_hsm_dir
+    from juicebox_hsm.adapters.hsm_directory.hsm_host import read_hsm_dir
 
     _, state = read_hsm_dir(hsm_dir)
     assert state is not None

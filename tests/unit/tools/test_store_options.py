@@ -10,8 +10,8 @@ from click.testing import CliRunner
 from juicebox_hsm.adapters.bigtable.backend import parse_address
 from roles.cli import cli
 from roles.store_options import store_url_of
-from roles.tools.cluster_session import Connection
-from roles.tools.config import parse_role
+from roles.tools.config.command import parse_role
+from roles.tools.session import Connection
 
 
 def test_project_and_instance_are_a_store() -> None:

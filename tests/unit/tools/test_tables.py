@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import trio
 
-from juicebox_hsm.adapters.store import open_store
-from juicebox_hsm.ports import ServiceKind, TenantLimits
+from juicebox_hsm.adapters.stores.opening import open_store
+from juicebox_hsm.host.services import ServiceKind, TenantLimits
 from tests.terminal import run_on_terminal, words_of
 
 LEASE = f"group-{'0f' * 16}-{'1e' * 16}"

@@ -10,16 +10,17 @@ import pytest
 import trio
 import trio.testing
 
-from juicebox_hsm.adapters.embedded_bus import EmbeddedBus
-from juicebox_hsm.adapters.metrics import Metrics
-from juicebox_hsm.crypto.secret import Secret
-from juicebox_hsm.event_bus import BusEvent, EventBus, InvalidAcks
+from juicebox_hsm.adapters.observation.metrics import Metrics
+from juicebox_hsm.adapters.stores.embedded_bus import EmbeddedBus
+from juicebox_hsm.crypto.redacted import Secret
+from juicebox_hsm.host.events import OutboxEvent
 from juicebox_hsm.ids import RealmId
-from juicebox_hsm.ports import OutboxEvent, StoreUnavailable
-from juicebox_hsm.tenant_secrets import SecretAlgorithm, TenantSecret
+from juicebox_hsm.ports.errors import StoreUnavailable
+from juicebox_hsm.ports.event_bus import BusEvent, EventBus, InvalidAcks
+from juicebox_hsm.tenant_keys import SecretAlgorithm, TenantSecret
 from juicebox_hsm.tokens import Scope, TokenKey, create
-from roles.tools import tenant_log_service
-from roles.tools.tenant_log_service import (
+from roles.tenant_log import service as tenant_log_service
+from roles.tenant_log.service import (
     PAGE_MAX,
     WAIT_S,
     Ask,

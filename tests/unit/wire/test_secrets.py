@@ -9,9 +9,9 @@ import cbor2
 import pytest
 
 from juicebox_hsm.errors import DecodingError, InvariantViolation
-from juicebox_hsm.wire import secrets as wire
+from juicebox_hsm.wire import requests as wire
 from juicebox_hsm.wire.cbor import SCALAR_ORDER
-from juicebox_hsm.wire.secrets import Phase
+from juicebox_hsm.wire.requests import Phase
 from tests.vectors import VECTORS
 
 REQUESTS = [name for name in VECTORS["cbor"] if name.startswith("SecretsRequest::")]

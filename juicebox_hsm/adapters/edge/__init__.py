@@ -1,0 +1,1 @@
+"""The client edge: HTTPS for clients, our own connection loop."""

@@ -1,1 +1,0 @@
-"""HTTP surfaces: the client edge (`edge`) and the probes of every role (`probes`)."""

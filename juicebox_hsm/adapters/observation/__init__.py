@@ -1,0 +1,1 @@
+"""What people and probes see of a process: logs, metrics, traces, the probe port."""

@@ -1,0 +1,1 @@
+"""How a process lives under its supervisor, and what its memory gives away."""

@@ -1,0 +1,1 @@
+"""Certificates, mutual TLS inside the cluster, and lean byte streams."""

@@ -1,0 +1,1 @@
+"""The untrusted side's rules: pure, like the core (ARCHITECTURE.md)."""

@@ -1,0 +1,27 @@
+"""The port to the nodes of a realm's tree (storage.md part A)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from juicebox_hsm.consensus.types import Partition
+from juicebox_hsm.host.tree import TreeSide
+from juicebox_hsm.ids import RealmId, RecordId
+
+
+class NodeStore(Protocol):
+    """The tree nodes of a realm; written only through `LogStore.append`."""
+
+    async def read_proofs(
+        self, realm: RealmId, partition: Partition, records: Sequence[RecordId]
+    ) -> list[bytes | None]:
+        """Return for each record an encoded read proof (merkle.md 3.2) against the partition's root.
+
+        None where a node is missing because the root is no longer current. One snapshot for the call.
+        """
+        ...
+
+    async def read_edge_proof(self, realm: RealmId, partition: Partition, side: TreeSide) -> bytes:
+        """Return the encoded edge proof (merkle.md 4.2). Raises `MissingNode`."""
+        ...

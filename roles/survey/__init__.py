@@ -1,0 +1,1 @@
+"""Asking a cluster what it is: for the manager and for tools."""

@@ -1,0 +1,108 @@
+"""Gather what a verdict on the cluster is made from: all services, asked at once (operator-tools.md 2)."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+from collections.abc import Iterable
+from functools import partial
+from typing import Final
+
+import trio
+
+from juicebox_hsm.adapters.tls.certificate_end import from_unix_ms
+from juicebox_hsm.errors import DecodingError, RealmError
+from juicebox_hsm.host.cluster.view import ClusterView, GroupKey
+from juicebox_hsm.host.services import ServiceAddress, ServiceKind
+from juicebox_hsm.ids import GroupId, HsmId, RealmId, parse_id
+from juicebox_hsm.ports.store import Store
+from juicebox_hsm.wire.rpc import MANAGER_METHODS, Empty, ManagerStatus
+from roles.manager.assign import DRAIN_PREFIX
+from roles.manager.context import RpcCaller
+from roles.manager.rebalance import PAUSED
+from roles.manager.verdict import BalancerReport, Evidence, ManagerReport
+from roles.survey.balancers import probe_balancers
+from roles.survey.overview import STATUS_TIMEOUT_S, ask_agents
+
+STATUS: Final = MANAGER_METHODS["status"]
+
+
+async def gather(
+    store: Store,
+    rpc: RpcCaller,
+    now_ms: int,
+    *,
+    timeout_s: float = STATUS_TIMEOUT_S,
+    own_certificate_end: dt.datetime | None = None,
+) -> Evidence:
+    """Ask every service in discovery, all at once, each for at most `timeout_s`. Raises `StoreUnavailable`."""
+    services = await store.discovery.list(now_ms)
+    drained = [name.removeprefix(DRAIN_PREFIX) for name in await store.settings.list(DRAIN_PREFIX)]
+    paused = await store.settings.get(PAUSED) is not None
+    views: list[ClusterView] = []
+    managers: list[ManagerReport] = []
+    balancers: list[BalancerReport] = []
+
+    async def look_at_agents() -> None:
+        views.append(await ask_agents(rpc, _urls(services, ServiceKind.AGENT), timeout_s))
+
+    async def look_at_balancers() -> None:
+        balancers.extend(await probe_balancers(_urls(services, ServiceKind.LOAD_BALANCER), timeout_s))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(look_at_agents)
+        nursery.start_soon(look_at_balancers)
+        for url in _urls(services, ServiceKind.MANAGER):
+            nursery.start_soon(partial(_ask_manager, rpc, url, timeout_s, managers))
+    return Evidence(
+        view=views[0],
+        managers=tuple(sorted(managers, key=lambda report: report.url)),
+        balancers=tuple(balancers),
+        now=dt.datetime.fromtimestamp(now_ms / 1000, dt.UTC),
+        drained=frozenset(_hsm_ids(drained)),
+        rebalancing_paused=paused,
+        own_certificate_end=own_certificate_end,
+    )
+
+
+def _urls(services: Iterable[ServiceAddress], kind: ServiceKind) -> list[str]:
+    return [service.url for service in services if service.kind is kind]
+
+
+def _hsm_ids(names: Iterable[str]) -> list[HsmId]:
+    found = []
+    for name in names:
+        try:
+            found.append(HsmId(parse_id(name)))
+        except DecodingError:
+            pass  # not a setting of ours
+    return found
+
+
+async def _ask_manager(rpc: RpcCaller, url: str, timeout_s: float, reports: list[ManagerReport]) -> None:
+    try:
+        reply = await rpc.call(url, STATUS, Empty(), timeout_s=timeout_s)
+    except RealmError as error:
+        reports.append(ManagerReport(url, error=str(error) or type(error).__name__))
+        return
+    reports.append(read_manager_status(url, reply))
+
+
+def read_manager_status(url: str, reply: object) -> ManagerReport:
+    """Translate a manager's reply; one that cannot be read becomes the report's `error`."""
+    if not isinstance(reply, ManagerStatus):
+        return ManagerReport(url, error=f"unexpected reply {type(reply).__name__}")
+    try:
+        document = json.loads(reply.json)
+        pending: dict[GroupKey, float] = {}
+        for entry in document.get("pending", ()):
+            key = (RealmId(parse_id(entry["realm"])), GroupId(parse_id(entry["group"])))
+            pending[key] = max(float(entry["age_s"]), pending.get(key, 0.0))
+        return ManagerReport(
+            url,
+            version=str(document.get("version", "")),
+            pending=pending,
+            certificate_end=from_unix_ms(document.get("certificate_end_ms")),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return ManagerReport(url, error=f"unreadable status: {error}")

@@ -1,0 +1,55 @@
+"""Ask all agents for their status at once; shared by the manager's loops and the command line (manager.md 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final
+
+import trio
+
+from juicebox_hsm.errors import RealmError
+from juicebox_hsm.host.cluster.view import AgentView, ClusterView, build_view
+from juicebox_hsm.host.services import ServiceKind
+from juicebox_hsm.ports.store import Store
+from juicebox_hsm.wire.rpc import AGENT_METHODS, AgentStatus, Empty
+from roles.manager.context import RpcCaller
+
+STATUS_TIMEOUT_S: Final = 5.0
+HINT_TIMEOUT_S: Final = 0.5
+IDS_TIMEOUT_S: Final = 2.0
+STEPDOWN_STATUS_TIMEOUT_S: Final = 1.0
+STATUS: Final = AGENT_METHODS["status"]
+
+
+async def ask_agent(rpc: RpcCaller, url: str, timeout_s: float) -> AgentView:
+    """Ask one agent; trouble becomes the view's `error`."""
+    try:
+        reply = await rpc.call(url, STATUS, Empty(), timeout_s=timeout_s)
+    except RealmError as error:
+        return AgentView(url, None, str(error) or type(error).__name__)
+    if not isinstance(reply, AgentStatus):
+        return AgentView(url, None, f"unexpected reply {type(reply).__name__}")
+    return AgentView(url, reply)
+
+
+async def ask_agents(rpc: RpcCaller, urls: Iterable[str], timeout_s: float) -> ClusterView:
+    """Ask these agents in parallel; each has `timeout_s`, so the whole takes no longer."""
+    answers: list[AgentView] = []
+
+    async def ask(url: str) -> None:
+        answers.append(await ask_agent(rpc, url, timeout_s))
+
+    async with trio.open_nursery() as nursery:
+        for url in sorted(set(urls)):
+            nursery.start_soon(ask, url)
+    return build_view(answers)
+
+
+async def discovered_agents(store: Store, now_ms: int) -> list[str]:
+    """Return the URLs of the agents in discovery. Raises `StoreUnavailable`."""
+    return [entry.url for entry in await store.discovery.list(now_ms, ServiceKind.AGENT)]
+
+
+async def read_overview(store: Store, rpc: RpcCaller, now_ms: int, timeout_s: float = STATUS_TIMEOUT_S) -> ClusterView:
+    """Ask every discovered agent. Raises `StoreUnavailable` when discovery cannot be read."""
+    return await ask_agents(rpc, await discovered_agents(store, now_ms), timeout_s)

@@ -1,0 +1,1 @@
+"""The service that tells tenants their events."""

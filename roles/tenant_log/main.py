@@ -1,0 +1,228 @@
+"""`juicebox-hsm tenant-log serve`: flags, listening, signals (operator-tools.md 6.3)."""
+
+from __future__ import annotations
+
+import logging as stdlib
+import ssl
+import sys
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+import click
+import trio
+from hypercorn.trio import serve as serve_asgi
+
+from juicebox_hsm import __version__
+from juicebox_hsm.adapters.observation import build_info
+from juicebox_hsm.adapters.observation.containment import ContainedConfig
+from juicebox_hsm.adapters.observation.dogstatsd import send_metrics
+from juicebox_hsm.adapters.observation.logging import configure, get_logger, report_suppressed
+from juicebox_hsm.adapters.observation.metrics import Metrics
+from juicebox_hsm.adapters.observation.probes import listen, serve_probes
+from juicebox_hsm.adapters.process.supervision import (
+    handle_signals,
+    notify,
+    report_crash,
+    run_service,
+    watchdog_interval_s,
+)
+from juicebox_hsm.adapters.stores.opening import open_store
+from juicebox_hsm.adapters.tenants.secrets_file import HeldSecrets
+from juicebox_hsm.errors import DecodingError, LocalError
+from juicebox_hsm.ids import RealmId, parse_id
+from juicebox_hsm.ports.store import Store
+from roles.cloud_options import CloudOptions, SecretsOptions, open_secrets, pubsub_options, secrets_options, with_bus
+from roles.options import HTTP_PORT_OFFSET, Address, AddressType, config_option
+from roles.store_options import store_option
+from roles.tenant_log.service import WAIT_S, Realms, TenantLogService
+
+KEEP_ALIVE_S: Final = 60  # own
+READ_S: Final = 3 * WAIT_S  # own: a connection is read during a waiting call too, so longer than the wait
+GRACE_S: Final = 3.0  # own: waiting calls are released at once; the rest is sending
+BACKLOG: Final = 256
+CONNECTIONS_MAX: Final = 1024  # own: every tenant keeps a few waiting calls
+REPORT_S: Final = 1.0
+
+_log = get_logger("tenant-log")
+_FILE: Final = click.Path(path_type=Path, dir_okay=False)
+
+
+@dataclass(frozen=True, slots=True)
+class ServeOptions:
+    """What the service is told."""
+
+    store_url: str
+    realms: tuple[RealmId, ...]
+    listen: Address
+    http_listen: Address
+    secrets: SecretsOptions
+    tls: tuple[Path, Path] | None
+    name: str
+    pubsub: CloudOptions
+
+
+class RealmIdType(click.ParamType[RealmId]):
+    """A realm id flag."""
+
+    name = "REALM"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> RealmId:
+        """Parse, or fail as a usage error."""
+        try:
+            return RealmId(parse_id(str(value).lower()))
+        except DecodingError as error:
+            self.fail(str(error), param, ctx)
+
+
+@click.command("serve")
+@config_option
+@store_option
+@click.option(
+    "--id", "realms", multiple=True, type=RealmIdType(), envvar="REALM_ID",
+    help="Realm to serve, repeatable; default all realms of the store. Tokens choose by their audience.",
+)  # fmt: skip
+@secrets_options
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option(
+    "--port", default=8080, show_default=True, type=click.IntRange(0, 65535), envvar="PORT", help="Port to listen on."
+)
+@click.option(
+    "--http-listen", type=AddressType(), help="Probes and metrics; default loopback, port + 1000; port 0 picks one."
+)
+@click.option("--tls-cert", type=_FILE, help="PEM certificate chain; without it, plain HTTP for a proxy in front.")
+@click.option("--tls-key", type=_FILE, help="PEM private key of --tls-cert.")
+@click.option("--name", "-n", default="tenant-log", show_default=True, help="Name in logs and probes.")
+@click.option("--log-level", help="error, warning, info, debug or trace; default $LOGLEVEL or info.")
+@pubsub_options
+def command(
+    store_url: str,
+    realms: tuple[RealmId, ...],
+    secrets: SecretsOptions,
+    host: str,
+    port: int,
+    http_listen: Address | None,
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    name: str,
+    log_level: str | None,
+    pubsub: CloudOptions,
+) -> None:
+    """Serve tenants their events: GET /, POST /tenant_log, POST /tenant_log/ack. Runs until SIGTERM or Ctrl-C."""
+    try:
+        configure(log_level)
+        if (tls_cert is None) != (tls_key is None):
+            raise LocalError("--tls-cert and --tls-key belong together")
+        if http_listen is None:
+            probes_port = port + HTTP_PORT_OFFSET if port else 0
+            if probes_port > 65535:
+                raise LocalError(f"--port {port} + {HTTP_PORT_OFFSET} is no port; give --http-listen")
+            http_listen = Address("127.0.0.1", probes_port)
+        tls = (tls_cert, tls_key) if tls_cert is not None and tls_key is not None else None
+        options = ServeOptions(store_url, realms, Address(host, port), http_listen, secrets, tls, name, pubsub)
+    except LocalError as error:
+        sys.exit(report_crash(error))
+    run_service(run, options)
+
+
+async def run(options: ServeOptions) -> None:
+    """Start, serve until a stop signal, release waiting calls. Raises `LocalError` and `StoreUnavailable` at start."""
+    metrics = Metrics()
+    async with (
+        open_store(options.store_url, metrics=metrics) as opened,
+        with_bus(opened, options.store_url, options.pubsub, metrics) as store,
+        open_secrets(options.secrets, options.store_url, metrics=metrics, log=_log) as secrets,
+    ):
+        if store.bus is None:
+            raise LocalError(f"--store {options.store_url}: this store has no tenant event log")
+        config = _server_config(options)
+        listener = listen(options.listen.host, options.listen.port, "--port")
+        port = int(listener.getsockname()[1])
+        config.bind = [f"fd://{listener.detach()}"]
+        service = TenantLogService(
+            store.bus,
+            Realms(options.realms, store.realms.list_realms),
+            secrets.token_key,
+            now_s=time.time,
+            metrics=metrics,
+            log=_log,
+        )
+        stop = trio.Event()
+
+        def on_stop(_signal: str) -> None:
+            notify("STOPPING=1")
+            service.stop()
+            stop.set()
+
+        async with trio.open_nursery() as nursery:
+            await nursery.start(handle_signals, on_stop, {"secrets": secrets.load})
+            http_port: int = await nursery.start(partial(_probes, options, store, secrets, metrics))
+            nursery.start_soon(secrets.refresh_forever)
+            nursery.start_soon(_report, metrics)
+            nursery.start_soon(send_metrics, metrics, {"service": "tenant_log", "version": build_info.tag()})
+            _log.info(
+                "tenant log started", listen=f"{options.listen.host}:{port}", http_port=http_port,
+                tls=options.tls is not None, realms=[realm.hex() for realm in options.realms] or "all of the store",
+                version=__version__, store=store.description,
+            )  # fmt: skip
+            notify("READY=1", f"STATUS=tenant log on port {port}")
+            await serve_asgi(service.make_app(), config, shutdown_trigger=stop.wait)
+            nursery.cancel_scope.cancel()
+    _log.info("tenant log stopped")
+
+
+def _server_config(options: ServeOptions) -> ContainedConfig:
+    config = ContainedConfig(CONNECTIONS_MAX)
+    config.accesslog = None
+    config.errorlog = stdlib.getLogger("hypercorn.error")
+    config.include_server_header = False
+    config.keep_alive_timeout = KEEP_ALIVE_S
+    config.read_timeout = round(READ_S)
+    config.graceful_timeout = GRACE_S
+    config.backlog = BACKLOG
+    if options.tls is not None:
+        config.certfile, config.keyfile = map(str, options.tls)
+        try:
+            config.create_ssl_context()
+        except (OSError, ssl.SSLError) as error:
+            raise LocalError(f"--tls-cert {options.tls[0]}, --tls-key {options.tls[1]}: {error}") from None
+    return config
+
+
+async def _probes(
+    options: ServeOptions,
+    store: Store,
+    secrets: HeldSecrets,
+    metrics: Metrics,
+    *,
+    task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    async def livez() -> tuple[bool, str]:
+        return True, f"{options.name} {__version__}"
+
+    async def readyz() -> tuple[bool, str]:
+        await store.realms.list_realms()
+        return True, f"ready; secrets read {secrets.age_s():.0f} s ago"
+
+    await serve_probes(
+        (options.http_listen.host, options.http_listen.port),
+        name=options.name,
+        livez=livez,
+        readyz=readyz,
+        metrics=metrics,
+        task_status=task_status,
+    )
+
+
+async def _report(metrics: Metrics) -> None:
+    """Every second: uptime, held-back log lines, and the supervisor's watchdog."""
+    began = trio.current_time()
+    interval_s = watchdog_interval_s()
+    while True:
+        metrics.timing("service.uptime.ns", (trio.current_time() - began) * 1e9)
+        report_suppressed()
+        if interval_s is not None:
+            notify("WATCHDOG=1")
+        await trio.sleep(min(REPORT_S, interval_s or REPORT_S))

@@ -1,0 +1,1 @@
+"""`juicebox-hsm bench`."""

@@ -1,0 +1,191 @@
+"""Make realms and groups: the steps behind `new-realm`, `join-realm`, `new-group` and the demo (manager.md 7)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import trio
+
+from juicebox_hsm.consensus.types import GROUP_MEMBERS_MAX, GROUPS_PER_HSM_MAX
+from juicebox_hsm.errors import RealmError
+from juicebox_hsm.host.cluster.view import ClusterView, HsmView
+from juicebox_hsm.ids import GroupId, HsmId, RealmId
+from juicebox_hsm.wire.rpc import (
+    AGENT_METHODS,
+    Done,
+    Empty,
+    GroupCreated,
+    GroupJoin,
+    GroupNew,
+    RealmCreated,
+    RealmJoin,
+    RealmJoined,
+    Refused,
+)
+from roles.survey.overview import ask_agents
+from roles.tools.session import (
+    COMMAND_TIMEOUT_S,
+    STATUS_TIMEOUT_S,
+    ExitCode,
+    Session,
+    ToolFailure,
+    refusal_text,
+)
+
+FIRST_COMMIT_S: Final = 30.0
+POLL_S: Final = 0.02
+
+TEXTS: Final = {
+    "NoHsm": "no HSM at the agent",
+    "HaveRealm": "the HSM is in a realm already",
+    "HaveOtherRealm": "the HSM is in a different realm",
+    "InvalidRealm": "the HSM is not in this realm",
+    "InvalidStatement": "the realm statement was rejected: the HSMs do not hold the same realm keys",
+    "TooManyGroups": f"an HSM is in {GROUPS_PER_HSM_MAX} groups already",
+    "InvalidConfiguration": f"invalid configuration: a group has 1 to {GROUP_MEMBERS_MAX} different members",
+    "NoStore": "the agent cannot reach the store",
+    "StorePreconditionFailed": "the first entry could not be written: another creator was faster",
+}
+
+
+async def _call(session: Session, url: str, method: str, body: Any) -> Any:
+    """Call an agent; trouble and refusals become a `ToolFailure` naming the agent."""
+    try:
+        reply = await session.rpc.call(url, AGENT_METHODS[method], body, timeout_s=COMMAND_TIMEOUT_S)
+    except RealmError as error:
+        raise ToolFailure(f"{method}: {error}", ExitCode.UNREACHABLE) from None
+    if isinstance(reply, Refused):
+        raise ToolFailure(f"{url}: {refusal_text(reply, TEXTS)}")
+    return reply
+
+
+def _hsm_at(view: ClusterView, url: str) -> HsmView:
+    """Return the HSM behind an agent that was asked for its status."""
+    agent = next((agent for agent in view.agents if agent.url == url), None)
+    if agent is None or agent.status is None:
+        raise ToolFailure(f"{url}: no answer: {agent.error if agent else 'not asked'}", ExitCode.UNREACHABLE)
+    hsm = view.by_url(url)
+    if hsm is None:
+        raise ToolFailure(f"{url}: {TEXTS['NoHsm']}")
+    return hsm
+
+
+async def wait_first_commit(session: Session, url: str, realm: RealmId, group: GroupId) -> None:
+    """Poll the leader's status until entry 1 is committed; gives up after 30 s."""
+    with trio.move_on_after(FIRST_COMMIT_S):
+        while True:
+            view = await ask_agents(session.rpc, [url], STATUS_TIMEOUT_S)
+            found = view.group(realm, group)
+            leader = None if found is None or found.leader is None else found.leader.info.leader
+            if leader is not None and (leader.committed or 0) >= 1:
+                return
+            await trio.sleep(POLL_S)
+    raise ToolFailure(
+        f"group {group.hex()} of realm {realm.hex()} was created at {url}, but its first entry was not committed "
+        f"within {FIRST_COMMIT_S:.0f} s; look at the agents' logs and at `cluster groups`"
+    )
+
+
+async def check_new_realm(session: Session, url: str) -> None:
+    """Ask an agent whether its HSM could begin a realm; raises `ToolFailure` if not. Changes nothing."""
+    view = await ask_agents(session.rpc, [url], STATUS_TIMEOUT_S)
+    if _hsm_at(view, url).realm is not None:
+        raise ToolFailure(f"{url}: {TEXTS['HaveRealm']}")
+
+
+async def new_realm(session: Session, url: str) -> tuple[RealmId, GroupId]:
+    """Create a realm at one agent, with a group of this HSM alone that owns everything."""
+    await check_new_realm(session, url)
+    created = await _call(session, url, "realm/new", Empty())
+    if not isinstance(created, RealmCreated):
+        raise ToolFailure(f"{url}: unexpected reply {type(created).__name__}")
+    realm, group = RealmId(created.realm), GroupId(created.group)
+    await wait_first_commit(session, url, realm, group)
+    return realm, group
+
+
+async def check_join(session: Session, realm: RealmId, urls: Sequence[str], view: ClusterView) -> HsmView:
+    """Return an HSM of the realm that `view` shows, if the HSMs behind `urls` could join. Changes nothing.
+
+    Raises `ToolFailure`: exit 3 when no HSM is in such a realm, 4 when one that did not answer may be.
+    """
+    peer = next((hsm for hsm in view.hsms.values() if hsm.realm == realm), None)
+    if peer is None:
+        code = ExitCode.UNREACHABLE if any(agent.status is None for agent in view.agents) else ExitCode.ID
+        raise ToolFailure(f"no reachable HSM of realm {realm.hex()}", code)
+    asked = await ask_agents(session.rpc, urls, STATUS_TIMEOUT_S)
+    for url in urls:
+        hsm = _hsm_at(asked, url)
+        if hsm.realm not in (None, realm):
+            raise ToolFailure(f"{url}: {TEXTS['HaveOtherRealm']}")
+        if hsm.public_key != peer.public_key:
+            raise ToolFailure(f"{url}: {TEXTS['InvalidStatement']}")
+    return peer
+
+
+async def join_realm(session: Session, realm: RealmId, urls: Sequence[str], view: ClusterView) -> None:
+    """Let the HSMs behind `urls` join; `view` must show one HSM of the realm."""
+    peer = await check_join(session, realm, urls, view)
+    problems: list[ToolFailure] = []
+
+    async def join(url: str) -> None:
+        try:
+            reply = await _call(session, url, "realm/join", RealmJoin(realm, peer.id, peer.statement))
+        except ToolFailure as problem:
+            problems.append(problem)
+            return
+        if not isinstance(reply, RealmJoined):
+            problems.append(ToolFailure(f"{url}: unexpected reply {type(reply).__name__}"))
+
+    async with trio.open_nursery() as nursery:
+        for url in urls:
+            nursery.start_soon(join, url)
+    if problems:
+        raise ToolFailure("; ".join(problem.message for problem in problems), ExitCode(problems[0].exit_code))
+
+
+async def check_new_group(session: Session, realm: RealmId, urls: Sequence[str]) -> list[tuple[HsmId, bytes]]:
+    """Return the HSMs behind `urls` with their statements, by id, if they could form a group. Changes nothing."""
+    view = await ask_agents(session.rpc, urls, STATUS_TIMEOUT_S)
+    members: list[tuple[HsmId, bytes]] = []
+    for url in urls:
+        hsm = _hsm_at(view, url)
+        if hsm.realm != realm:
+            where = "in no realm" if hsm.realm is None else f"in realm {hsm.realm.hex()}"
+            raise ToolFailure(f"{url}: its HSM is {where}; join it first with `cluster join-realm`")
+        if len(hsm.groups) >= GROUPS_PER_HSM_MAX:
+            raise ToolFailure(f"{url}: {TEXTS['TooManyGroups']}")
+        members.append((hsm.id, hsm.statement))
+    members.sort()
+    if len({hsm for hsm, _ in members}) != len(members) or not 1 <= len(members) <= GROUP_MEMBERS_MAX:
+        raise ToolFailure(TEXTS["InvalidConfiguration"])
+    return members
+
+
+async def new_group(session: Session, realm: RealmId, urls: Sequence[str]) -> GroupId:
+    """Create a group without a range over the HSMs behind `urls`; the first one leads it."""
+    members = await check_new_group(session, realm, urls)
+    created = await _call(session, urls[0], "group/new", GroupNew(realm, [(hsm, proof) for hsm, proof in members]))
+    if not isinstance(created, GroupCreated):
+        raise ToolFailure(f"{urls[0]}: unexpected reply {type(created).__name__}")
+    group = GroupId(created.group)
+    call = GroupJoin(realm, group, [hsm for hsm, _ in members], created.statement)
+    problems: list[str] = []
+
+    async def join(url: str) -> None:
+        try:
+            reply = await _call(session, url, "group/join", call)
+        except ToolFailure as problem:
+            problems.append(problem.message)
+            return
+        if not isinstance(reply, Done):
+            problems.append(f"{url}: unexpected reply {type(reply).__name__}")
+
+    async with trio.open_nursery() as nursery:
+        for url in urls[1:]:
+            nursery.start_soon(join, url)
+    if problems:
+        raise ToolFailure(f"group {group.hex()} exists but is degraded, not joined: {'; '.join(sorted(problems))}")
+    await wait_first_commit(session, urls[0], realm, group)
+    return group

@@ -1,0 +1,254 @@
+"""`cluster stepdown|rebalance|drain|undrain`: who leads (operator-tools.md 2, manager.md 4, 5)."""
+
+from __future__ import annotations
+
+import getpass
+import socket
+import time
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+import click
+
+from juicebox_hsm.host.cluster.view import ClusterView, GroupView
+from juicebox_hsm.ids import HsmId
+from juicebox_hsm.wire.rpc import Empty, Rebalanced, Refusal, Refused, StepdownOrder
+from roles.manager.assign import DRAIN_PREFIX
+from roles.manager.rebalance import PAUSED, describe, loads, next_move
+from roles.manager.stepdown import resolve
+from roles.survey.overview import IDS_TIMEOUT_S, read_overview
+from roles.tools.cluster.show import with_session
+from roles.tools.ids import resolve_id
+from roles.tools.session import (
+    COMMAND_TIMEOUT_S,
+    Connection,
+    ExitCode,
+    Session,
+    ToolFailure,
+    call_manager,
+    refused,
+    with_connection,
+)
+
+MOVES_MAX: Final = 10_000  # groups x HSMs of a large cluster: rebalancing ends long before
+TEXTS: Final = {
+    "NoHsm": "the agent has no HSM",
+    "NoStore": "the store cannot be reached",
+    "NotLeader": "leads nothing",
+    "InvalidRealm": "no such realm",
+    "InvalidGroup": "no such group",
+    "InvalidHsm": "no such HSM",
+    "Busy": "another manager is working on the group; try again",
+    "RpcError": "an agent did not answer",
+    "StepDownFailed": "the leader did not step down",
+    "LeadershipTransferRolledBack": "the new HSM refused; the old leader leads again",
+    "LeadershipTransferFailed": "no candidate took the leadership; the manager keeps trying",
+}
+
+manager_option = click.option(
+    "-c", "--cluster", "manager", metavar="URL", help="Manager to ask; default any in discovery."
+)
+
+
+def _who_and_when() -> bytes:
+    try:
+        user = getpass.getuser()
+    except (OSError, KeyError):
+        user = "unknown"
+    return f"{user}@{socket.gethostname()} {time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())}".encode()
+
+
+def _order(view: ClusterView, text: str, kind: str | None) -> tuple[str, StepdownOrder]:
+    """Find what an id or prefix means among HSMs and groups."""
+    hsms = {bytes(hsm) for hsm in view.hsms} if kind != "group" else set()
+    groups = {bytes(key[1]): key for key in view.groups} if kind != "hsm" else {}
+    found = resolve_id(text, hsms | set(groups), kind or "HSM or group")
+    if found in groups:
+        realm, group = groups[found]
+        return f"group {group.hex()}", StepdownOrder(realm=realm, group=group)
+    if kind == "group":
+        raise ToolFailure(f"no item with that ID: group {text}", ExitCode.ID)
+    return f"HSM {found.hex()}", StepdownOrder(hsm=found)
+
+
+@click.command()
+@manager_option
+@click.option("--type", "kind", type=click.Choice(["hsm", "group"]), help="What ID names; default either.")
+@click.argument("id_text", metavar="ID")
+@click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
+@with_connection
+def stepdown(connection: Connection, manager: str | None, kind: str | None, id_text: str, *, dry_run: bool) -> None:
+    """Hand over the leadership of a group, or of all groups an HSM leads. ID may be a prefix."""
+
+    async def body(session: Session) -> None:
+        view = await read_overview(session.store, session.rpc, session.now_ms(), IDS_TIMEOUT_S)
+        subject, order = _order(view, id_text, kind)
+        if dry_run:
+            led = resolve(view, order)
+            if isinstance(led, Refused):
+                raise refused(led, TEXTS, f"{subject}: ")
+            if stuck := _stuck(led):
+                raise ToolFailure(f"{subject}: nobody else could lead {', '.join(stuck)}")
+            click.echo(f"would hand over {subject}")
+            return
+        reply = await call_manager(session, manager, "leader_stepdown", order, timeout_s=COMMAND_TIMEOUT_S)
+        if isinstance(reply, Refused):
+            raise refused(reply, TEXTS, f"{subject}: ")
+        click.echo(f"Leadership handed over: {subject}")
+
+    with_session(connection, body)
+
+
+@click.command()
+@manager_option
+@click.option("-f", "--full", is_flag=True, help="Go on until balanced.")
+@click.option("--pause", is_flag=True, help="Stop the managers' periodic rebalancing.")
+@click.option("--resume", is_flag=True, help="Let it go on.")
+@click.option("--dry-run", is_flag=True, help="Show all workloads and what would move, and do nothing.")
+@with_connection
+def rebalance(
+    connection: Connection, manager: str | None, *, full: bool, pause: bool, resume: bool, dry_run: bool
+) -> None:
+    """Move one leadership from the busiest HSM to a less busy one, or all that help with --full."""
+    if pause and resume:
+        raise click.UsageError("--pause and --resume exclude each other")
+
+    async def body(session: Session) -> None:
+        if dry_run:
+            click.echo(await _next_move(session))
+            return
+        if pause:
+            await session.store.settings.put(PAUSED, _who_and_when())
+            click.echo("Periodic rebalancing paused.")
+            return
+        if resume:
+            await session.store.settings.remove(PAUSED)
+            click.echo("Periodic rebalancing resumed.")
+            return
+        for _ in range(MOVES_MAX if full else 1):
+            reply = await call_manager(session, manager, "rebalance", Empty(), timeout_s=COMMAND_TIMEOUT_S)
+            if isinstance(reply, Refused):
+                raise refused(reply, TEXTS, "rebalancing: ")
+            if not isinstance(reply, Rebalanced) or not reply.group:
+                click.echo("Already balanced.")
+                return
+            click.echo(f"Moved group {reply.group.hex()} from {reply.source.hex()} to {reply.destination.hex()}")
+
+    with_session(connection, body)
+
+
+async def _next_move(session: Session) -> str:
+    """Return all workloads with the move that a manager would make now marked."""
+    view = await read_overview(session.store, session.rpc, session.now_ms())
+    names = await session.store.settings.list(DRAIN_PREFIX)
+    drained = {bytes.fromhex(name.removeprefix(DRAIN_PREFIX)) for name in names}
+    hsms = loads(view, [hsm for hsm in view.hsms if hsm in drained])
+    move = next_move(hsms)
+    return describe(hsms, move) + ("" if move is not None else "\nAlready balanced.")
+
+
+def _hsm_of(view: ClusterView, text: str) -> HsmId:
+    """Return the HSM behind an agent URL, or with this id or prefix, if an agent has it or a group counts on it."""
+    if "://" not in text:
+        members = {hsm for group in view.groups.values() for hsm in group.configuration}
+        known = members | set(view.hsms)
+        found = HsmId(resolve_id(text, known, "HSM"))
+        if found not in known:
+            raise ToolFailure(f"no item with that ID: HSM {text}", ExitCode.ID)
+        return found
+    behind = view.by_url(text)
+    if behind is None:
+        raise ToolFailure(f"{text}: no agent with an HSM answers there; give the HSM's full id", ExitCode.UNREACHABLE)
+    return behind.id
+
+
+def led_by(view: ClusterView, hsm: HsmId) -> list[GroupView]:
+    """Return the groups an HSM leads, by id."""
+    return [group for _, group in sorted(view.groups.items()) if group.leader is not None and group.leader.hsm == hsm]
+
+
+def _is_idle(group: GroupView) -> bool:
+    """Tell whether a group serves nothing and nobody else could lead it, like the one a realm begins with."""
+    return group.owned_range is None and len(group.configuration) == 1
+
+
+def _stuck(groups: Iterable[GroupView]) -> list[str]:
+    """Return the groups of which nobody but the leader answers, by id."""
+    return [group.id.hex() for group in groups if len(group.members) == 1]
+
+
+@click.command()
+@manager_option
+@click.argument("agent")
+@click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
+@with_connection
+def drain(connection: Connection, manager: str | None, agent: str, *, dry_run: bool) -> None:
+    """Take an HSM out of leadership: AGENT is an agent's URL or an HSM id. Done when it leads nothing that serves.
+
+    A group that owns no range and has no other member stays where it is: the one a realm began with, for instance.
+    """
+
+    async def body(session: Session) -> None:
+        view = await read_overview(session.store, session.rpc, session.now_ms(), IDS_TIMEOUT_S)
+        hsm = _hsm_of(view, agent)
+        led = led_by(view, hsm)
+        moving = [group for group in led if not _is_idle(group)]
+        if dry_run:
+            if stuck := _stuck(moving):
+                raise ToolFailure(f"HSM {hsm.hex()} leads {', '.join(stuck)}: nobody else could take over")
+            names = ", ".join(group.id.hex() for group in moving)
+            click.echo(f"would drain HSM {hsm.hex()}, which leads {names or 'nothing'}")
+            return
+        await session.store.settings.put(f"{DRAIN_PREFIX}{hsm.hex()}", _who_and_when())
+        # one by one beside an idle group, whose leadership nobody could take
+        by_group = [StepdownOrder(realm=group.realm, group=group.id) for group in moving]
+        for order in by_group if len(moving) < len(led) else [StepdownOrder(hsm=hsm)]:
+            await _hand_over_drained(session, manager, hsm, order)
+        after = await read_overview(session.store, session.rpc, session.now_ms(), IDS_TIMEOUT_S)
+        click.echo(still_led(hsm, led_by(after, hsm)))
+
+    with_session(connection, body)
+
+
+async def _hand_over_drained(session: Session, manager: str | None, hsm: HsmId, order: StepdownOrder) -> None:
+    """Hand over what a drained HSM leads; that it leads nothing or does not run is what was wanted."""
+    reply = await call_manager(session, manager, "leader_stepdown", order, timeout_s=COMMAND_TIMEOUT_S)
+    if isinstance(reply, Refused) and reply.outcome not in (Refusal.NOT_LEADER, Refusal.INVALID_HSM):
+        raise refused(reply, TEXTS, f"HSM {hsm.hex()} is marked as drained, but: ")
+
+
+def still_led(hsm: HsmId, led: Sequence[GroupView]) -> str:
+    """Return what a drained HSM still leads; raises `ToolFailure` for a group that serves or could move."""
+    idle = [group.id.hex() for group in led if _is_idle(group)]
+    leading = [group.id.hex() for group in led if not _is_idle(group)]
+    if leading:
+        raise ToolFailure(f"HSM {hsm.hex()} is drained but leads {', '.join(leading)}: nobody else could take over")
+    if not idle:
+        return f"HSM {hsm.hex()} is drained and leads nothing"
+    what = "groups that own no range and have" if len(idle) > 1 else "a group that owns no range and has"
+    return f"HSM {hsm.hex()} is drained; it still leads {', '.join(idle)}, {what} no other member"
+
+
+@click.command()
+@click.argument("agent")
+@click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
+@with_connection
+def undrain(connection: Connection, agent: str, *, dry_run: bool) -> None:
+    """Let a drained HSM lead again: AGENT is an agent's URL or an HSM id."""
+
+    async def body(session: Session) -> None:
+        known = await session.store.settings.list(DRAIN_PREFIX)
+        if "://" in agent:
+            hsm = _hsm_of(await read_overview(session.store, session.rpc, session.now_ms(), IDS_TIMEOUT_S), agent)
+        else:
+            drained = [bytes.fromhex(name.removeprefix(DRAIN_PREFIX)) for name in known]
+            hsm = HsmId(resolve_id(agent, drained, "drained HSM"))
+        if f"{DRAIN_PREFIX}{hsm.hex()}" not in known:
+            raise ToolFailure(f"HSM {hsm.hex()} is not drained", ExitCode.ID)
+        if dry_run:
+            click.echo(f"Would let HSM {hsm.hex()} lead again")
+            return
+        await session.store.settings.remove(f"{DRAIN_PREFIX}{hsm.hex()}")
+        click.echo(f"HSM {hsm.hex()} may lead again")
+
+    with_session(connection, body)
