@@ -1,7 +1,8 @@
-"""The routing table: which agents claim to lead the group that owns a record (load-balancer.md 8.1).
+"""The routing table: which agents claim to lead the group that owns a record, and since when (load-balancer.md 8).
 
-Pure values. A table is never changed: the poller builds a new one and swaps it, so that reading needs no lock. Claims
-may be stale or doubled; only one leader can commit, and the freshest claim is tried first.
+A table is never changed: whoever polls builds a new one and swaps it, so that reading needs no lock. Claims may be
+stale or doubled; only one leader can commit, and the freshest claim is tried first. `AgentClaims` decides what an
+agent's answers, and its silence, do to its part of the table. Times are in seconds, on the caller's clock.
 """
 
 from __future__ import annotations
@@ -25,6 +26,12 @@ RouteKey = tuple[str, GroupId, int]
 
 LEADER: Final = "Leader"
 """Only this role takes requests; an HSM that is stepping down refuses new ones."""
+
+STALE_S: Final = 3.0
+"""An agent that has not answered for this long loses its routes (load-balancer.md 8.2)."""
+
+HOPE_S: Final = 5.0
+"""A range without a leader for longer is not in a hand-over or a move; waiting would only delay clients (own)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +91,63 @@ def slice_of(url: str, status: AgentStatus, now_s: float, known: Mapping[RouteKe
     return AgentSlice(RealmId(realm.id), tuple(routes))
 
 
+class AgentClaims:
+    """What one agent claims. Polls may overlap, and are numbered, so that an older answer does not undo a newer one.
+
+    A leadership's first report is remembered (`Route.since_s`) for as long as the agent reports it. The methods that
+    take an outcome tell whether the table is to be built anew; committed indexes alone are not worth that unless
+    claims compete (`contested`).
+    """
+
+    __slots__ = ("_applied", "_asked", "_heard_at_s", "_known", "slice", "url")
+
+    def __init__(self, url: str, now_s: float) -> None:
+        self.url = url
+        self.slice = AgentSlice()
+        self._known: dict[RouteKey, float] = {}
+        self._asked = 0
+        self._applied = 0
+        self._heard_at_s = now_s
+
+    def ask(self) -> int:
+        """Return the number of a poll that is about to be sent."""
+        self._asked += 1
+        return self._asked
+
+    def heard(self, poll: int, status: AgentStatus, now_s: float, *, contested: bool) -> bool:
+        """Take in an answer."""
+        self._heard_at_s = now_s
+        if poll <= self._applied:
+            return False
+        fresh = slice_of(self.url, status, now_s, self._known)
+        self._known = {route.key: route.since_s for route in fresh.routes}
+        return self._apply(poll, fresh, contested=contested)
+
+    def missed(self, poll: int, now_s: float, *, is_unreachable: bool, contested: bool) -> bool:
+        """Take in that no answer came. Without a stream the routes go at once, else when the agent is long silent."""
+        if poll <= self._applied or not (is_unreachable or now_s - self._heard_at_s >= STALE_S):
+            return False
+        return self._apply(poll, AgentSlice(self.slice.realm), contested=contested)
+
+    def _apply(self, poll: int, fresh: AgentSlice, *, contested: bool) -> bool:
+        old, self.slice, self._applied = self.slice, fresh, poll
+        return contested or not fresh.same_shape(old)
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """A range that nobody claims, since `since_s`."""
+
+    range: OwnedRange
+    since_s: float
+
+
 @dataclass(frozen=True, slots=True)
 class RoutingTable:
     """All routes by realm, each realm's sorted freshest claim first. `contested`: some record has several claims."""
 
     realms: Mapping[RealmId, tuple[Route, ...]] = field(default_factory=dict)
+    unclaimed: Mapping[RealmId, tuple[Gap, ...]] = field(default_factory=dict)
     contested: bool = False
 
     def candidates(self, realm: RealmId, record: RecordId) -> list[Route]:
@@ -97,16 +156,27 @@ class RoutingTable:
 
     def gaps(self, realm: RealmId) -> list[OwnedRange]:
         """Return the ranges of `realm` that nobody claims."""
-        return uncovered(route.range for route in self.realms.get(realm, ()))
+        known = self.unclaimed.get(realm)
+        return uncovered(()) if known is None else [gap.range for gap in known]
+
+    def is_hopeless(self, realm: RealmId, record: RecordId, now_s: float) -> bool:
+        """Tell whether `record` has been without a leader for so long that none is to be expected soon."""
+        gaps = self.unclaimed.get(realm, ())
+        return any(gap.range.contains(record) and gap.since_s < now_s - HOPE_S for gap in gaps)
 
     @property
     def route_count(self) -> int:
         """Return the number of routes of all realms."""
         return sum(len(routes) for routes in self.realms.values())
 
+    @property
+    def gap_count(self) -> int:
+        """Return the number of ranges of all realms that nobody claims."""
+        return sum(len(gaps) for gaps in self.unclaimed.values())
 
-def build_table(slices: Iterable[AgentSlice]) -> RoutingTable:
-    """Merge the agents' slices into a table."""
+
+def build_table(slices: Iterable[AgentSlice], before: RoutingTable, now_s: float) -> RoutingTable:
+    """Merge the agents' slices into a table that follows `before`, from which gaps have their age."""
     realms: dict[RealmId, list[Route]] = {}
     for each in slices:
         if each.realm is not None:
@@ -115,7 +185,16 @@ def build_table(slices: Iterable[AgentSlice]) -> RoutingTable:
     for routes in realms.values():
         routes.sort(key=lambda route: (-route.starting, -route.committed, route.url))
         contested = contested or _overlap(routes)
-    return RoutingTable({realm: tuple(routes) for realm, routes in realms.items()}, contested)
+    unclaimed = {realm: _gaps(routes, before.unclaimed.get(realm, ()), now_s) for realm, routes in realms.items()}
+    return RoutingTable({realm: tuple(routes) for realm, routes in realms.items()}, unclaimed, contested)
+
+
+def _gaps(routes: Iterable[Route], known: Iterable[Gap], now_s: float) -> tuple[Gap, ...]:
+    """Return what `routes` leave out, each with the time since when it is so; a gap that grew is a new one."""
+    return tuple(
+        Gap(gap, min((old.since_s for old in known if old.range.contains_range(gap)), default=now_s))
+        for gap in uncovered(route.range for route in routes)
+    )
 
 
 def _overlap(routes: Iterable[Route]) -> bool:

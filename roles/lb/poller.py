@@ -1,8 +1,7 @@
 """Keeps the routing table fresh: one polling task per agent, one for discovery (load-balancer.md 8.2, 8.3).
 
-Every answer changes only that agent's slice, so one hung agent delays nobody. A stream that is refused or reset takes
-the agent's routes away at once; silence does after `STALE_S`. The first reports of a leadership are remembered
-(`Route.since_s`) for as long as the agent reports it.
+Every answer changes only that agent's slice, so one hung agent delays nobody. What an answer or its absence means is
+decided in `host.routing`.
 """
 
 from __future__ import annotations
@@ -17,9 +16,8 @@ from juicebox_hsm.adapters.observation.logging import outside_context
 from juicebox_hsm.adapters.observation.tracing import Traces, active
 from juicebox_hsm.adapters.rpc import RpcError, RpcUnreachable
 from juicebox_hsm.errors import RealmError
-from juicebox_hsm.host.routing import AgentSlice, RouteKey, RoutingTable, build_table, slice_of
+from juicebox_hsm.host.routing import STALE_S, AgentClaims, RoutingTable, build_table
 from juicebox_hsm.host.services import ServiceKind
-from juicebox_hsm.ids import OwnedRange, RealmId, RecordId
 from juicebox_hsm.ports.discovery import Discovery
 from juicebox_hsm.wire.rpc import AGENT_METHODS, AgentStatus, Empty, PeerRole
 from roles.lb.context import Log, Meter, RpcCaller
@@ -28,35 +26,27 @@ POLL_S: Final = 0.1
 POLL_JITTER: Final = 0.2
 BACKOFF_S_MAX: Final = 2.0
 DISCOVERY_S: Final = 1.0
-STALE_S: Final = 3.0
-"""An agent that has not answered for this long loses its routes (load-balancer.md 8.2); also the time-out of a poll."""
-
 FORCED_EVERY_S: Final = 0.05
 """Forced refreshes start at most this often (load-balancer.md 8.3)."""
 
 FORCED_S_MAX: Final = 0.5
 """A forced refresh waits no longer for slow agents (own: official clients lose patience after some 75 ms anyway)."""
 
-HOPE_S: Final = 5.0
-"""A range without a leader for longer is not in a hand-over or a move; waiting would only delay clients (own)."""
+POLL_TIMEOUT_S: Final = STALE_S
+"""Longest wait for an answer; whoever takes longer has lost its routes anyway."""
 
 _STATUS: Final = AGENT_METHODS["status"]
 _EMPTY: Final = Empty()
 
 
 class _Agent:
-    """One agent of discovery. Polls may overlap with forced ones: `applied` keeps an older answer from winning."""
+    """One agent of discovery: what it claims, its polling task's scope, and whether its silence was told."""
 
-    __slots__ = ("applied", "asked", "good_at", "known", "scope", "slice", "url", "warned")
+    __slots__ = ("claims", "scope", "warned")
 
     def __init__(self, url: str, now_s: float) -> None:
-        self.url = url
+        self.claims = AgentClaims(url, now_s)
         self.scope = trio.CancelScope()
-        self.slice = AgentSlice()
-        self.known: dict[RouteKey, float] = {}
-        self.asked = 0
-        self.applied = 0
-        self.good_at = now_s
         self.warned = False
 
 
@@ -87,7 +77,6 @@ class Poller:
         self._nursery: trio.Nursery | None = None
         self._forced: trio.Event | None = None
         self._forced_at = -FORCED_EVERY_S
-        self._gaps: dict[RealmId, list[tuple[OwnedRange, float]]] = {}
 
     async def run(
         self, first_s: float = FORCED_S_MAX, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
@@ -104,11 +93,6 @@ class Poller:
     async def wait_changed(self) -> None:
         """Return when a new table was published after this call."""
         await self._changed.wait()
-
-    def is_hopeless(self, realm: RealmId, record: RecordId) -> bool:
-        """Tell whether `record` has been without a leader for so long that none is to be expected soon."""
-        long_ago = trio.current_time() - HOPE_S
-        return any(gap.contains(record) and since < long_ago for gap, since in self._gaps.get(realm, ()))
 
     async def refresh(self) -> None:
         """Ask discovery and all agents now. Concurrent callers share one refresh; slow agents are not waited for."""
@@ -176,50 +160,33 @@ class Poller:
 
     async def _ask(self, agent: _Agent) -> bool:
         """Poll an agent once; False when it did not answer."""
-        agent.asked += 1
-        number = agent.asked
+        claims = agent.claims
+        poll = claims.ask()
         try:
             status: AgentStatus = await self._rpc.call(
-                agent.url, _STATUS, _EMPTY, timeout_s=STALE_S, server=PeerRole.AGENT
+                claims.url, _STATUS, _EMPTY, timeout_s=POLL_TIMEOUT_S, server=PeerRole.AGENT
             )
         except RpcError as error:
-            silent = trio.current_time() - agent.good_at >= STALE_S
-            if number > agent.applied and (silent or isinstance(error, RpcUnreachable)):
-                agent.applied = number
-                self._set_slice(agent, AgentSlice(agent.slice.realm))
+            is_unreachable = isinstance(error, RpcUnreachable)
+            contested = self.table.contested
+            if claims.missed(poll, trio.current_time(), is_unreachable=is_unreachable, contested=contested):
+                self._publish(agent)
             if not agent.warned:
                 agent.warned = True
-                self._log.warning("agent does not answer", agent=agent.url, error=str(error))
+                self._log.warning("agent does not answer", agent=claims.url, error=str(error))
             return False
-        now = trio.current_time()
-        agent.good_at = now
         agent.warned = False
-        if number > agent.applied:
-            agent.applied = number
-            fresh = slice_of(agent.url, status, now, agent.known)
-            agent.known = {route.key: route.since_s for route in fresh.routes}
-            self._set_slice(agent, fresh)
+        if claims.heard(poll, status, trio.current_time(), contested=self.table.contested):
+            self._publish(agent)
         return True
 
-    def _set_slice(self, agent: _Agent, fresh: AgentSlice) -> None:
-        old = agent.slice
-        agent.slice = fresh
-        if self._agents.get(agent.url) is agent and (self.table.contested or not fresh.same_shape(old)):
-            self._publish()
-
-    def _publish(self) -> None:
-        """Swap the table; committed indexes alone are not worth it unless claims compete."""
-        self.table = build_table(agent.slice for agent in self._agents.values())
+    def _publish(self, asked: _Agent | None = None) -> None:
+        """Swap the table, unless it was `asked` that changed and discovery no longer knows it."""
+        if asked is not None and self._agents.get(asked.claims.url) is not asked:
+            return
+        slices = (agent.claims.slice for agent in self._agents.values())
+        self.table = build_table(slices, self.table, trio.current_time())
         self._metrics.gauge("load_balancer.routes", self.table.route_count)
-        self._gaps = {realm: self._age_gaps(realm) for realm in self.table.realms}
-        self._metrics.gauge("load_balancer.unrouted_ranges", sum(len(gaps) for gaps in self._gaps.values()))
+        self._metrics.gauge("load_balancer.unrouted_ranges", self.table.gap_count)
         changed, self._changed = self._changed, trio.Event()
         changed.set()
-
-    def _age_gaps(self, realm: RealmId) -> list[tuple[OwnedRange, float]]:
-        """Return the gaps of the new table with the time since when each is one; a gap that grew is a new one."""
-        known, now = self._gaps.get(realm, []), trio.current_time()
-        return [
-            (gap, min((since for old, since in known if old.contains_range(gap)), default=now))
-            for gap in self.table.gaps(realm)
-        ]

@@ -74,9 +74,9 @@ class Readiness:
         reasons: list[str] = []
         for realm in sorted(table.realms):
             found = [f"realm {realm.hex()}: no leader for {_range(gap)}" for gap in table.gaps(realm)]
-            if realm in self._guard.refused:
+            if realm in self._guard.realms.refused:
                 found.append(f"realm {realm.hex()}: used with another record-id key")
-            elif realm not in self._guard.allowed:
+            elif realm not in self._guard.realms.allowed:
                 found.append(f"realm {realm.hex()}: record-id key not checked yet")
             if not found:
                 return []

@@ -16,6 +16,7 @@ from juicebox_hsm.adapters.observation.logging import bind_context, unbind_conte
 from juicebox_hsm.adapters.observation.tracing import Traces, trace_id
 from juicebox_hsm.crypto.redacted import Secret
 from juicebox_hsm.errors import DecodingError
+from juicebox_hsm.host.forwarding import Answer
 from juicebox_hsm.ids import RealmId
 from juicebox_hsm.tenant_keys import event_user_id, record_id
 from juicebox_hsm.tokens import KeyLookup, RejectionReason, Scope, TokenCache, TokenRejection, ValidToken
@@ -34,7 +35,7 @@ from juicebox_hsm.wire.client import (
     encode_noise_request,
 )
 from roles.lb.context import Log, Meter
-from roles.lb.forward import Answer, Forwarder, Forwarding
+from roles.lb.forward import Forwarder, Forwarding
 from roles.lb.guard import RealmGuard
 
 VERSION_HEADER: Final = b"x-juicebox-version"
@@ -154,12 +155,12 @@ class ClientService:
 
     async def _is_served(self, realm: RealmId) -> bool:
         """Tell whether our record-id key is the realm's; a realm not seen yet is looked for once."""
-        if realm in self._guard.allowed:
+        if realm in self._guard.realms.allowed:
             return True
-        if realm not in self._guard.refused:
+        if realm not in self._guard.realms.refused:
             await self._forwarder.refresh()
             await self._guard.look()
-        return realm in self._guard.allowed
+        return realm in self._guard.realms.allowed
 
     def _job(self, message: ClientRequest, token: ValidToken) -> Forwarding:
         return Forwarding(

@@ -225,7 +225,7 @@ async def test_a_dead_group_costs_its_own_records_only(nursery: trio.Nursery, au
     leader = FakeAgent("tls://a", range=Range(low.start, low.end), script=[refuse(Refusal.NOT_LEADER)])
     balancer = Balancer(leader)
     await balancer.start(nursery)
-    assert balancer.poller.is_hopeless(REALM, high.start)
+    assert balancer.poller.table.is_hopeless(REALM, high.start, trio.current_time())
     began = trio.current_time()
     assert await balancer.forwarder.forward(job()) is UNAVAILABLE
     assert 1 <= trio.current_time() - began < 1.5

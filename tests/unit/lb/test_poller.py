@@ -1,85 +1,18 @@
-"""The routing table and its keeper (load-balancer.md 8)."""
+"""The routing table's keeper: its loops and waits (load-balancer.md 8). Its rules: `tests/host/test_routing.py`."""
 
 from __future__ import annotations
 
 import trio
-from hypothesis import given
-from hypothesis import strategies as st
 
 from juicebox_hsm.adapters.rpc import RpcUnreachable
-from juicebox_hsm.host.routing import AgentSlice, Route, build_table, slice_of
-from juicebox_hsm.ids import GroupId, OwnedRange, RecordId
-from juicebox_hsm.wire.rpc import Range
-from tests.unit.lb.harness import REALM, Balancer, FakeAgent, owned
+from juicebox_hsm.ids import RecordId
+from tests.unit.lb.harness import REALM, Balancer, FakeAgent
 
 RECORD = RecordId(b"\x55" * 32)
 
 
 def _urls(balancer: Balancer) -> list[str]:
     return [route.url for route in balancer.poller.table.candidates(REALM, RECORD)]
-
-
-def _route(first: int, last: int, url: str = "tls://a", starting: int = 1, committed: int = 1) -> Route:
-    return Route(GroupId(b"g" * 16), owned(first, last), url, starting, committed, 0.0)
-
-
-def test_only_leaders_with_a_range_make_routes() -> None:
-    """Witnesses, leaders without a range, leaders that step down and malformed ranges contribute nothing."""
-    for agent in (
-        FakeAgent("u", leads=False),
-        FakeAgent("u", range=None),
-        FakeAgent("u", range=Range(start=b"\xff" * 32, end=bytes(32))),
-        FakeAgent("u", range=Range(start=b"", end=b"")),
-        FakeAgent("u", realm=None),
-    ):
-        assert slice_of("u", agent.status(), 0.0, {}).routes == ()
-    (route,) = slice_of("u", FakeAgent("u").status(), 5.0, {}).routes
-    assert (route.url, route.since_s) == ("u", 5.0)
-    assert slice_of("u", FakeAgent("u").status(), 9.0, {route.key: 5.0}).routes[0].since_s == 5.0
-
-
-def test_stepping_down_is_no_leader() -> None:
-    """An HSM that is stepping down is not sent new requests."""
-    import msgspec
-
-    status = FakeAgent("u").status()
-    assert status.hsm is not None
-    assert status.hsm.realm is not None
-    group = status.hsm.realm.groups[0]
-    leaving = msgspec.structs.replace(group, role=msgspec.structs.replace(group.role, name="SteppingDown"))
-    realm = msgspec.structs.replace(status.hsm.realm, groups=[leaving])
-    changed = msgspec.structs.replace(status, hsm=msgspec.structs.replace(status.hsm, realm=realm))
-    assert slice_of("u", changed, 0.0, {}).routes == ()
-
-
-@given(
-    st.lists(
-        st.tuples(st.integers(0, 255), st.integers(0, 255), st.integers(0, 3), st.integers(0, 3)).filter(
-            lambda item: item[0] <= item[1]
-        ),
-        max_size=6,
-    )
-)
-def test_table_against_a_plain_search(items: list[tuple[int, int, int, int]]) -> None:
-    """Candidates and gaps agree with a search byte by byte, whatever ranges overlap."""
-    routes = [_route(first, last, f"u{n}", starting, done) for n, (first, last, starting, done) in enumerate(items)]
-    table = build_table([AgentSlice(REALM, tuple(routes))])
-    gaps = table.gaps(REALM)
-    for byte in range(256):
-        record = RecordId(bytes([byte]) + b"\x10" * 31)
-        covering = [route for route in routes if route.range.contains(record)]
-        found = table.candidates(REALM, record)
-        assert sorted(found, key=id) == sorted(covering, key=id)
-        claims = [(route.starting, route.committed) for route in found]
-        assert claims == sorted(claims, reverse=True)
-        assert any(gap.contains(record) for gap in gaps) is (not covering)
-        assert table.contested or len(found) <= 1
-    assert all(gap.is_valid for gap in gaps)
-
-
-def test_gaps_of_an_unknown_realm() -> None:
-    """A realm nobody leads is one gap."""
-    assert build_table([]).gaps(REALM) == [OwnedRange(RecordId(bytes(32)), RecordId(b"\xff" * 32))]
 
 
 async def test_polls_ten_times_a_second(nursery: trio.Nursery, autojump_clock: object) -> None:

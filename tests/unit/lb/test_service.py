@@ -229,7 +229,7 @@ async def test_fingerprint_waits_for_the_store(nursery: trio.Nursery, autojump_c
     assert (await balancer.service.answer(FakeRequest(body=body()))).status == 503
     balancer.settings.down = False
     await trio.sleep(3)
-    assert REALM in balancer.guard.allowed
+    assert REALM in balancer.guard.realms.allowed
 
 
 async def test_bad_tenant_key_isolates(nursery: trio.Nursery, autojump_clock: object) -> None:
