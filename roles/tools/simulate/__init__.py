@@ -1,0 +1,1 @@
+"""A whole realm in one thread, from one seed (docs/adr; ARCHITECTURE.md)."""

@@ -1,0 +1,1 @@
+"""The simulator's store and judge."""
