@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
+from juicebox_hsm.adapters.clock.retrying import budget, retrying
 from juicebox_hsm.consensus.types import LogEntry
 from juicebox_hsm.errors import DecodingError, RealmError, check
 from juicebox_hsm.host.log import Intent
+from juicebox_hsm.host.retry import STORE_RETRY
 from juicebox_hsm.hsm.messages import (
     AppRequest,
     AppRequestOk,
@@ -25,7 +27,6 @@ from juicebox_hsm.ids import RECORD_ID_BYTES, GroupId, RealmId, RecordId
 from juicebox_hsm.ports.errors import HsmGone
 from juicebox_hsm.wire.client import HandshakeRequest, decode_noise_request, encode_noise_response
 from juicebox_hsm.wire.rpc import App, AppOk, Refusal, Refused
-from roles.agent.retry import STORE_RETRY, retrying
 from roles.agent.state import APPEND_BATCH_MAX, UNCOMMITTED_MAX, GroupState, LeaderState, PendingRequest, Queued
 
 if TYPE_CHECKING:
@@ -135,7 +136,8 @@ async def run_requests(agent: Agent, group: GroupState, leader: LeaderState) -> 
         return
     records = [request.record_id for request in batch]
     try:
-        proofs = await agent.store.nodes.read_proofs(group.realm, last.partition, records)
+        with budget(_left_s(batch, began)):
+            proofs = await agent.store.nodes.read_proofs(group.realm, last.partition, records)
     except RealmError as error:
         agent.log.warning("proofs not read", group=group.group.hex(), error=str(error))
         for request in batch:
@@ -212,13 +214,20 @@ def _refuse(batch: list[PendingRequest], refused: Refused) -> None:
         request.fill(refused)
 
 
+def _left_s(batch: list[PendingRequest], now: float) -> float:
+    """Return how long the reads of a batch may be tried again: as long as its oldest request has left."""
+    for request in batch:
+        if request.retry_deadline is None:
+            request.retry_deadline = now + STORE_RETRY.total_s
+    return min(now if request.retry_deadline is None else request.retry_deadline for request in batch) - now
+
+
 def _again(agent: Agent, group: GroupState, leader: LeaderState, request: PendingRequest) -> None:
     """Try a request again with a fresh proof after its backoff; NoStore once the retry profile is exhausted."""
     now = trio.current_time()
     request.attempts += 1
-    if request.retry_deadline is None:
-        request.retry_deadline = now + STORE_RETRY.total_s
-    if STORE_RETRY.exhausted(request.attempts, STORE_RETRY.total_s - (request.retry_deadline - now)):
+    deadline = now if request.retry_deadline is None else request.retry_deadline
+    if STORE_RETRY.exhausted(request.attempts, STORE_RETRY.total_s - (deadline - now)):
         agent.metrics.count("agent.start_app_request.exhausted")
         request.refuse(Refusal.NO_STORE)
         return

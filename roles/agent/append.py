@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
+from juicebox_hsm.adapters.clock.retrying import retrying
 from juicebox_hsm.consensus.codec import encode_log_entry
 from juicebox_hsm.errors import RealmError
 from juicebox_hsm.host.log import AppendOutcome
 from juicebox_hsm.merkle.kernel import squash
 from juicebox_hsm.ports.errors import StoreAmbiguous
 from roles.agent.app import run_requests
-from roles.agent.retry import retrying
 from roles.agent.state import RECENT_ENTRIES_MAX, GroupState, LeaderState, Queued
 
 if TYPE_CHECKING:

@@ -16,10 +16,10 @@ import trio
 from juicebox_hsm.consensus.election import elect
 from juicebox_hsm.errors import RealmError, check
 from juicebox_hsm.host.log import LogRow
+from juicebox_hsm.host.retry import STORE_RETRY
 from juicebox_hsm.ids import HsmId
 from roles.agent.outbox import resolve_unknown, settle
 from roles.agent.replicate import other_members
-from roles.agent.retry import STORE_RETRY
 from roles.agent.state import GroupState, LeaderState
 
 if TYPE_CHECKING:

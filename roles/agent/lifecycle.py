@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final
 
+from juicebox_hsm.adapters.clock.retrying import retrying
 from juicebox_hsm.consensus.types import LogEntry, Witness
 from juicebox_hsm.errors import RealmError, check
 from juicebox_hsm.host.log import AppendOutcome
+from juicebox_hsm.host.retry import HSM_RETRY, STORE_RETRY
 from juicebox_hsm.hsm.messages import (
     JoinGroup,
     JoinRealm,
@@ -33,7 +36,6 @@ from juicebox_hsm.wire.rpc import (
     Refused,
 )
 from roles.agent.append import EMPTY_DELTA
-from roles.agent.retry import HSM_RETRY, retrying
 from roles.agent.state import GroupState
 
 if TYPE_CHECKING:
@@ -47,6 +49,10 @@ _REFUSALS = {
     Outcome.INVALID_STATEMENT: Refusal.INVALID_STATEMENT,
     Outcome.TOO_MANY_GROUPS: Refusal.TOO_MANY_GROUPS,
 }
+
+
+TABLES_RETRY: Final = replace(STORE_RETRY, total_s=120.0)
+"""Bigtable takes seconds for each of a realm's tables, and giving up costs a new HSM."""
 
 
 class RealmTablesFailed(RealmError):
@@ -92,7 +98,7 @@ async def handle_realm_new(agent: Agent) -> RealmCreated | Refused:
     check(agent.hsm_id is not None, "the HSM's id is known before methods are served")
     members = (HsmId(agent.hsm_id),) if agent.hsm_id is not None else ()
     try:
-        await retrying(lambda: agent.store.realms.create_realm(reply.realm))
+        await retrying(lambda: agent.store.realms.create_realm(reply.realm), TABLES_RETRY)
     except RealmError as error:
         raise RealmTablesFailed(f"realm {reply.realm.hex()}: {error}; initialise this HSM again") from error
     refused = await _append_first(agent, reply.realm, reply.group, reply.entry, reply.delta)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
+from juicebox_hsm.adapters.clock.retrying import retrying
 from juicebox_hsm.adapters.observation.logging import bind_context
 from juicebox_hsm.consensus.types import LogEntry
 from juicebox_hsm.errors import RealmError
@@ -23,7 +24,6 @@ from juicebox_hsm.host.log import Intent
 from juicebox_hsm.host.services import Lease
 from juicebox_hsm.hsm.messages import ResultKind, ResultType
 from juicebox_hsm.ids import GroupId, RealmId
-from roles.agent.retry import retrying
 from roles.agent.state import GroupState, LeaderState, PendingRequest
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ import trio
 
 from juicebox_hsm.consensus.types import Leader, LogEntry, Partition, RoleStatus, SteppingDown, TransferringOut
 from juicebox_hsm.errors import RealmError, check
+from juicebox_hsm.host.retry import STORE_RETRY
 from juicebox_hsm.host.tree import TreeSide
 from juicebox_hsm.hsm.messages import (
     CancelPreparedTransfer,
@@ -47,7 +48,6 @@ from juicebox_hsm.wire.rpc import (
     TransferredOut,
 )
 from roles.agent.append import EMPTY_DELTA
-from roles.agent.retry import STORE_RETRY
 from roles.agent.state import GroupState, LeaderState, Queued
 
 if TYPE_CHECKING:

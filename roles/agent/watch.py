@@ -18,6 +18,7 @@ from juicebox_hsm.consensus.codec import decode_captured
 from juicebox_hsm.consensus.types import Captured, LogEntry
 from juicebox_hsm.errors import RealmError, check
 from juicebox_hsm.host.log import Compacted
+from juicebox_hsm.host.retry import STORE_RETRY
 from juicebox_hsm.hsm.messages import (
     CaptureJump,
     CaptureJumpOk,
@@ -32,7 +33,6 @@ from juicebox_hsm.ids import HsmId
 from juicebox_hsm.ports.errors import HsmGone
 from juicebox_hsm.wire.rpc import AGENT_METHODS, CapturedReply, GroupCall
 from roles.agent.oneshot import Signal
-from roles.agent.retry import STORE_RETRY
 from roles.agent.state import GroupState
 
 if TYPE_CHECKING:

@@ -12,11 +12,11 @@ from google.cloud.bigtable_v2.types.bigtable import CheckAndMutateRowResponse
 
 from juicebox_hsm.adapters.bigtable.backend import Tuning, open_bigtable
 from juicebox_hsm.adapters.bigtable.driver import CallFailed, Metadata, Transport
-from juicebox_hsm.adapters.bigtable.retry import RetryProfile
+from juicebox_hsm.host.retry import RetryProfile
 from juicebox_hsm.ports.store import Store
 
 _instances = itertools.count(1)
-QUICK_RETRY = RetryProfile(first_s=0.001, most_s=0.01, attempts_max=6, total_s=5.0)
+QUICK_RETRY = RetryProfile(first_s=0.001, cap_s=0.01, attempts_max=6, total_s=5.0)
 
 
 class BigtableBackend:

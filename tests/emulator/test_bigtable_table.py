@@ -29,9 +29,10 @@ from juicebox_hsm.adapters.bigtable.codec import (
 from juicebox_hsm.adapters.bigtable.driver import Driver
 from juicebox_hsm.adapters.bigtable.keys import realm_tables, whole_table
 from juicebox_hsm.adapters.bigtable.realms import BigtableRealms
-from juicebox_hsm.adapters.bigtable.retry import NoSuchTable, RetryProfile
+from juicebox_hsm.adapters.bigtable.retry import NoSuchTable
 from juicebox_hsm.adapters.bigtable.table import Endpoint, Table
 from juicebox_hsm.errors import InvariantViolation
+from juicebox_hsm.host.retry import RetryProfile
 from juicebox_hsm.ids import RealmId
 from juicebox_hsm.ports.errors import StoreAmbiguous, StoreInvalid, StoreUnavailable
 from tests.emulator.bigtable_backend import QUICK_RETRY, Faults

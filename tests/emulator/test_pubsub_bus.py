@@ -15,7 +15,6 @@ import trio
 from google.pubsub_v1.types import pubsub as messages
 
 from juicebox_hsm.adapters.bigtable.driver import CallFailed, Metadata
-from juicebox_hsm.adapters.bigtable.retry import RetryProfile
 from juicebox_hsm.adapters.google.calls import Access, GoogleCalls, open_calls
 from juicebox_hsm.adapters.observation.metrics import Metrics
 from juicebox_hsm.adapters.pubsub import codec
@@ -23,6 +22,7 @@ from juicebox_hsm.adapters.pubsub.bus import PUBSUB, PubSubBus, open_pubsub
 from juicebox_hsm.adapters.pubsub.codec import Names
 from juicebox_hsm.adapters.sqlite.backend import open_sqlite
 from juicebox_hsm.host.events import OutboxEvent
+from juicebox_hsm.host.retry import RetryProfile
 from juicebox_hsm.ports.errors import StoreInvalid, StoreUnavailable
 from juicebox_hsm.ports.event_bus import BusEvent
 from juicebox_hsm.ports.store import Store
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.emulator
 store = contract.store
 DAY_S = 86_400
 _projects = itertools.count(1)
-QUICK = RetryProfile(first_s=0.01, most_s=0.05, attempts_max=3, total_s=2.0)
+QUICK = RetryProfile(first_s=0.01, cap_s=0.05, attempts_max=3, total_s=2.0)
 _GetSubscription: Any = messages.GetSubscriptionRequest.pb()
 _Subscription: Any = messages.Subscription.pb()
 _Topic: Any = messages.Topic.pb()

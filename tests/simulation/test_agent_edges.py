@@ -15,6 +15,7 @@ import roles.agent.app as app_module
 from juicebox_hsm.consensus.codec import decode_captured, encode_log_entry
 from juicebox_hsm.consensus.types import Partition
 from juicebox_hsm.crypto.noise import Initiator
+from juicebox_hsm.host.retry import RetryProfile
 from juicebox_hsm.host.services import TenantLimits
 from juicebox_hsm.host.tree import TreeSide
 from juicebox_hsm.hsm.messages import CaptureNext, PersistState, Request, Response
@@ -39,7 +40,6 @@ from juicebox_hsm.wire.rpc import (
 )
 from roles.agent.leader import hand_over
 from roles.agent.outbox import Dispatcher
-from roles.agent.retry import RetryProfile
 from tests.simulation.cluster import KEEP_EVENTS, QUICK, TENANT, SimAgent, Simulation, simulation, until
 from tests.simulation.test_agent_groups import all_at_end
 from tests.simulation.test_agent_leaders import blind

@@ -36,7 +36,7 @@ from juicebox_hsm.adapters.bigtable.nodes import TreeNodes
 from juicebox_hsm.adapters.bigtable.outbox import BigtableOutbox
 from juicebox_hsm.adapters.bigtable.published import BigtablePublished
 from juicebox_hsm.adapters.bigtable.realms import BigtableRealms
-from juicebox_hsm.adapters.bigtable.retry import STORE_RETRY, RetryProfile
+from juicebox_hsm.adapters.bigtable.retry import BIGTABLE_RETRY
 from juicebox_hsm.adapters.bigtable.settled import Settled
 from juicebox_hsm.adapters.bigtable.stats import BigtableStats
 from juicebox_hsm.adapters.bigtable.table import CALL_S, Endpoint
@@ -45,6 +45,7 @@ from juicebox_hsm.adapters.observation.metrics import Metrics
 from juicebox_hsm.adapters.stores.embedded_bus import EmbeddedBus
 from juicebox_hsm.adapters.stores.node_tuning import DEFAULT_NODE_TUNING, NodeTuning
 from juicebox_hsm.errors import LocalError
+from juicebox_hsm.host.retry import RetryProfile
 from juicebox_hsm.ports.store import Store
 
 EMULATOR_VARIABLE: Final = "BIGTABLE_EMULATOR_HOST"
@@ -90,7 +91,7 @@ class Tuning:
 
     deletion_delay_s: float = DELAY_S
     call_s: float = CALL_S
-    retry: RetryProfile = STORE_RETRY
+    retry: RetryProfile = BIGTABLE_RETRY
     wrap: Callable[[Transport], Transport] | None = None
 
 

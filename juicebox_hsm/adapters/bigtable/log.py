@@ -111,12 +111,13 @@ class BigtableLog:
     ) -> AppendOutcome:
         """Append a batch with its intents, its nodes before it; CONFLICT unless it follows the log's last entry.
 
-        Not cancelled half-way: deadlines and retry budgets bound it to about a minute. One caller at a time per group.
+        Not cancelled half-way: one retry budget for all its calls, and their deadlines, bound it. One caller at a time
+        per group.
         """
         check_batch(entries, intents)
         changes = delta_rows(delta)
         tail = (realm, group)
-        with trio.CancelScope(shield=True):
+        with trio.CancelScope(shield=True), self._table(realm).budget():
             if not await self._follows(realm, group, entries[0]):
                 return AppendOutcome.CONFLICT
             with self._inner.measured():

@@ -44,7 +44,7 @@ from juicebox_hsm.adapters.bigtable.outbox_rows import (
     number,
 )
 from juicebox_hsm.adapters.bigtable.outbox_table import OutboxTable
-from juicebox_hsm.adapters.bigtable.retry import Attempts
+from juicebox_hsm.adapters.bigtable.retry import CallAttempts
 from juicebox_hsm.adapters.bigtable.settled import Settled
 from juicebox_hsm.adapters.bigtable.table import Endpoint
 from juicebox_hsm.errors import check
@@ -107,7 +107,7 @@ class BigtableOutbox:
         for event in events:
             by_tenant[event.tenant].append(event)
         tails: dict[str, int] = {}
-        with trio.CancelScope(shield=True):
+        with trio.CancelScope(shield=True), self._table.of(realm).budget():
             for tenant, own in by_tenant.items():
                 for at in range(0, len(own), ROW_EVENTS_MAX):
                     try:
@@ -292,7 +292,7 @@ class BigtableOutbox:
         return await self._table.of(realm).read_row(keys.cursor_key(tenant), Selection(cells_per_column=1))
 
     async def _put_cursor(
-        self, realm: RealmId, tenant: bytes, before: Cursor, after: Cursor, day: str, attempts: Attempts
+        self, realm: RealmId, tenant: bytes, before: Cursor, after: Cursor, day: str, attempts: CallAttempts
     ) -> bool:
         """Write a cursor over the one it was made from; False if that is not there any more."""
         key = keys.cursor_key(tenant)

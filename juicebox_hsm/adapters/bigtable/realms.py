@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any, Final
 
 import trio
@@ -11,7 +12,7 @@ from juicebox_hsm.adapters.bigtable import keys
 from juicebox_hsm.adapters.bigtable.cluster import SELF_TEST, SETTINGS, SHARED_TABLES
 from juicebox_hsm.adapters.bigtable.codec import AnyValueEquals, DeleteRow, RowExists, SetCell
 from juicebox_hsm.adapters.bigtable.driver import CallFailed, Metadata, Transport
-from juicebox_hsm.adapters.bigtable.retry import Attempts, NoSuchTable, RetryProfile
+from juicebox_hsm.adapters.bigtable.retry import BIGTABLE_RETRY, CallAttempts, NoSuchTable
 from juicebox_hsm.adapters.bigtable.table import Endpoint, Table
 from juicebox_hsm.errors import LocalError
 from juicebox_hsm.ids import ID_BYTES, RealmId
@@ -28,7 +29,7 @@ USER_VERSIONS: Final = 120
 """Cells of a record that stay whatever their age: one for each day of 116 and today, the newest from before, and two to
 spare for late writers (decision record 0022)."""
 PAGE_TABLES: Final = 1_000
-SELF_TEST_RETRY: Final = RetryProfile(total_s=8.0)
+SELF_TEST_RETRY: Final = replace(BIGTABLE_RETRY, total_s=8.0)
 
 
 def _messages() -> Any:
@@ -72,7 +73,7 @@ class BigtableRealms:
         request = messages.CreateTableRequest.pb()(
             parent=self._endpoint.instance, table_id=name, table={"column_families": _families(name)}
         ).SerializeToString()
-        attempts = Attempts(f"create table {name}")
+        attempts = CallAttempts(f"create table {name}")
         while True:
             try:
                 await self._admin.unary(CREATE_TABLE, request, self._headers(), CREATE_S)
@@ -122,7 +123,7 @@ class BigtableRealms:
                 return sorted(found)
 
     async def _list(self, request: bytes) -> bytes:
-        attempts = Attempts("list tables")
+        attempts = CallAttempts("list tables")
         while True:
             try:
                 return await self._admin.unary(LIST_TABLES, request, self._headers(), self._endpoint.call_s)

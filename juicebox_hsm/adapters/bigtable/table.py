@@ -8,6 +8,7 @@ harmless to repeat), `StoreAmbiguous` (a conditional write may have happened), `
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Final
 from urllib.parse import quote
 
@@ -28,8 +29,10 @@ from juicebox_hsm.adapters.bigtable.codec import (
     SetCell,
 )
 from juicebox_hsm.adapters.bigtable.driver import CallFailed, Metadata, Transport
-from juicebox_hsm.adapters.bigtable.retry import REFUSED, RETRYABLE, STORE_RETRY, Attempts, RetryProfile, translate
+from juicebox_hsm.adapters.bigtable.retry import BIGTABLE_RETRY, REFUSED, RETRYABLE, CallAttempts, translate
+from juicebox_hsm.adapters.clock.retrying import budget
 from juicebox_hsm.errors import check
+from juicebox_hsm.host.retry import RetryProfile
 from juicebox_hsm.ports.errors import StoreAmbiguous, StoreInvalid, StoreUnavailable
 
 CALL_S: Final = 20.0
@@ -57,7 +60,7 @@ class Endpoint:
         instance: str,
         profile: str = "",
         call_s: float = CALL_S,
-        retry: RetryProfile = STORE_RETRY,
+        retry: RetryProfile = BIGTABLE_RETRY,
     ) -> None:
         self.transport = transport
         self.authorization = authorization
@@ -98,11 +101,15 @@ class Table:
         self._endpoint.tables.add(self._full)
         return self._routing + self._endpoint.authorization.metadata()
 
-    def attempts(self, what: str) -> Attempts:
+    def attempts(self, what: str) -> CallAttempts:
         """Begin to count the attempts of one operation on this table."""
-        return Attempts(what, self._retry)
+        return CallAttempts(what, self._retry)
 
-    async def _after(self, failure: CallFailed, attempts: Attempts, renewed: list[bool]) -> None:
+    def budget(self) -> AbstractContextManager[None]:
+        """Let the calls of the block share the time that one of them has to be tried again."""
+        return budget(self._retry.total_s)
+
+    async def _after(self, failure: CallFailed, attempts: CallAttempts, renewed: list[bool]) -> None:
         """Wait for the next attempt of a call that may be repeated; raises what the failure means if there is none."""
         if failure.code == "UNAUTHENTICATED" and not renewed:
             renewed.append(True)

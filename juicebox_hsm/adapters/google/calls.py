@@ -17,10 +17,12 @@ import trio
 from juicebox_hsm.adapters.bigtable.auth import ApplicationDefault, Authorization, NoAuthorization
 from juicebox_hsm.adapters.bigtable.channel import DEFAULT_CHANNEL_TUNING, ChannelTransport, ChannelTuning
 from juicebox_hsm.adapters.bigtable.driver import CallFailed, Driver, Transport
-from juicebox_hsm.adapters.bigtable.retry import REFUSED, RETRYABLE, Attempts, RetryProfile
+from juicebox_hsm.adapters.bigtable.retry import REFUSED, RETRYABLE
+from juicebox_hsm.adapters.clock.retrying import Attempts
 from juicebox_hsm.adapters.observation.metrics import Metrics
 from juicebox_hsm.adapters.observation.retry_metrics import Family
 from juicebox_hsm.errors import LocalError
+from juicebox_hsm.host.retry import RetryProfile
 from juicebox_hsm.ports.errors import StoreInvalid, StoreUnavailable
 
 CALL_S: Final = 20.0
@@ -118,7 +120,7 @@ class GoogleCalls:
         name, value = routing
         header = ("x-goog-request-params", f"{name}={quote(value, safe='')}")
         what = f"{self._service.name} {method.rpartition('/')[2]}"
-        attempts, renewed = Attempts(what, retry), False
+        attempts, renewed = Attempts(retry), False
         while True:
             try:
                 return await self._transport.unary(

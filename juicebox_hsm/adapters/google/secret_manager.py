@@ -15,11 +15,11 @@ import trio
 from google.cloud.secretmanager_v1.types import resources as _resources
 from google.cloud.secretmanager_v1.types import service as _messages
 
-from juicebox_hsm.adapters.bigtable.retry import RetryProfile
 from juicebox_hsm.adapters.google.calls import Access, GoogleCalls, Service, open_calls, scopes
 from juicebox_hsm.adapters.observation.metrics import Metrics
 from juicebox_hsm.adapters.tenants.secrets_file import HeldSecrets, SecretsLog, SecretsMetrics
 from juicebox_hsm.errors import RealmError
+from juicebox_hsm.host.retry import RetryProfile
 from juicebox_hsm.tenant_keys import (
     RECORD_ID_KEY_NAME,
     TENANT_NAME_PREFIX,
@@ -33,7 +33,7 @@ REFRESH_S: Final = 60.0
 READS_MAX: Final = 16
 PAGE: Final = 1_000
 VERSION_DIGITS_MAX: Final = 19
-RETRY: Final = RetryProfile(first_s=0.05, most_s=2.0, attempts_max=200, total_s=120.0)
+RETRY: Final = RetryProfile(first_s=0.05, attempts_max=200, total_s=120.0, spread=0.2)
 
 RECORD_ID_KIND: Final = "record_id_randomization_key"
 TENANT_KIND: Final = "tenant_auth_key"

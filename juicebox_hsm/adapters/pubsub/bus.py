@@ -19,7 +19,6 @@ from typing import Final
 import trio
 
 from juicebox_hsm.adapters.bigtable.driver import CallFailed
-from juicebox_hsm.adapters.bigtable.retry import RetryProfile
 from juicebox_hsm.adapters.google.calls import Access, GoogleCalls, Service, open_calls, scopes
 from juicebox_hsm.adapters.observation.logging import get_logger
 from juicebox_hsm.adapters.observation.metrics import Metrics
@@ -27,6 +26,7 @@ from juicebox_hsm.adapters.pubsub import codec
 from juicebox_hsm.adapters.pubsub.codec import Names
 from juicebox_hsm.errors import RealmError
 from juicebox_hsm.host.events import EVENT_KEPT_MS, OutboxEvent
+from juicebox_hsm.host.retry import RetryProfile
 from juicebox_hsm.ids import RealmId
 from juicebox_hsm.ports.errors import StoreUnavailable
 from juicebox_hsm.ports.event_bus import BusEvent
@@ -41,8 +41,8 @@ PUBSUB: Final = Service(
     {codec.CREATE_TOPIC: "pubsub.create_topic", codec.CREATE_SUBSCRIPTION: "pubsub.create_subscription"},
 )
 
-RETRY: Final = RetryProfile(first_s=0.05, most_s=2.0, attempts_max=50, total_s=30.0)
-READ_RETRY: Final = RetryProfile(first_s=0.05, most_s=1.0, attempts_max=8, total_s=5.0)
+RETRY: Final = RetryProfile(first_s=0.05, spread=0.2)
+READ_RETRY: Final = RetryProfile(first_s=0.05, cap_s=1.0, attempts_max=8, total_s=5.0, spread=0.2)
 """Own: who reads has its own client waiting, and asks again."""
 BATCH_MAX: Final = 100
 """Messages per request (operator-tools.md 6.1)."""

@@ -5,6 +5,7 @@ Calls to a peer in backoff fail at once with the last reason: callers know other
 
 from __future__ import annotations
 
+import math
 import random
 import ssl
 import time
@@ -24,12 +25,17 @@ from juicebox_hsm.adapters.rpc.streams import describe
 from juicebox_hsm.adapters.tls.cluster_tls import ClusterTls, peer_identity
 from juicebox_hsm.adapters.tls.streams import SocketStream, TlsStream
 from juicebox_hsm.errors import PeerError
+from juicebox_hsm.host.retry import RetryProfile
 from juicebox_hsm.wire.rpc import Method, PeerRole
 
 HTTP_OK: Final = 200  # how a metric that was made for HTTP calls success
 CONNECT_S: Final = 2.0  # own: name, TCP and TLS; and again for the hello
-BACKOFF_FIRST_S: Final = 0.02  # own: a restarting process is back within a second or so
-BACKOFF_MAX_S: Final = 1.0  # own: a peer that is back must be found within the failover target
+RECONNECT: Final = RetryProfile(first_s=0.03, cap_s=0.75, attempts_max=None, total_s=math.inf, spread=1 / 3)
+"""Own: 20 to 40 ms at first, since a restarting process is soon back; at most 1 s, since a peer that is
+back must be found within the failover target. The spread keeps peers of a restarted process from coming back in step.
+"""
+SETTLED_S: Final = 1.0
+"""A stream that lived this long was no failure."""
 PEERS_MAX: Final = 1024  # own: addresses come from discovery; old ones are dropped when this many are known
 SERVERS: Final = frozenset({PeerRole.AGENT, PeerRole.MANAGER})  # decision record: who serves RPC at all
 
@@ -189,10 +195,9 @@ class RpcPool:
             peer.connecting = None
             peer.scope = None
             lived_s = trio.current_time() - opened_at if opened_at and peer.failures == 0 else 0.0
-            peer.failures = 0 if lived_s > BACKOFF_MAX_S else peer.failures + 1
-            backoff_s = min(BACKOFF_FIRST_S * 2 ** min(peer.failures, 10), BACKOFF_MAX_S) if peer.failures else 0.0
-            # Jitter keeps the peers of a restarted process from coming back in step; it is no secret.
-            peer.retry_at = trio.current_time() + backoff_s * random.uniform(0.5, 1.0)  # noqa: S311
+            peer.failures = 0 if lived_s > SETTLED_S else peer.failures + 1
+            backoff_s = RECONNECT.delay_s(peer.failures, random.random()) if peer.failures else 0.0  # noqa: S311 - no secret
+            peer.retry_at = trio.current_time() + backoff_s
             if connecting is not None:
                 connecting.set()
 

@@ -10,16 +10,17 @@ import grpc
 import pytest
 import trio
 
-from juicebox_hsm.adapters.bigtable.retry import RetryProfile
 from juicebox_hsm.adapters.google.calls import Access, open_calls
 from juicebox_hsm.adapters.google.secret_manager import SECRET_MANAGER, CloudSecrets
 from juicebox_hsm.adapters.observation.metrics import Metrics
 from juicebox_hsm.errors import RealmError
+from juicebox_hsm.host.retry import RetryProfile
 from juicebox_hsm.ports.errors import StoreUnavailable
 from juicebox_hsm.tenant_keys import RECORD_ID_KEY_NAME, SecretAlgorithm, SecretError
 from tests.fakes.secret_manager import SecretManager
 
-QUICK = RetryProfile(first_s=0.01, most_s=0.02, attempts_max=3, total_s=5.0)
+ATTEMPTS = 3
+QUICK = RetryProfile(first_s=0.01, cap_s=0.02, attempts_max=ATTEMPTS, total_s=5.0)
 
 
 def payload(data: str = "00ff" * 16, algorithm: str = "HmacSha256", encoding: str = "Hex") -> str:
@@ -144,7 +145,7 @@ async def test_an_outage_keeps_everything(server: SecretManager, secrets: CloudS
     server.fail = {"ListSecrets"}
     listed = server.count("ListSecrets")
     await secrets.refresh()
-    assert server.count("ListSecrets") == listed + QUICK.attempts_max
+    assert server.count("ListSecrets") == listed + ATTEMPTS
     assert sorted(secrets.versions("tenant-acme")) == [1]
     server.fail = {"ListSecretVersions"}
     await secrets.refresh()
@@ -228,7 +229,7 @@ async def test_calls_are_measured(server: SecretManager, recorder: Recorder) -> 
     family = "secret_manager.google.list_secrets"
     assert metrics.timer(f"{family}.time", result="exhausted").count == 1
     assert metrics.counter(f"{family}.exhausted_errors").value == 1
-    assert metrics.counter(f"{family}.retryable_errors").value == QUICK.attempts_max
+    assert metrics.counter(f"{family}.retryable_errors").value == ATTEMPTS
 
 
 async def test_nobody_answers(recorder: Recorder) -> None:

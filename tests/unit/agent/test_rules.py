@@ -12,16 +12,14 @@ import trio
 from juicebox_hsm.adapters.observation.dogstatsd import send_metrics
 from juicebox_hsm.adapters.observation.metrics import Metrics
 from juicebox_hsm.consensus.types import Captured, Leader, RoleStatus, SteppingDown, Witness
-from juicebox_hsm.errors import RealmError
 from juicebox_hsm.host.events import EventKind, NewEvent, OutboxEvent
 from juicebox_hsm.hsm.messages import GroupStatus, RealmStatus, ResultKind, ResultType, StatusOk
 from juicebox_hsm.ids import GroupId, HsmId, RealmId, RecordId
-from juicebox_hsm.ports.errors import HsmGone, StoreInvalid, StoreUnavailable
+from juicebox_hsm.ports.errors import HsmGone
 from juicebox_hsm.wire.client import TransportRequest
 from roles.agent.compact import compactible_rows, compaction_index
 from roles.agent.context import Agent, Timings
 from roles.agent.outbox import by_day, client_event, note_backlog, tenant_event
-from roles.agent.retry import STORE_RETRY, RetryProfile, retrying
 from roles.agent.state import Groups, GroupState, LeaderState, PendingRequest
 from roles.agent.transfer import still_ours
 from roles.agent.watchdog import suspects, watchdog
@@ -150,44 +148,6 @@ def test_backlog_bounds(rows: int, age_s: float, warns: bool, full: bool) -> Non
     assert (bool(agent.outbox_warning), agent.outbox_full) == (warns, full)
     note_backlog(cast("Agent", agent), 0, 0.0)
     assert (agent.outbox_warning, agent.outbox_full) == ("", False)
-
-
-def test_store_profile() -> None:
-    """10 ms doubling to 2 s, 50 attempts, 30 s."""
-    assert [STORE_RETRY.delay_s(attempt) for attempt in (1, 2, 3, 8, 9, 1000)] == [0.01, 0.02, 0.04, 1.28, 2.0, 2.0]
-    assert not STORE_RETRY.exhausted(49, 29.9)
-    assert STORE_RETRY.exhausted(50, 0.0)
-    assert STORE_RETRY.exhausted(1, 30.0)
-    assert not RetryProfile(0.001, 1.0, None, 60.0).exhausted(10**6, 59.0)
-
-
-async def test_retrying_stops_at_what_cannot_pass(autojump_clock: trio.testing.MockClock) -> None:
-    """Passing errors are retried, others and the last one allowed are raised."""
-    failures: list[RealmError] = [StoreUnavailable("a"), StoreUnavailable("b")]
-
-    async def works_third_time() -> str:
-        if failures:
-            raise failures.pop()
-        return "done"
-
-    assert await retrying(works_third_time) == "done"
-
-    async def never() -> None:
-        calls.append(1)
-        raise StoreUnavailable("down")
-
-    calls: list[int] = []
-    began = trio.current_time()
-    with pytest.raises(StoreUnavailable):
-        await retrying(never)
-    assert trio.current_time() - began <= 32
-    assert len(calls) <= 50
-
-    async def invalid() -> None:
-        raise StoreInvalid("no")
-
-    with pytest.raises(StoreInvalid):
-        await retrying(invalid)
 
 
 @pytest.mark.parametrize(

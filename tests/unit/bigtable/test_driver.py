@@ -14,8 +14,9 @@ import trio.testing
 from juicebox_hsm.adapters.bigtable import auth
 from juicebox_hsm.adapters.bigtable.auth import ApplicationDefault, NoAuthorization
 from juicebox_hsm.adapters.bigtable.driver import CallFailed, Driver
-from juicebox_hsm.adapters.bigtable.retry import Attempts, NoSuchTable, RetryProfile, translate
+from juicebox_hsm.adapters.bigtable.retry import CallAttempts, NoSuchTable, translate
 from juicebox_hsm.adapters.observation.metrics import Metrics
+from juicebox_hsm.host.retry import RetryProfile
 from juicebox_hsm.ports.errors import StoreInvalid, StoreUnavailable
 
 
@@ -111,21 +112,21 @@ def test_failures_become_the_ports_errors(code: str, error: type[Exception]) -> 
 async def test_attempts_end(autojump_clock: trio.testing.MockClock) -> None:
     """Passing failures are waited out with growing pauses until number or time is used up; others end at once."""
     passing = CallFailed("UNAVAILABLE", "")
-    attempts = Attempts("x", RetryProfile(attempts_max=4, first_s=1, most_s=3, total_s=100))
+    attempts = CallAttempts("x", RetryProfile(attempts_max=4, first_s=1, cap_s=3, total_s=100, spread=0.2))
     begun = trio.current_time()
     for _ in range(3):
         await attempts.after(passing)
     assert 0.8 * 6 <= trio.current_time() - begun <= 1.2 * 6
     with pytest.raises(StoreUnavailable):
         await attempts.after(passing)
-    attempts = Attempts("x", RetryProfile(attempts_max=1000, first_s=1, most_s=1, total_s=10))
+    attempts = CallAttempts("x", RetryProfile(attempts_max=1000, first_s=1, cap_s=1, total_s=10, spread=0.2))
     begun = trio.current_time()
     with pytest.raises(StoreUnavailable):  # noqa: PT012 - which attempt is the last is the question
         while True:
             await attempts.after(passing)
     assert 10 <= trio.current_time() - begun <= 12
     with pytest.raises(StoreInvalid):
-        await Attempts("x").after(CallFailed("INVALID_ARGUMENT", ""))
+        await CallAttempts("x").after(CallFailed("INVALID_ARGUMENT", ""))
 
 
 async def inline(work: Callable[[], None]) -> None:

@@ -19,16 +19,17 @@ from juicebox_hsm.adapters.bigtable.auth import ApplicationDefault
 from juicebox_hsm.adapters.bigtable.channel import ChannelTransport
 from juicebox_hsm.adapters.bigtable.codec import RowExists, SetCell
 from juicebox_hsm.adapters.bigtable.driver import CallFailed, Driver
-from juicebox_hsm.adapters.bigtable.retry import NoSuchTable, RetryProfile
+from juicebox_hsm.adapters.bigtable.retry import NoSuchTable
 from juicebox_hsm.adapters.bigtable.table import Endpoint, Table
 from juicebox_hsm.adapters.bigtable.warming import warm_channel
 from juicebox_hsm.adapters.google.calls import GoogleCalls, Service
+from juicebox_hsm.host.retry import RetryProfile
 from juicebox_hsm.ports.errors import StoreUnavailable
 from tests.fakes.google_service import Call, GoogleService
 
 INSTANCE = "projects/p/instances/i"
 PUBLISH = "/google.pubsub.v1.Publisher/Publish"
-QUICK = RetryProfile(first_s=0.01, most_s=0.02, attempts_max=3, total_s=5.0)
+QUICK = RetryProfile(first_s=0.01, cap_s=0.02, attempts_max=3, total_s=5.0)
 CELL = (SetCell("f", b"q", b"v"),)
 
 
