@@ -1,9 +1,4 @@
-"""Keep every group led: the periodic pass and the `leader_lost` hint (manager.md 3).
-
-Hysteresis: the pass acts on a leaderless group when somebody announced it, when every member answered and none leads,
-or when two reads at least a second apart agree. One lost status reply therefore never starts a duel, and a leader
-that is stepping down has a moment to finish what it has in flight.
-"""
+"""Keep every group led: the periodic pass and the `leader_lost` hint (manager.md 3)."""
 
 from __future__ import annotations
 
@@ -13,15 +8,23 @@ from typing import Final
 import trio
 
 from juicebox_hsm.errors import RealmError
-from juicebox_hsm.host.cluster.view import ClusterView, GroupKey, GroupView
+from juicebox_hsm.host.cluster.appointment import (
+    is_led,
+    leaderless_since,
+    orphans,
+    served,
+    still_leaderless,
+    urls_to_ask,
+)
+from juicebox_hsm.host.cluster.leases import group_lease
+from juicebox_hsm.host.cluster.view import ClusterView, GroupKey, GroupView, name_of
 from juicebox_hsm.ids import GroupId, HsmId, RealmId
 from juicebox_hsm.wire.rpc import LeaderLost
 from roles.manager.assign import assign
-from roles.manager.context import ManagerContext, text
-from roles.manager.leases import LeaseBusy, group_lease, management_lease
+from roles.manager.context import ManagerContext
+from roles.manager.leases import LeaseBusy, management_lease
 from roles.survey.overview import HINT_TIMEOUT_S, STATUS_TIMEOUT_S, ask_agents, discovered_agents, read_overview
 
-CONFIRM_AFTER_S: Final = 1.0
 PARALLEL_GROUPS_MAX: Final = 16
 HINT_ATTEMPTS_MAX: Final = 5
 HINT_RETRY_S: Final = 0.2
@@ -42,29 +45,17 @@ class Appointer:
         view = await read_overview(context.store, context.rpc, context.now_ms(), STATUS_TIMEOUT_S)
         remember_urls(context, view)
         # Announced before we looked, and led: the announcement has served. What was announced since stays.
-        context.state.announced -= {key for key in announced if key in view.groups and view.groups[key].leader}
-        orphans = self.orphans(view, trio.current_time())
+        context.state.announced -= served(announced, view)
         extra_work: dict[HsmId, int] = {}
         limiter = trio.CapacityLimiter(PARALLEL_GROUPS_MAX)
         async with trio.open_nursery() as nursery:
-            for group in orphans:
+            for group in self.orphans(view, trio.current_time()):
                 nursery.start_soon(self._lead_one, limiter, view, group, extra_work)
 
     def orphans(self, view: ClusterView, now_s: float) -> list[GroupView]:
         """Return the groups to act on now; `now_s` is monotonic. Remembers what it saw for the next read."""
-        found = []
-        leaderless = {group.key: group for group in view.groups.values() if group.leader is None}
-        for key in list(self._leaderless_since):
-            if key not in leaderless:
-                del self._leaderless_since[key]
-        for key, group in sorted(leaderless.items()):
-            since = self._leaderless_since.setdefault(key, now_s)
-            confirmed = now_s - since >= CONFIRM_AFTER_S
-            finishing = any(member.info.role.name == "SteppingDown" for member in group.members)
-            certain = (group.is_complete or key in self._context.state.announced) and not finishing
-            if confirmed or certain:
-                found.append(group)
-        return found
+        self._leaderless_since = leaderless_since(self._leaderless_since, view, now_s)
+        return orphans(view, self._leaderless_since, self._context.state.announced, now_s)
 
     async def _lead_one(
         self, limiter: trio.CapacityLimiter, view: ClusterView, group: GroupView, extra_work: dict[HsmId, int]
@@ -73,22 +64,20 @@ class Appointer:
         async with limiter:
             try:
                 async with management_lease(context, group_lease(group.key)):
-                    current = await self._still_leaderless(view, group)
+                    current = await self._still_leaderless(group)
                     if current is not None:
                         await assign(context, view, current, extra_work=extra_work)
             except LeaseBusy:
-                context.log.debug("group is being worked on", group=text(group.key))
+                context.log.debug("group is being worked on", group=name_of(group.key))
             except RealmError as error:
                 context.meter.count("manager.loop.errors", loop="leaders")
-                context.log.warning("appointment failed", group=text(group.key), error=str(error))
+                context.log.warning("appointment failed", group=name_of(group.key), error=str(error))
 
-    async def _still_leaderless(self, view: ClusterView, group: GroupView) -> GroupView | None:
+    async def _still_leaderless(self, group: GroupView) -> GroupView | None:
         """Look again under the lease: whoever held it before us may have appointed a leader meanwhile."""
         urls = [member.url for member in group.members]
-        fresh = (await ask_agents(self._context.rpc, urls, HINT_TIMEOUT_S)).groups.get(group.key)
-        if fresh is None:
-            return group if group.key in view.groups else None
-        return fresh if fresh.leader is None else None
+        fresh = await ask_agents(self._context.rpc, urls, HINT_TIMEOUT_S)
+        return still_leaderless(group, fresh)
 
     async def leader_lost(self, hint: LeaderLost) -> None:
         """Act on a member's report; reports of one group are coalesced into one action."""
@@ -124,7 +113,7 @@ class Appointer:
             return True
         except RealmError as error:
             context.meter.count("manager.loop.errors", loop="leader_lost")
-            context.log.warning("leader_lost not handled", group=text(key), error=str(error))
+            context.log.warning("leader_lost not handled", group=name_of(key), error=str(error))
             return False
 
     async def _urls_of(self, key: GroupKey) -> Iterable[str]:
@@ -133,24 +122,7 @@ class Appointer:
         return known or await discovered_agents(self._context.store, self._context.now_ms())
 
 
-def is_led(group: GroupView, reported: int) -> bool:
-    """Tell whether a member that answered leads, although the leadership that began at `reported` is gone.
-
-    An older leadership counts if it wrote where the reported one began, or if nobody captured anything it did not
-    write: then it beat the reported one, or that one wrote nothing (record 0018). One that was beaten does not.
-    """
-    captured = max((member.captured_index or 0 for member in group.members), default=0)
-    unbeaten = min(reported, captured)
-    return any(
-        member.leads and (member.starting >= reported or member.written_index >= unbeaten) for member in group.members
-    )
-
-
 def remember_urls(context: ManagerContext, view: ClusterView) -> None:
     """Keep the agents of each group that was seen; a member that is silent now stays known while its group is."""
     for key, group in view.groups.items():
-        seen = {member.url for member in group.members}
-        before = context.state.urls.get(key, ())
-        room = max(0, len(group.configuration) - len(seen))
-        kept = [url for url in before if url not in seen][-room:] if room else []
-        context.state.urls[key] = tuple(sorted([*seen, *kept]))
+        context.state.urls[key] = urls_to_ask(group, context.state.urls.get(key, ()))

@@ -2,58 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
 from typing import Final
 
 from juicebox_hsm.errors import RealmError
-from juicebox_hsm.host.cluster.view import LEADER_WORK, ClusterView, GroupView, Member, hsm_work
+from juicebox_hsm.host.cluster.appointment import candidates
+from juicebox_hsm.host.cluster.settings import DRAIN_PREFIX, drained_hsms
+from juicebox_hsm.host.cluster.view import LEADER_WORK, ClusterView, GroupView, Member, name_of
 from juicebox_hsm.ids import HsmId
 from juicebox_hsm.ports.errors import StoreUnavailable
 from juicebox_hsm.wire.rpc import AGENT_METHODS, BecomeLeaderCall, Done, Refused
-from roles.manager.context import ManagerContext, text
+from roles.manager.context import ManagerContext
 
 BECOME_LEADER_TIMEOUT_S: Final = 7.0  # the agent itself waits up to 5 s for the last entry
 BECOME_LEADER: Final = AGENT_METHODS["become_leader"]
-DRAIN_PREFIX: Final = "drain/"
 
 
-async def drained_hsms(context: ManagerContext) -> frozenset[HsmId]:
+async def read_drained(context: ManagerContext) -> frozenset[HsmId]:
     """Return the HSMs operators took out of service; none when the settings cannot be read."""
     try:
         names = await context.store.settings.list(DRAIN_PREFIX)
     except StoreUnavailable:
         return frozenset()
-    drained = set()
-    for name in names:
-        try:
-            drained.add(HsmId(bytes.fromhex(name.removeprefix(DRAIN_PREFIX))))
-        except ValueError:
-            context.log.warning("setting is not an HSM id", setting=name)
-    return frozenset(drained)
-
-
-def candidates(
-    view: ClusterView,
-    group: GroupView,
-    *,
-    exclude: HsmId | None = None,
-    drained: Collection[HsmId] = (),
-    extra_work: Mapping[HsmId, int] | None = None,
-) -> list[Member]:
-    """Order the members that answered: undrained first, least work, freshest capture, lowest id.
-
-    The order is total, so two managers agree. An exclusion that would leave nobody is dropped.
-    """
-    members = [member for member in group.members if member.hsm != exclude] or list(group.members)
-    extra = extra_work or {}
-
-    def order(member: Member) -> tuple[bool, int, bool, int, bytes]:
-        hsm = view.hsms.get(member.hsm)
-        work = (0 if hsm is None else hsm_work(view, hsm)) + extra.get(member.hsm, 0)
-        captured = member.captured_index
-        return (member.hsm in drained, work, captured is None, -(captured or 0), member.hsm)
-
-    return sorted(members, key=order)
+    drained = drained_hsms(names)
+    if len(drained) < len(names):
+        context.log.warning("a setting is not an HSM id", settings=sorted(names))
+    return drained
 
 
 async def appoint(context: ManagerContext, group: GroupView, member: Member, last: int | None) -> str:
@@ -87,21 +60,21 @@ async def assign(
     `extra_work` collects work given away in this pass, so that several orphans do not all go to one idle HSM.
     """
     extra = {} if extra_work is None else extra_work
-    drained = await drained_hsms(context)
+    drained = await read_drained(context)
     ordered = candidates(view, group, exclude=exclude, drained=drained, extra_work=extra)
     if context.faults.now.reversed_candidates:
         ordered.reverse()
     for member in ordered:
         extra[member.hsm] = extra.get(member.hsm, 0) + LEADER_WORK
-        context.log.info("appointing leader", group=text(group.key), hsm=member.hsm.hex(), last=last)
+        context.log.info("appointing leader", group=name_of(group.key), hsm=member.hsm.hex(), last=last)
         reason = await appoint(context, group, member, last)
         if not reason:
             context.state.announced.discard(group.key)
             context.meter.count("manager.leader.assigned", realm=group.realm.hex(), group=group.id.hex())
-            context.log.info("leader appointed", group=text(group.key), hsm=member.hsm.hex())
+            context.log.info("leader appointed", group=name_of(group.key), hsm=member.hsm.hex())
             return member.hsm
         extra[member.hsm] -= LEADER_WORK
-        context.log.warning("candidate refused", group=text(group.key), hsm=member.hsm.hex(), reason=reason)
+        context.log.warning("candidate refused", group=name_of(group.key), hsm=member.hsm.hex(), reason=reason)
     context.meter.count("manager.leader.failed", realm=group.realm.hex(), group=group.id.hex())
-    context.log.warning("no candidate took the leadership", group=text(group.key))
+    context.log.warning("no candidate took the leadership", group=name_of(group.key))
     return None

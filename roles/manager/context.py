@@ -83,8 +83,3 @@ class ManagerContext:
     faults: FaultSwitch = field(default_factory=FaultSwitch)
     certificate_end: Callable[[], dt.datetime | None] = no_certificate
     state: ManagerState = field(default_factory=ManagerState)
-
-
-def text(key: GroupKey) -> str:
-    """Return `realm/group` in hex for messages."""
-    return f"{key[0].hex()}/{key[1].hex()}"

@@ -1,7 +1,6 @@
 """Management leases held by a context manager with its own renewer (manager.md 1.2).
 
-A lease only saves duplicated work. The holder measures with the monotonic clock and considers the lease lost 500 ms
-before the store would; then the body, and only the body, is cancelled and `LeaseLost` is raised.
+When the lease may not be relied on any longer the body, and only the body, is cancelled and `LeaseLost` is raised.
 """
 
 from __future__ import annotations
@@ -13,17 +12,11 @@ from typing import Final
 import trio
 
 from juicebox_hsm.errors import RealmError
-from juicebox_hsm.host.cluster.view import GroupKey
+from juicebox_hsm.host.cluster.leases import LEASE_MS, RENEW_AGAIN_S, RENEW_EVERY_S, usable_until_s
 from juicebox_hsm.host.services import Lease
-from juicebox_hsm.ids import RealmId
 from roles.manager.context import ManagerContext
 
-LEASE_MS: Final = 3000
-RENEW_EVERY_S: Final = 1.0
-LOST_BEFORE_EXPIRY_S: Final = 0.5
-RETRY_S: Final = 0.1
 TERMINATE_TIMEOUT_S: Final = 2.0
-_USABLE_S: Final = LEASE_MS / 1000 - LOST_BEFORE_EXPIRY_S
 
 
 class LeaseBusy(RealmError):
@@ -38,20 +31,10 @@ class LeaseLost(RealmError):
     retryable = True
 
 
-def group_lease(key: GroupKey) -> str:
-    """Name the lease that protects leadership changes of one group."""
-    return f"{key[0].hex()}-{key[1].hex()}"
-
-
-def ownership_lease(realm: RealmId) -> str:
-    """Name the lease that protects range transfers of one realm."""
-    return f"{realm.hex()}-ownership"
-
-
 @asynccontextmanager
 async def management_lease(context: ManagerContext, name: str) -> AsyncIterator[Lease]:
     """Hold lease `name` for the body. Raises `LeaseBusy`, `StoreUnavailable`, or `LeaseLost` after cancelling it."""
-    begun = trio.current_time()
+    sent = trio.current_time()
     lease = await context.store.leases.obtain(name, context.name, context.now_ms(), LEASE_MS)
     if lease is None:
         context.meter.count("manager.lease.busy")
@@ -60,7 +43,7 @@ async def management_lease(context: ManagerContext, name: str) -> AsyncIterator[
     context.state.held_leases[name] = lease.expires_ms
     held = [lease]
     failure: Exception | None = None
-    body = trio.CancelScope(deadline=begun + _USABLE_S)
+    body = trio.CancelScope(deadline=usable_until_s(sent))
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_renew, context, held, body)
@@ -85,17 +68,17 @@ async def _renew(context: ManagerContext, held: list[Lease], body: trio.CancelSc
     pause_s = RENEW_EVERY_S
     while True:
         await trio.sleep(pause_s)
-        begun = trio.current_time()
+        sent = trio.current_time()
         try:
             extended = await context.store.leases.extend(held[0], context.now_ms(), LEASE_MS)
         except RealmError:  # whatever ails the store, the body's deadline decides
-            pause_s = RETRY_S
+            pause_s = RENEW_AGAIN_S
             continue
         if extended is None:
             body.cancel()
             return
         held[0] = extended
-        body.deadline = begun + _USABLE_S
+        body.deadline = usable_until_s(sent)
         pause_s = RENEW_EVERY_S
 
 

@@ -15,6 +15,7 @@ import trio
 from juicebox_hsm import __version__
 from juicebox_hsm.adapters.tls.certificate_end import to_unix_ms
 from juicebox_hsm.errors import RealmError
+from juicebox_hsm.host.cluster.transfer import TransferRequest
 from juicebox_hsm.ids import GroupId
 from juicebox_hsm.ports.errors import StoreUnavailable
 from juicebox_hsm.wire.rpc import (
@@ -32,7 +33,7 @@ from roles.manager.appointment import Appointer
 from roles.manager.context import ManagerContext
 from roles.manager.rebalance import rebalance
 from roles.manager.stepdown import hand_over
-from roles.manager.transfer import TransferRequest, run_requested_transfer
+from roles.manager.transfer import run_requested_transfer
 
 Reply = TypeVar("Reply")
 

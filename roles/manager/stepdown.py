@@ -6,7 +6,9 @@ from contextlib import AsyncExitStack
 from typing import Final
 
 from juicebox_hsm.errors import RealmError
-from juicebox_hsm.host.cluster.view import ClusterView, GroupView, Member
+from juicebox_hsm.host.cluster.appointment import resolve
+from juicebox_hsm.host.cluster.leases import group_lease
+from juicebox_hsm.host.cluster.view import GroupView, Member, name_of
 from juicebox_hsm.ports.errors import StoreUnavailable
 from juicebox_hsm.wire.rpc import (
     AGENT_METHODS,
@@ -18,8 +20,8 @@ from juicebox_hsm.wire.rpc import (
     SteppedDown,
 )
 from roles.manager.assign import assign
-from roles.manager.context import ManagerContext, text
-from roles.manager.leases import LeaseBusy, LeaseLost, group_lease, management_lease
+from roles.manager.context import ManagerContext
+from roles.manager.leases import LeaseBusy, LeaseLost, management_lease
 from roles.survey.overview import IDS_TIMEOUT_S, STEPDOWN_STATUS_TIMEOUT_S, ask_agents, read_overview
 
 STEPDOWN_TIMEOUT_S: Final = 10.0  # the leader finishes what it has in flight first
@@ -35,14 +37,13 @@ async def hand_over(context: ManagerContext, order: StepdownOrder) -> Done | Ref
     resolved = resolve(view, order)
     if isinstance(resolved, Refused):
         return resolved
-    groups = sorted(resolved, key=lambda group: group.key)
     busy = ""
     try:
         async with AsyncExitStack() as stack:
-            for group in groups:
-                busy = text(group.key)
+            for group in resolved:  # sorted: two hand-overs cannot wait for each other
+                busy = name_of(group.key)
                 await stack.enter_async_context(management_lease(context, group_lease(group.key)))
-            return await _hand_over_all(context, groups)
+            return await _hand_over_all(context, resolved)
     except LeaseBusy:
         return Refused(Refusal.BUSY, detail=busy)
     except LeaseLost as error:
@@ -51,27 +52,9 @@ async def hand_over(context: ManagerContext, order: StepdownOrder) -> Done | Ref
         return Refused(Refusal.NO_STORE, detail=str(error))
 
 
-def resolve(view: ClusterView, order: StepdownOrder) -> list[GroupView] | Refused:
-    """Find the groups an order is about; each has a leader."""
-    if order.hsm is not None:
-        if not any(hsm == order.hsm for hsm in view.hsms):
-            silent = [agent for agent in view.agents if agent.status is None]
-            detail = f"{len(silent)} agents did not answer" if silent else ""
-            return Refused(Refusal.RPC_ERROR if silent else Refusal.INVALID_HSM, detail=detail)
-        led = [group for group in view.groups.values() if group.leader is not None and group.leader.hsm == order.hsm]
-        return led or Refused(Refusal.NOT_LEADER)
-    realm, wanted = order.realm or b"", order.group or b""
-    if realm not in view.realms:
-        return Refused(Refusal.INVALID_REALM)
-    group = view.group(realm, wanted)
-    if group is None:
-        return Refused(Refusal.INVALID_GROUP)
-    return [group] if group.leader is not None else Refused(Refusal.NOT_LEADER)
-
-
 async def step_down(context: ManagerContext, group: GroupView, leader: Member) -> int | Refused:
     """Ask a leader to step down; return its last index. The group counts as leaderless from here on."""
-    context.log.info("stepping down", group=text(group.key), hsm=leader.hsm.hex())
+    context.log.info("stepping down", group=name_of(group.key), hsm=leader.hsm.hex())
     context.state.announced.add(group.key)
     try:
         reply = await context.rpc.call(
@@ -103,6 +86,6 @@ async def _hand_over_all(context: ManagerContext, groups: list[GroupView]) -> Do
         view = await ask_agents(context.rpc, urls, STEPDOWN_STATUS_TIMEOUT_S)
         fresh = view.groups.get(group.key, group)
         if await assign(context, view, fresh, exclude=leader.hsm, last=last) is None:
-            outcome = Refused(Refusal.LEADERSHIP_TRANSFER_FAILED, detail=text(group.key))
-    context.log.info("hand-over ended", groups=[text(group.key) for group in groups], outcome=type(outcome).__name__)
+            outcome = Refused(Refusal.LEADERSHIP_TRANSFER_FAILED, detail=name_of(group.key))
+    context.log.info("hand-over ended", groups=[name_of(group.key) for group in groups], outcome=type(outcome).__name__)
     return outcome

@@ -11,15 +11,14 @@ from typing import Final
 import trio
 
 from juicebox_hsm.adapters.tls.certificate_end import from_unix_ms
-from juicebox_hsm.errors import DecodingError, RealmError
+from juicebox_hsm.errors import RealmError
+from juicebox_hsm.host.cluster.settings import DRAIN_PREFIX, PAUSED, drained_hsms
 from juicebox_hsm.host.cluster.view import ClusterView, GroupKey
 from juicebox_hsm.host.services import ServiceAddress, ServiceKind
-from juicebox_hsm.ids import GroupId, HsmId, RealmId, parse_id
+from juicebox_hsm.ids import GroupId, RealmId, parse_id
 from juicebox_hsm.ports.store import Store
 from juicebox_hsm.wire.rpc import MANAGER_METHODS, Empty, ManagerStatus
-from roles.manager.assign import DRAIN_PREFIX
 from roles.manager.context import RpcCaller
-from roles.manager.rebalance import PAUSED
 from roles.manager.verdict import BalancerReport, Evidence, ManagerReport
 from roles.survey.balancers import probe_balancers
 from roles.survey.overview import STATUS_TIMEOUT_S, ask_agents
@@ -37,7 +36,7 @@ async def gather(
 ) -> Evidence:
     """Ask every service in discovery, all at once, each for at most `timeout_s`. Raises `StoreUnavailable`."""
     services = await store.discovery.list(now_ms)
-    drained = [name.removeprefix(DRAIN_PREFIX) for name in await store.settings.list(DRAIN_PREFIX)]
+    drained = drained_hsms(await store.settings.list(DRAIN_PREFIX))
     paused = await store.settings.get(PAUSED) is not None
     views: list[ClusterView] = []
     managers: list[ManagerReport] = []
@@ -59,7 +58,7 @@ async def gather(
         managers=tuple(sorted(managers, key=lambda report: report.url)),
         balancers=tuple(balancers),
         now=dt.datetime.fromtimestamp(now_ms / 1000, dt.UTC),
-        drained=frozenset(_hsm_ids(drained)),
+        drained=drained,
         rebalancing_paused=paused,
         own_certificate_end=own_certificate_end,
     )
@@ -67,16 +66,6 @@ async def gather(
 
 def _urls(services: Iterable[ServiceAddress], kind: ServiceKind) -> list[str]:
     return [service.url for service in services if service.kind is kind]
-
-
-def _hsm_ids(names: Iterable[str]) -> list[HsmId]:
-    found = []
-    for name in names:
-        try:
-            found.append(HsmId(parse_id(name)))
-        except DecodingError:
-            pass  # not a setting of ours
-    return found
 
 
 async def _ask_manager(rpc: RpcCaller, url: str, timeout_s: float, reports: list[ManagerReport]) -> None:

@@ -33,7 +33,7 @@ from roles.manager.page_style import STYLE
 from roles.manager.status_page import HEADERS
 from roles.manager.verdict import BalancerReport, Evidence, ManagerReport, judge
 from tests.ci import in_ci
-from tests.unit.manager.fakes import FakeAgent, FakeGroup, group, hsm, record
+from tests.host.cluster.agents import FakeAgent, FakeGroup, group, hsm, record
 
 pytestmark = [pytest.mark.processes, pytest.mark.chromium]
 NOW = dt.datetime(2026, 11, 24, 9, 30, tzinfo=dt.UTC)

@@ -10,7 +10,7 @@ from juicebox_hsm.host.cluster.view import AgentView, ClusterView, build_view, w
 from juicebox_hsm.ids import FULL_RANGE
 from juicebox_hsm.wire.rpc import Range, TransferringInfo
 from tests.client.transfers import STEPS, Kill, Plan, drill, gapless, is_settled, plan_kills, step_done
-from tests.unit.manager.fakes import FakeAgent, group, three
+from tests.host.cluster.agents import FakeAgent, group, three
 
 pytestmark = pytest.mark.processes
 

@@ -28,9 +28,9 @@ import trio
 
 from juicebox_hsm.client import Configuration, HttpTransport
 from juicebox_hsm.history import Op, Outcome, check_history
+from juicebox_hsm.host.cluster.recovery import INCOMING, pending
 from juicebox_hsm.host.cluster.view import ClusterView, GroupKey
 from juicebox_hsm.ids import GroupId, OwnedRange, RecordId
-from roles.manager.recovery import INCOMING, pending
 from roles.survey.overview import ask_agents
 from roles.tools.chaos.load import History, User
 from roles.tools.cluster.change import transfer_range

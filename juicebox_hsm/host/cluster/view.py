@@ -142,6 +142,11 @@ class ClusterView:
         """Return a realm's groups sorted by id."""
         return [view for key, view in sorted(self.groups.items()) if key[0] == realm]
 
+    def led_by(self, hsm: bytes) -> list[GroupView]:
+        """Return the groups that an HSM leads, by realm and id."""
+        groups = (view for _, view in sorted(self.groups.items()))
+        return [group for group in groups if group.leader is not None and group.leader.hsm == hsm]
+
     def by_url(self, url: str) -> HsmView | None:
         """Return the HSM behind an agent URL."""
         return next((hsm for hsm in self.hsms.values() if hsm.url == url), None)
@@ -149,6 +154,11 @@ class ClusterView:
     def group(self, realm: bytes, group: bytes) -> GroupView | None:
         """Return one group."""
         return self.groups.get((RealmId(realm), GroupId(group)))
+
+
+def name_of(key: GroupKey) -> str:
+    """Return `realm/group` in hex, for messages and settings."""
+    return f"{key[0].hex()}/{key[1].hex()}"
 
 
 def owned_range(value: Range | None) -> OwnedRange | None:

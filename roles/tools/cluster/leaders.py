@@ -10,12 +10,12 @@ from typing import Final
 
 import click
 
+from juicebox_hsm.host.cluster.appointment import resolve
+from juicebox_hsm.host.cluster.balance import loads, next_move
+from juicebox_hsm.host.cluster.settings import DRAIN_PREFIX, PAUSED, drain_setting, drained_hsms
 from juicebox_hsm.host.cluster.view import ClusterView, GroupView
 from juicebox_hsm.ids import HsmId
 from juicebox_hsm.wire.rpc import Empty, Rebalanced, Refusal, Refused, StepdownOrder
-from roles.manager.assign import DRAIN_PREFIX
-from roles.manager.rebalance import PAUSED, describe, loads, next_move
-from roles.manager.stepdown import resolve
 from roles.survey.overview import IDS_TIMEOUT_S, read_overview
 from roles.tools.cluster.show import with_session
 from roles.tools.ids import resolve_id
@@ -29,6 +29,7 @@ from roles.tools.session import (
     refused,
     with_connection,
 )
+from roles.words import describe_loads
 
 MOVES_MAX: Final = 10_000  # groups x HSMs of a large cluster: rebalancing ends long before
 TEXTS: Final = {
@@ -140,11 +141,9 @@ def rebalance(
 async def _next_move(session: Session) -> str:
     """Return all workloads with the move that a manager would make now marked."""
     view = await read_overview(session.store, session.rpc, session.now_ms())
-    names = await session.store.settings.list(DRAIN_PREFIX)
-    drained = {bytes.fromhex(name.removeprefix(DRAIN_PREFIX)) for name in names}
-    hsms = loads(view, [hsm for hsm in view.hsms if hsm in drained])
+    hsms = loads(view, drained_hsms(await session.store.settings.list(DRAIN_PREFIX)))
     move = next_move(hsms)
-    return describe(hsms, move) + ("" if move is not None else "\nAlready balanced.")
+    return describe_loads(hsms, move) + ("" if move is not None else "\nAlready balanced.")
 
 
 def _hsm_of(view: ClusterView, text: str) -> HsmId:
@@ -160,11 +159,6 @@ def _hsm_of(view: ClusterView, text: str) -> HsmId:
     if behind is None:
         raise ToolFailure(f"{text}: no agent with an HSM answers there; give the HSM's full id", ExitCode.UNREACHABLE)
     return behind.id
-
-
-def led_by(view: ClusterView, hsm: HsmId) -> list[GroupView]:
-    """Return the groups an HSM leads, by id."""
-    return [group for _, group in sorted(view.groups.items()) if group.leader is not None and group.leader.hsm == hsm]
 
 
 def _is_idle(group: GroupView) -> bool:
@@ -191,7 +185,7 @@ def drain(connection: Connection, manager: str | None, agent: str, *, dry_run: b
     async def body(session: Session) -> None:
         view = await read_overview(session.store, session.rpc, session.now_ms(), IDS_TIMEOUT_S)
         hsm = _hsm_of(view, agent)
-        led = led_by(view, hsm)
+        led = view.led_by(hsm)
         moving = [group for group in led if not _is_idle(group)]
         if dry_run:
             if stuck := _stuck(moving):
@@ -199,13 +193,13 @@ def drain(connection: Connection, manager: str | None, agent: str, *, dry_run: b
             names = ", ".join(group.id.hex() for group in moving)
             click.echo(f"would drain HSM {hsm.hex()}, which leads {names or 'nothing'}")
             return
-        await session.store.settings.put(f"{DRAIN_PREFIX}{hsm.hex()}", _who_and_when())
+        await session.store.settings.put(drain_setting(hsm), _who_and_when())
         # one by one beside an idle group, whose leadership nobody could take
         by_group = [StepdownOrder(realm=group.realm, group=group.id) for group in moving]
         for order in by_group if len(moving) < len(led) else [StepdownOrder(hsm=hsm)]:
             await _hand_over_drained(session, manager, hsm, order)
         after = await read_overview(session.store, session.rpc, session.now_ms(), IDS_TIMEOUT_S)
-        click.echo(still_led(hsm, led_by(after, hsm)))
+        click.echo(still_led(hsm, after.led_by(hsm)))
 
     with_session(connection, body)
 
@@ -237,18 +231,17 @@ def undrain(connection: Connection, agent: str, *, dry_run: bool) -> None:
     """Let a drained HSM lead again: AGENT is an agent's URL or an HSM id."""
 
     async def body(session: Session) -> None:
-        known = await session.store.settings.list(DRAIN_PREFIX)
+        drained = drained_hsms(await session.store.settings.list(DRAIN_PREFIX))
         if "://" in agent:
             hsm = _hsm_of(await read_overview(session.store, session.rpc, session.now_ms(), IDS_TIMEOUT_S), agent)
         else:
-            drained = [bytes.fromhex(name.removeprefix(DRAIN_PREFIX)) for name in known]
             hsm = HsmId(resolve_id(agent, drained, "drained HSM"))
-        if f"{DRAIN_PREFIX}{hsm.hex()}" not in known:
+        if hsm not in drained:
             raise ToolFailure(f"HSM {hsm.hex()} is not drained", ExitCode.ID)
         if dry_run:
             click.echo(f"Would let HSM {hsm.hex()} lead again")
             return
-        await session.store.settings.remove(f"{DRAIN_PREFIX}{hsm.hex()}")
+        await session.store.settings.remove(drain_setting(hsm))
         click.echo(f"HSM {hsm.hex()} may lead again")
 
     with_session(connection, body)

@@ -12,89 +12,12 @@ import trio
 from juicebox_hsm.adapters.observation.metrics import Metrics
 from juicebox_hsm.adapters.rpc import RpcUnreachable
 from juicebox_hsm.host.services import Lease, ServiceAddress, ServiceKind
-from juicebox_hsm.ids import FULL_RANGE, GroupId, HsmId, OwnedRange, RealmId, RecordId
+from juicebox_hsm.ids import GroupId, OwnedRange, RecordId
 from juicebox_hsm.ports.errors import StoreUnavailable
 from juicebox_hsm.wire import rpc
 from roles.manager.context import ManagerContext
 from roles.manager.recovery import Recovery
-
-REALM = RealmId(b"R" * 16)
-OTHER_REALM = RealmId(b"S" * 16)
-
-
-def hsm(number: int) -> HsmId:
-    """Return an HSM id that sorts by number."""
-    return HsmId(bytes([number]) * 16)
-
-
-def group(number: int) -> GroupId:
-    """Return a group id that sorts by number."""
-    return GroupId(b"G" + bytes([number]) * 15)
-
-
-def record(prefix: str, fill: int = 0) -> RecordId:
-    """Return the record id that begins with these hex digits."""
-    raw = bytes.fromhex(prefix)
-    return RecordId(raw + bytes([fill]) * (32 - len(raw)))
-
-
-@dataclass
-class FakeGroup:
-    """One group at one HSM."""
-
-    configuration: list[bytes]
-    role: str = "Witness"
-    clock: int = 1
-    starting: int | None = None
-    captured: int | None = 5
-    committed: int | None = None
-    owned: OwnedRange | None = None
-    transferring: rpc.TransferringInfo | None = None
-    requests_per_s: float = 0.0
-
-
-@dataclass
-class FakeAgent:
-    """One agent with its HSM. `refuse` maps a method to what it answers instead of doing it; `hang` is not answered."""
-
-    url: str
-    hsm: HsmId
-    realm: RealmId = REALM
-    groups: dict[GroupId, FakeGroup] = field(default_factory=dict)
-    down: bool = False
-    refuse: dict[str, Any] = field(default_factory=dict)
-    hang: set[str] = field(default_factory=set)
-
-    def lead(self, wanted: GroupId, owned: OwnedRange | None = None, starting: int = 6) -> FakeAgent:
-        """Make this HSM the leader of a group."""
-        found = self.groups[wanted]
-        found.role, found.starting, found.owned = "Leader", starting, owned
-        found.committed = found.captured
-        return self
-
-    def status(self) -> rpc.AgentStatus:
-        """Return what the agent answers to `status`."""
-        infos = []
-        for key, found in self.groups.items():
-            leader = None
-            if found.role == "Leader":
-                owned = None if found.owned is None else rpc.Range(found.owned.start, found.owned.end)
-                leader = rpc.LeaderInfo(found.committed, found.captured or 0, owned, found.transferring)
-            captured = None if found.captured is None else (found.captured, b"m" * 32)
-            role = rpc.RoleInfo(found.role, found.clock, found.starting)
-            infos.append(rpc.GroupInfo(key, found.configuration, captured, leader, role))
-        own = [
-            rpc.AgentGroupInfo(
-                self.realm,
-                key,
-                rpc.RoleInfo(found.role, found.clock, found.starting),
-                found.role == "Leader",
-                requests_per_s=found.requests_per_s,
-            )
-            for key, found in self.groups.items()
-        ]
-        info = rpc.HsmInfo(self.hsm, rpc.RealmInfo(self.realm, b"statement", infos), b"k" * 32)
-        return rpc.AgentStatus(1.0, info, self.url, "build", own)
+from tests.host.cluster.agents import FakeAgent, FakeGroup, subtract
 
 
 class FakeRpc:
@@ -242,17 +165,6 @@ class FakeRpc:
         return rpc.Done() if consumed and max(consumed) >= body.at else rpc.Refused(rpc.Refusal.NOT_ARRIVED)
 
 
-def subtract(owned: OwnedRange, part: OwnedRange) -> OwnedRange | None:
-    """Return what is left of a range without one of its ends."""
-    from juicebox_hsm.ids import next_record_id, prev_record_id
-
-    if owned == part:
-        return None
-    if owned.start == part.start:
-        return OwnedRange(next_record_id(part.end) or part.end, owned.end)
-    return OwnedRange(owned.start, prev_record_id(part.start) or part.start)
-
-
 class FakeLeases:
     """Leases with the store's rules; `broken` makes every call fail."""
 
@@ -362,24 +274,7 @@ def _drop(*_: Any) -> Any:
     raise structlog.DropEvent
 
 
-def three(groups: int = 1, realm: RealmId = REALM, first: int = 1) -> list[FakeAgent]:
-    """Return three agents that are members of the same groups; nobody leads. They are numbered from `first`."""
-    numbers = range(first, first + 3)
-    return [
-        FakeAgent(
-            f"tls://a{number}",
-            hsm(number),
-            realm,
-            groups={group(index): FakeGroup([hsm(member) for member in numbers]) for index in range(1, groups + 1)},
-        )
-        for number in numbers
-    ]
-
-
 async def recover_transfers(context: ManagerContext) -> None:
     """Run one pass of recovery and wait until it has ended for every realm."""
     async with trio.open_nursery() as nursery:
         await Recovery(context, nursery).run_pass()
-
-
-FULL = FULL_RANGE

@@ -16,23 +16,10 @@ from juicebox_hsm.host.cluster.view import AgentView, build_view
 from juicebox_hsm.ids import OwnedRange, RecordId
 from juicebox_hsm.wire.rpc import LeaderLost, Rebalanced, Refusal, Refused
 from roles.manager.appointment import Appointer
-from roles.manager.assign import candidates
 from roles.manager.context import ManagerContext
 from roles.manager.rebalance import rebalance
-from tests.unit.manager.fakes import (
-    FULL,
-    REALM,
-    FakeAgent,
-    FakeGroup,
-    FakeLeases,
-    FakeRpc,
-    FakeSettings,
-    group,
-    hsm,
-    make_context,
-    record,
-    three,
-)
+from tests.host.cluster.agents import FULL, REALM, FakeAgent, FakeGroup, group, hsm, record, three
+from tests.unit.manager.fakes import FakeLeases, FakeRpc, FakeSettings, make_context
 
 
 def _leaders(agents: list[FakeAgent], number: int = 1) -> list[int]:
@@ -252,38 +239,6 @@ async def test_hint_is_tried_again_when_all_refuse(autojump_clock: trio.testing.
         agents[2].refuse.clear()
     assert _leaders(agents) == [3]
     assert trio.current_time() < 1.0
-
-
-@pytest.mark.parametrize(
-    ("captured", "expected"),
-    [((5, 9, 7), [2, 3, 1]), ((None, 9, 7), [2, 3, 1]), ((5, 5, 5), [1, 2, 3]), ((0, None, 0), [1, 3, 2])],
-)
-def test_candidate_order(captured: tuple[int | None, ...], expected: list[int]) -> None:
-    """Equal work: the freshest capture first, none last, then the lowest id."""
-    agents = three()
-    for agent, index in zip(agents, captured, strict=True):
-        agent.groups[group(1)].captured = index
-    view = build_view([AgentView(agent.url, agent.status()) for agent in agents])
-    chosen = candidates(view, view.groups[REALM, group(1)])
-    assert [member.hsm[0] for member in chosen] == expected
-
-
-def test_candidates_prefer_idle_and_undrained() -> None:
-    """Less work goes first whatever the capture; drained HSMs come last; an excluded one not at all."""
-    agents = three(groups=2)
-    agents[0].lead(group(2), FULL)
-    view = build_view([AgentView(agent.url, agent.status()) for agent in agents])
-    wanted = view.groups[REALM, group(1)]
-    assert [member.hsm[0] for member in candidates(view, wanted)] == [2, 3, 1]
-    assert [member.hsm[0] for member in candidates(view, wanted, drained={hsm(2)})] == [3, 1, 2]
-    assert [member.hsm[0] for member in candidates(view, wanted, exclude=hsm(3))] == [2, 1]
-
-
-def test_exclusion_is_dropped_for_a_group_of_one() -> None:
-    """A group with a single member gets it back even when it is excluded."""
-    agent = FakeAgent("tls://a1", hsm(1), groups={group(1): FakeGroup([hsm(1)])})
-    view = build_view([AgentView(agent.url, agent.status())])
-    assert [member.hsm[0] for member in candidates(view, view.groups[REALM, group(1)], exclude=hsm(1))] == [1]
 
 
 async def test_drained_hsm_is_appointed_only_when_nothing_else_is_left(

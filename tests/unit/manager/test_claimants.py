@@ -13,25 +13,15 @@ import pytest
 import trio.testing
 
 from juicebox_hsm.host.cluster.planning import covers
+from juicebox_hsm.host.cluster.transfer import TransferRequest
 from juicebox_hsm.host.cluster.view import wire_range
 from juicebox_hsm.ids import OwnedRange
 from juicebox_hsm.wire.rpc import Done, Refusal, Refused, TransferComplete, TransferInCall, TransferOutCall
 from juicebox_hsm.wire.rpc import TransferringInfo as Marker
 from roles.manager.context import ManagerContext
-from roles.manager.transfer import TransferRequest, run_requested_transfer
-from tests.unit.manager.fakes import (
-    FULL,
-    REALM,
-    FakeAgent,
-    FakeGroup,
-    FakeRpc,
-    group,
-    hsm,
-    make_context,
-    record,
-    recover_transfers,
-    subtract,
-)
+from roles.manager.transfer import run_requested_transfer
+from tests.host.cluster.agents import FULL, REALM, FakeAgent, FakeGroup, group, hsm, record, subtract
+from tests.unit.manager.fakes import FakeRpc, make_context, recover_transfers
 
 LOW = OwnedRange(record("00"), record("7f", 0xFF))
 REQUEST = TransferRequest(REALM, group(1), group(2), LOW)

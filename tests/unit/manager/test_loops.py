@@ -9,7 +9,8 @@ import trio.testing
 from juicebox_hsm.host.services import ServiceKind
 from juicebox_hsm.ports.errors import StoreUnavailable
 from roles.manager.loops import Pacer, register, run_loop, watch_agents
-from tests.unit.manager.fakes import FakeDiscovery, make_context, three
+from tests.host.cluster.agents import three
+from tests.unit.manager.fakes import FakeDiscovery, make_context
 
 
 async def test_passes_come_quickly_and_settle(autojump_clock: trio.testing.MockClock) -> None:

@@ -25,7 +25,8 @@ from roles.manager.context import ManagerContext
 from roles.manager.page import Own, bar, render
 from roles.manager.status_page import HEADERS, StatusPage
 from roles.manager.verdict import BalancerReport, Evidence, ManagerReport, judge
-from tests.unit.manager.fakes import REALM, FakeAgent, group, hsm, make_context, record, three
+from tests.host.cluster.agents import REALM, FakeAgent, group, hsm, record, three
+from tests.unit.manager.fakes import make_context
 
 NOW = dt.datetime(2026, 11, 1, tzinfo=dt.UTC)
 OWN = Own("manager1", "tls://m1", "1.0", actions=["rebalance"], leases=["a-lease"])

@@ -7,22 +7,14 @@ import trio
 import trio.testing
 
 from juicebox_hsm.host.cluster.progress import Step
+from juicebox_hsm.host.cluster.transfer import TransferRequest
 from juicebox_hsm.ids import RealmId
 from juicebox_hsm.wire.rpc import Done, Refusal, Refused
 from roles.manager.context import ManagerContext
 from roles.manager.recovery import PASS_S, REALMS_AT_ONCE_MAX, Recovery
-from roles.manager.transfer import TransferRequest, run_requested_transfer
-from tests.unit.manager.fakes import (
-    FULL,
-    OTHER_REALM,
-    REALM,
-    FakeAgent,
-    FakeRpc,
-    group,
-    make_context,
-    recover_transfers,
-    three,
-)
+from roles.manager.transfer import run_requested_transfer
+from tests.host.cluster.agents import FULL, OTHER_REALM, REALM, FakeAgent, group, three
+from tests.unit.manager.fakes import FakeRpc, make_context, recover_transfers
 
 
 def _pair(realm: RealmId, first: int, groups: int = 2) -> list[FakeAgent]:

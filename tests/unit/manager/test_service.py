@@ -27,7 +27,8 @@ from roles.manager.appointment import Appointer
 from roles.manager.context import ManagerContext
 from roles.manager.service import ManagerService
 from roles.survey.evidence import read_manager_status
-from tests.unit.manager.fakes import FULL, REALM, FakeAgent, FakeLeases, group, hsm, make_context, three
+from tests.host.cluster.agents import FULL, REALM, FakeAgent, group, hsm, three
+from tests.unit.manager.fakes import FakeLeases, make_context
 
 
 @asynccontextmanager

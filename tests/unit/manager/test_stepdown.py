@@ -9,19 +9,8 @@ from juicebox_hsm.adapters.rpc import RpcUnreachable
 from juicebox_hsm.wire.rpc import Done, Refusal, Refused, StepdownOrder
 from roles.manager.context import ManagerContext
 from roles.manager.stepdown import hand_over
-from tests.unit.manager.fakes import (
-    FULL,
-    OTHER_REALM,
-    REALM,
-    FakeAgent,
-    FakeGroup,
-    FakeLeases,
-    FakeRpc,
-    group,
-    hsm,
-    make_context,
-    three,
-)
+from tests.host.cluster.agents import FULL, OTHER_REALM, REALM, FakeAgent, FakeGroup, group, hsm, three
+from tests.unit.manager.fakes import FakeLeases, FakeRpc, make_context
 
 
 def _cluster(groups: int = 2) -> tuple[list[FakeAgent], ManagerContext, FakeRpc]:

@@ -8,22 +8,13 @@ import trio.testing
 
 from juicebox_hsm.adapters.rpc import RpcUnreachable
 from juicebox_hsm.host.cluster.planning import covers
+from juicebox_hsm.host.cluster.transfer import TransferRequest
 from juicebox_hsm.ids import OwnedRange
 from juicebox_hsm.wire.rpc import Done, Range, Refusal, Refused, TransferOutCall, TransferPrepare
 from roles.manager.context import ManagerContext
-from roles.manager.transfer import TransferRequest, run_requested_transfer, run_transfer
-from tests.unit.manager.fakes import (
-    FULL,
-    REALM,
-    FakeAgent,
-    FakeRpc,
-    group,
-    hsm,
-    make_context,
-    record,
-    recover_transfers,
-    three,
-)
+from roles.manager.transfer import run_requested_transfer, run_transfer
+from tests.host.cluster.agents import FULL, REALM, FakeAgent, group, hsm, record, three
+from tests.unit.manager.fakes import FakeRpc, make_context, recover_transfers
 
 LOW = OwnedRange(record("00"), record("7f", 0xFF))
 MIDDLE = OwnedRange(record("40"), record("7f", 0xFF))

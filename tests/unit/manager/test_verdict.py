@@ -14,10 +14,9 @@ from juicebox_hsm.host.cluster.view import AgentView, build_view
 from juicebox_hsm.ids import FULL_RANGE, OwnedRange
 from juicebox_hsm.wire import rpc
 from roles.manager.reasons import OTHER, REASONS, reason_of
-from roles.manager.recovery import pending, remember_pending
 from roles.manager.verdict import BalancerReport, Evidence, ManagerReport, judge, verdict_json
 from roles.survey.evidence import read_manager_status
-from tests.unit.manager.fakes import REALM, FakeAgent, FakeGroup, group, hsm, make_context, record, three
+from tests.host.cluster.agents import REALM, FakeAgent, FakeGroup, group, hsm, record, three
 
 NOW = dt.datetime(2026, 11, 1, tzinfo=dt.UTC)
 END = NOW + dt.timedelta(days=60)
@@ -276,23 +275,6 @@ def test_every_line_has_a_name() -> None:
     paused = next(line for line in verdict.advice if "paused" in line)
     assert {"code": "rebalancing-paused", "severity": "advice", "text": paused} in told
     assert len(told) == len(verdict.problems) + len(verdict.advice)
-
-
-def test_a_manager_remembers_since_when() -> None:
-    """The first sight of a transfer counts; one that is gone and another one start anew."""
-    agents = _led()
-    context = make_context(agents)
-    bounds = rpc.Range(record("00"), record("0f", 0xFF))
-    agents[0].groups[group(1)].transferring = rpc.TransferringInfo("Out", group(2), bounds, 5, b"h" * 32)
-    for now_ms in (1000, 3000):
-        remember_pending(context.state, pending(_evidence(agents).view, committed_only=False), now_ms)
-    assert context.state.pending == {((REALM, group(1)), 5): 1000}
-    agents[0].groups[group(1)].transferring = rpc.TransferringInfo("Out", group(2), bounds, 9, b"h" * 32)
-    remember_pending(context.state, pending(_evidence(agents).view, committed_only=False), 4000)
-    assert context.state.pending == {((REALM, group(1)), 9): 4000}
-    agents[0].groups[group(1)].transferring = None
-    remember_pending(context.state, pending(_evidence(agents).view, committed_only=False), 5000)
-    assert context.state.pending == {}
 
 
 def test_reading_a_managers_status() -> None:

@@ -20,7 +20,8 @@ from roles.manager.service import ManagerService
 from roles.tools.cluster.change import transfer_range, transfer_shown
 from roles.tools.cluster.progress import watch
 from roles.tools.session import Session
-from tests.unit.manager.fakes import FULL, REALM, FakeAgent, FakeStore, group, make_context, three
+from tests.host.cluster.agents import FULL, REALM, FakeAgent, group, three
+from tests.unit.manager.fakes import FakeStore, make_context
 
 MANAGER = "tls://m2"
 DEAD = "tls://m1"

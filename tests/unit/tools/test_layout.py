@@ -19,7 +19,7 @@ from roles.cli import cli
 from roles.tools.cluster.stats import period
 from roles.tools.ids import parse_record_id
 from roles.tools.session import ToolFailure
-from tests.unit.manager.fakes import REALM, FakeAgent, FakeGroup, group, hsm
+from tests.host.cluster.agents import REALM, FakeAgent, FakeGroup, group, hsm
 
 KEY = b"k" * 32
 

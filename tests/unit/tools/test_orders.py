@@ -15,9 +15,10 @@ from juicebox_hsm.host.services import ServiceKind
 from juicebox_hsm.ids import FULL_RANGE, OwnedRange, RealmId
 from juicebox_hsm.wire.rpc import Done, Empty, ManagerStatus, Method, Range, Refusal, Refused, RpcCode, TransferringInfo
 from roles.tools.cluster.change import check_transfer
-from roles.tools.cluster.leaders import led_by, still_led
+from roles.tools.cluster.leaders import still_led
 from roles.tools.session import COMMAND_TIMEOUT_S, ExitCode, Session, ToolFailure, call_manager, refused
-from tests.unit.manager.fakes import REALM, FakeAgent, FakeDiscovery, FakeGroup, group, hsm, record, three
+from tests.host.cluster.agents import REALM, FakeAgent, FakeGroup, group, hsm, record, three
+from tests.unit.manager.fakes import FakeDiscovery
 
 LOW, HIGH = OwnedRange(record("00"), record("7f", 0xFF)), OwnedRange(record("80"), record("ff", 0xFF))
 WORK_S = 20.0  # longer than an answer may take, shorter than the work may
@@ -147,14 +148,14 @@ def test_a_drained_hsm_may_keep_what_serves_nothing() -> None:
     """The group of one that a realm began with stays and is named; one that serves, or has members, is a failure."""
     agents = three(1)
     agents[0].groups[group(2)] = FakeGroup([hsm(1)])
-    assert still_led(hsm(1), led_by(_view(agents), hsm(1))).endswith("is drained and leads nothing")
+    assert still_led(hsm(1), _view(agents).led_by(hsm(1))).endswith("is drained and leads nothing")
     agents[0].lead(group(2))
-    told = still_led(hsm(1), led_by(_view(agents), hsm(1)))
+    told = still_led(hsm(1), _view(agents).led_by(hsm(1)))
     assert f"still leads {group(2).hex()}, a group that owns no range" in told
     agents[0].groups[group(2)].owned = FULL_RANGE
     with pytest.raises(ToolFailure, match=group(2).hex()):
-        still_led(hsm(1), led_by(_view(agents), hsm(1)))
+        still_led(hsm(1), _view(agents).led_by(hsm(1)))
     agents[0].groups[group(2)].owned = None
     agents[0].lead(group(1))
     with pytest.raises(ToolFailure, match=f"leads {group(1).hex()}: nobody else"):
-        still_led(hsm(1), led_by(_view(agents), hsm(1)))
+        still_led(hsm(1), _view(agents).led_by(hsm(1)))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from juicebox_hsm.errors import LocalError
 from juicebox_hsm.host.cluster.planning import Owner, PlanRefused, covers, even_partition, plan, spread
 from juicebox_hsm.ids import FULL_RANGE, RECORD_ID_MAX, GroupId, OwnedRange, RecordId, next_record_id, uncovered
-from tests.unit.manager.fakes import group, record, subtract
+from tests.host.cluster.agents import group, record, subtract
 
 
 def _range(start: str, end: str) -> OwnedRange:
