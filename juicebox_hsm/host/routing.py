@@ -19,12 +19,11 @@ from juicebox_hsm.ids import (
     RecordId,
     uncovered,
 )
-from juicebox_hsm.wire.rpc import AgentStatus
+from juicebox_hsm.wire.rpc import AgentStatus, GroupRole
 
 RouteKey = tuple[str, GroupId, int]
 """(agent URL, group, first index of the leadership)."""
 
-LEADER: Final = "Leader"
 """Only this role takes requests; an HSM that is stepping down refuses new ones."""
 
 STALE_S: Final = 3.0
@@ -78,7 +77,7 @@ def slice_of(url: str, status: AgentStatus, now_s: float, known: Mapping[RouteKe
     routes = []
     for group in realm.groups:
         leader = group.leader
-        if leader is None or leader.owned_range is None or group.role.name != LEADER:
+        if leader is None or leader.owned_range is None or group.role.name is not GroupRole.LEADER:
             continue
         owned = OwnedRange(RecordId(leader.owned_range.start), RecordId(leader.owned_range.end))
         if not owned.is_valid:

@@ -83,6 +83,21 @@ class Refusal(enum.Enum):
     RPC_ERROR = "RpcError"
 
 
+class GroupRole(enum.Enum):
+    """What an HSM is in a group. Travels as its value, like the direction of a transfer."""
+
+    LEADER = "Leader"
+    STEPPING_DOWN = "SteppingDown"
+    WITNESS = "Witness"
+
+
+class Direction(enum.Enum):
+    """Which way the range of a pending transfer goes, seen from the group that reports it."""
+
+    IN = "In"
+    OUT = "Out"
+
+
 class _Body(msgspec.Struct, array_like=True, frozen=True, tag=True):
     """Base of every body: a tagged array."""
 
@@ -119,17 +134,17 @@ class PartitionInfo(_Body, frozen=True):
 
 
 class RoleInfo(_Body, frozen=True):
-    """`name` is Leader, SteppingDown or Witness; `starting` is set for the first two."""
+    """`starting` is set for a leader and one that steps down."""
 
-    name: str
+    name: GroupRole
     at: int
     starting: int | None = None
 
 
 class TransferringInfo(_Body, frozen=True):
-    """A pending transfer: `direction` In or Out; `peer` the other group; `root_hash` for Out."""
+    """A pending transfer; `peer` is the other group, `root_hash` that of a range on its way out."""
 
-    direction: str
+    direction: Direction
     peer: bytes
     range: Range
     at: int

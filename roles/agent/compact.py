@@ -18,6 +18,7 @@ from juicebox_hsm.errors import RealmError, check
 from juicebox_hsm.host.log import LogRow
 from juicebox_hsm.host.retry import STORE_RETRY
 from juicebox_hsm.ids import HsmId
+from juicebox_hsm.wire.rpc import GroupRole
 from roles.agent.outbox import resolve_unknown, settle
 from roles.agent.replicate import other_members
 from roles.agent.state import GroupState, LeaderState
@@ -91,7 +92,7 @@ async def _is_witness(agent: Agent, group: GroupState, member: HsmId) -> bool:
     return any(
         info.realm == group.realm
         and info.group == group.group
-        and info.role.name == "Witness"
+        and info.role.name is GroupRole.WITNESS
         and not info.waiting_clients  # its last rows may be on their way
         for info in status.groups
     )

@@ -25,7 +25,9 @@ from juicebox_hsm.wire.rpc import (
     AgentStatus,
     App,
     AppOk,
+    Direction,
     GroupInfo,
+    GroupRole,
     HsmInfo,
     LeaderInfo,
     OutboxInfo,
@@ -228,11 +230,11 @@ def role_info(status: RoleStatus) -> RoleInfo:
     """Return a role in its wire form."""
     match status.role:
         case LeaderRole(starting):
-            return RoleInfo("Leader", status.at, starting)
+            return RoleInfo(GroupRole.LEADER, status.at, starting)
         case SteppingDown(leader_starting):
-            return RoleInfo("SteppingDown", status.at, leader_starting)
+            return RoleInfo(GroupRole.STEPPING_DOWN, status.at, leader_starting)
         case Witness():
-            return RoleInfo("Witness", status.at)
+            return RoleInfo(GroupRole.WITNESS, status.at)
 
 
 def _range(owned: OwnedRange) -> Range:
@@ -242,8 +244,10 @@ def _range(owned: OwnedRange) -> Range:
 def _transferring_info(marker: Transferring) -> TransferringInfo:
     if isinstance(marker, TransferringOut):
         partition = marker.partition
-        return TransferringInfo("Out", marker.destination, _range(partition.range), marker.at, partition.root_hash)
-    return TransferringInfo("In", marker.source, _range(marker.range), marker.at)
+        return TransferringInfo(
+            Direction.OUT, marker.destination, _range(partition.range), marker.at, partition.root_hash
+        )
+    return TransferringInfo(Direction.IN, marker.source, _range(marker.range), marker.at)
 
 
 def _leader_info(leader: LeaderStatus) -> LeaderInfo:

@@ -15,6 +15,7 @@ from typing import Any, Final
 from juicebox_hsm.host.cluster.ranges import show_range
 from juicebox_hsm.host.cluster.view import AgentView, GroupView, Member, hsm_work
 from juicebox_hsm.ids import RECORD_ID_BYTES, HsmId, OwnedRange, RealmId, RecordId, uncovered
+from juicebox_hsm.wire.rpc import GroupRole
 from roles.manager.page_style import GROUP_COLOURS, STYLE
 from roles.manager.verdict import (
     BalancerReport,
@@ -198,9 +199,8 @@ def _member(evidence: Evidence, group: GroupView, hsm: HsmId) -> tuple[str, list
 
 
 def _role(member: Member) -> str:
-    return {"Leader": "leader", "Witness": "witness", "SteppingDown": "stepping down"}.get(
-        member.info.role.name, member.info.role.name
-    )
+    names = {GroupRole.LEADER: "leader", GroupRole.WITNESS: "witness", GroupRole.STEPPING_DOWN: "stepping down"}
+    return names[member.info.role.name]
 
 
 def _agents(evidence: Evidence) -> str:

@@ -16,6 +16,7 @@ from juicebox_hsm.adapters.tls.certificate_end import ending, from_unix_ms
 from juicebox_hsm.host.cluster.ranges import show_range
 from juicebox_hsm.host.cluster.view import ClusterView, GroupKey, GroupView, Member
 from juicebox_hsm.ids import HsmId, OwnedRange, uncovered
+from juicebox_hsm.wire.rpc import Direction
 from roles.manager.reasons import reason_of
 
 OUTBOX_ROWS_WARN: Final = 100_000  # 1 % of the bound at which clients are refused (agent.md 11)
@@ -236,7 +237,7 @@ def describe_transfer(group: GroupView) -> str:
     marker = None if leader is None or leader.info.leader is None else leader.info.leader.transferring
     if marker is None:
         return ""
-    way = "from" if marker.direction == "In" else "to"
+    way = "from" if marker.direction is Direction.IN else "to"
     return f"transfer {way} {marker.peer.hex()} is pending since index {marker.at}"
 
 

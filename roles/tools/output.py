@@ -12,7 +12,7 @@ import click
 
 from juicebox_hsm.host.cluster.view import ClusterView, GroupView, Member, group_work, hsm_work, owned_range
 from juicebox_hsm.ids import HsmId
-from juicebox_hsm.wire.rpc import GroupInfo, TransferringInfo
+from juicebox_hsm.wire.rpc import Direction, GroupInfo, TransferringInfo
 from roles.durations import format_duration
 from roles.tools.ids import show_range
 
@@ -69,7 +69,7 @@ def transfer_json(marker: TransferringInfo | None) -> dict[str, Any] | None:
     if marker is None:
         return None
     return {
-        "direction": marker.direction.lower(),
+        "direction": marker.direction.value.lower(),
         "peer": marker.peer.hex(),
         "at": marker.at,
         "start": marker.range.start.hex(),
@@ -112,7 +112,7 @@ def membership_json(view: ClusterView, group: GroupView, member: Member, info: G
     leader = info.leader
     return {
         "group": info.id.hex(),
-        "role": info.role.name,
+        "role": info.role.name.value,
         "role_clock": info.role.at,
         "work": group_work(view, group, member),
         "committed": None if leader is None else leader.committed,
@@ -141,7 +141,7 @@ def member_json(group: GroupView, hsm: HsmId) -> dict[str, Any]:
         "hsm": hsm.hex(),
         "agent": member.name,
         "url": member.url,
-        "role": member.info.role.name,
+        "role": member.info.role.name.value,
         "role_clock": member.info.role.at,
         "captured": member.captured_index,
         "lag": lag,
@@ -202,14 +202,14 @@ def print_agents(view: ClusterView) -> None:
 
 def _print_membership(view: ClusterView, group: GroupView, member: Member, info: GroupInfo) -> None:
     click.echo(
-        f"  group: {info.id.hex()}  role: {info.role.name} at {info.role.at}  "
+        f"  group: {info.id.hex()}  role: {info.role.name.value} at {info.role.at}  "
         f"workload: {group_work(view, group, member)}"
     )
     if info.leader is not None:
         click.echo(f"    committed: {info.leader.committed}  owns: {show_range(owned_range(info.leader.owned_range))}")
         marker = info.leader.transferring
         if marker is not None:
-            way = "from" if marker.direction == "In" else "to"
+            way = "from" if marker.direction is Direction.IN else "to"
             click.echo(
                 f"    transferring {show_range(owned_range(marker.range))} {way} {marker.peer.hex()} at {marker.at}"
             )

@@ -23,6 +23,7 @@ from juicebox_hsm.wire.rpc import (
     BecomeLeaderCall,
     Done,
     Empty,
+    GroupRole,
     RealmCreated,
     Refusal,
     Refused,
@@ -114,7 +115,7 @@ async def test_agent_keeps_its_realm_over_a_restart(tmp_path: Path, unused_port:
         assert await call(unused_port, "become_leader", BecomeLeaderCall(created.realm, created.group)) == Done()
         status = await call(unused_port, "status", Empty())
         assert isinstance(status, AgentStatus)
-        assert [(group.group, group.role.name) for group in status.groups] == [(created.group, "Leader")]
+        assert [(group.group, group.role.name) for group in status.groups] == [(created.group, GroupRole.LEADER)]
         began = time.monotonic()
         process.send_signal(signal.SIGINT)
         assert await wait(process) == 0

@@ -110,7 +110,9 @@ def troubled_page() -> str:
     agents[0].lead(group(1), thirds[0])
     agents[1].lead(group(2), replace(thirds[1], end=record("9f", 0xFF)))
     bounds = rpc.Range(record("40"), record("55", 0xFF))
-    agents[0].groups[group(1)].transferring = rpc.TransferringInfo("Out", group(2), bounds, 1_234_560, b"h" * 32)
+    agents[0].groups[group(1)].transferring = rpc.TransferringInfo(
+        rpc.Direction.OUT, group(2), bounds, 1_234_560, b"h" * 32
+    )
     agents[1].groups[group(1)].captured = 1_200_000
     agents[3].down = True
     evidence = _evidence(

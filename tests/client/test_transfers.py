@@ -8,7 +8,7 @@ import pytest
 
 from juicebox_hsm.host.cluster.view import AgentView, ClusterView, build_view, wire_range
 from juicebox_hsm.ids import FULL_RANGE
-from juicebox_hsm.wire.rpc import Range, TransferringInfo
+from juicebox_hsm.wire.rpc import Direction, GroupRole, Range, TransferringInfo
 from tests.client.transfers import STEPS, Kill, Plan, drill, gapless, is_settled, plan_kills, step_done
 from tests.host.cluster.agents import FakeAgent, group, three
 
@@ -55,17 +55,17 @@ def test_a_move_is_over_when_nothing_is_pending() -> None:
         return step_done(view, group(1), group(2)), is_settled(view, groups)
 
     assert told() == (None, True)
-    destination.transferring = TransferringInfo("In", group(1), bounds, 6)
+    destination.transferring = TransferringInfo(Direction.IN, group(1), bounds, 6)
     assert told() == (None, False), "not committed yet"
     destination.captured = destination.committed = 6
     assert told() == ("prepare", False)
-    source.owned, source.transferring = None, TransferringInfo("Out", group(2), bounds, 5, b"h" * 32)
+    source.owned, source.transferring = None, TransferringInfo(Direction.OUT, group(2), bounds, 5, b"h" * 32)
     assert told() == ("out", False)
     destination.owned, destination.transferring = FULL_RANGE, None
     assert told() == ("in", False)
     source.transferring = None
     assert told() == (None, True)
-    source.role = "Witness"
+    source.role = GroupRole.WITNESS
     assert told() == (None, False), "nobody leads the source"
-    source.role, destination.owned = "Leader", None
+    source.role, destination.owned = GroupRole.LEADER, None
     assert told() == (None, False), "nobody owns anything"

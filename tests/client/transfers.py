@@ -28,9 +28,10 @@ import trio
 
 from juicebox_hsm.client import Configuration, HttpTransport
 from juicebox_hsm.history import Op, Outcome, check_history
-from juicebox_hsm.host.cluster.recovery import INCOMING, pending
+from juicebox_hsm.host.cluster.recovery import pending
 from juicebox_hsm.host.cluster.view import ClusterView, GroupKey
 from juicebox_hsm.ids import GroupId, OwnedRange, RecordId
+from juicebox_hsm.wire.rpc import Direction
 from roles.survey.overview import ask_agents
 from roles.tools.chaos.load import History, User
 from roles.tools.cluster.change import transfer_range
@@ -129,14 +130,18 @@ def is_settled(view: ClusterView, groups: set[GroupKey]) -> bool:
 def describe(view: ClusterView) -> str:
     """Return what a move that is not over may be waiting for."""
     unled = [group.id.hex()[:8] for group in view.groups.values() if group.leader is None]
-    markers = [f"{group.id.hex()[:8]} {marker.direction}" for group, marker in pending(view, committed_only=False)]
+    markers = [
+        f"{group.id.hex()[:8]} {marker.direction.value}" for group, marker in pending(view, committed_only=False)
+    ]
     ranges = [f"{group.hex()[:8]} {first.hex()[:4]}..{last.hex()[:4]}" for group, (first, last) in owned(view).items()]
     return f"nobody leads {unled}, pending {markers}, owned {ranges}"
 
 
 def step_done(view: ClusterView, source: bytes, destination: bytes) -> str | None:
     """Return the last step whose committed markers the leaders of both groups show."""
-    markers = {(bytes(group.id), marker.direction == INCOMING) for group, marker in pending(view, committed_only=True)}
+    markers = {
+        (bytes(group.id), marker.direction is Direction.IN) for group, marker in pending(view, committed_only=True)
+    }
     return SHAPES.get(((destination, True) in markers, (source, False) in markers))
 
 

@@ -19,13 +19,13 @@ from juicebox_hsm.host.routing import (
     slice_of,
 )
 from juicebox_hsm.ids import GroupId, OwnedRange, RealmId, RecordId
-from juicebox_hsm.wire.rpc import AgentStatus, GroupInfo, HsmInfo, LeaderInfo, Range, RealmInfo, RoleInfo
+from juicebox_hsm.wire.rpc import AgentStatus, GroupInfo, GroupRole, HsmInfo, LeaderInfo, Range, RealmInfo, RoleInfo
 
 REALM = RealmId(b"R" * 16)
 GROUP = GroupId(b"G" * 16)
 FULL = Range(start=bytes(32), end=b"\xff" * 32)
 ALL = OwnedRange(RecordId(bytes(32)), RecordId(b"\xff" * 32))
-LEADS = RoleInfo("Leader", 1, 1)
+LEADS = RoleInfo(GroupRole.LEADER, 1, 1)
 
 
 def _owned(first: int, last: int) -> OwnedRange:
@@ -46,14 +46,14 @@ def _status(
 
 NO_REALM = AgentStatus(1.0, HsmInfo(b"H" * 16, None, b""), "u", "", [])
 NO_HSM = AgentStatus(1.0, None, "u", "", [])
-WITNESS = _status(RoleInfo("Witness", 1, None), leads=False)
+WITNESS = _status(RoleInfo(GroupRole.WITNESS, 1, None), leads=False)
 
 
 @pytest.mark.parametrize(
     "status",
     [
         WITNESS,
-        _status(RoleInfo("SteppingDown", 1, 1)),
+        _status(RoleInfo(GroupRole.STEPPING_DOWN, 1, 1)),
         _status(owned=None),
         _status(owned=Range(start=b"\xff" * 32, end=bytes(32))),
         _status(owned=Range(start=b"", end=b"")),

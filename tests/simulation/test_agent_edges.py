@@ -31,6 +31,7 @@ from juicebox_hsm.wire.rpc import (
     GroupCall,
     GroupJoin,
     GroupNew,
+    GroupRole,
     RealmJoin,
     Refusal,
     Refused,
@@ -368,9 +369,11 @@ async def test_status_tells_the_roles(tmp_path: Path) -> None:
         leader, witness = leader_and_witness(sim, group)
         told = await leader.call("status", Empty())
         mine = next(info for info in told.groups if info.group == group)
-        assert (mine.leading, mine.role.name) == (True, "Leader")
+        assert (mine.leading, mine.role.name) == (True, GroupRole.LEADER)
         assert mine.last_appended[0] == leader.group(group).leader.next_index - 1
         reported = next(info for info in told.hsm.realm.groups if info.id == group)
         assert reported.leader.owned_range.start == bytes(32)
         other = await witness.call("status", Empty())
-        assert [(info.leading, info.role.name) for info in other.groups if info.group == group] == [(False, "Witness")]
+        assert [(info.leading, info.role.name) for info in other.groups if info.group == group] == [
+            (False, GroupRole.WITNESS)
+        ]

@@ -12,7 +12,7 @@ from typing import Final
 
 from juicebox_hsm.host.cluster.view import ClusterView, GroupKey, GroupView, Member, hsm_work
 from juicebox_hsm.ids import HsmId
-from juicebox_hsm.wire.rpc import Refusal, Refused, StepdownOrder
+from juicebox_hsm.wire.rpc import GroupRole, Refusal, Refused, StepdownOrder
 
 CONFIRM_AFTER_S: Final = 1.0
 
@@ -30,7 +30,7 @@ def orphans(
     for key, seen_s in sorted(since.items()):
         group = view.groups[key]
         confirmed = now_s - seen_s >= CONFIRM_AFTER_S
-        finishing = any(member.info.role.name == "SteppingDown" for member in group.members)
+        finishing = any(member.info.role.name is GroupRole.STEPPING_DOWN for member in group.members)
         certain = (group.is_complete or key in announced) and not finishing
         if confirmed or certain:
             found.append(group)

@@ -8,14 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Final
 
 from juicebox_hsm.host.cluster.transfer import TransferRequest
 from juicebox_hsm.host.cluster.view import ClusterView, GroupKey, GroupView, Member, owned_range
 from juicebox_hsm.ids import GroupId, RealmId
-from juicebox_hsm.wire.rpc import TransferringInfo
-
-INCOMING: Final = "In"
+from juicebox_hsm.wire.rpc import Direction, TransferringInfo
 
 PendingKey = tuple[GroupKey, int]
 """A group and the index of its transfer."""
@@ -75,7 +72,7 @@ def request_of(group: GroupView, marker: TransferringInfo) -> TransferRequest | 
     if wanted is None:
         return None
     peer = GroupId(marker.peer)
-    source, destination = (peer, group.id) if marker.direction == INCOMING else (group.id, peer)
+    source, destination = (peer, group.id) if marker.direction is Direction.IN else (group.id, peer)
     return TransferRequest(group.realm, source, destination, wanted)
 
 
@@ -90,13 +87,13 @@ def plan_recovery(view: ClusterView, realm: RealmId) -> list[Work]:
         for group, marker in pending(view, committed_only=True)
         if group.realm == realm and (request := request_of(group, marker)) is not None
     ]
-    prepared = {request for request, marker in records if marker.direction == INCOMING}
+    prepared = {request for request, marker in records if marker.direction is Direction.IN}
     work = [_prepared(view, request) for request in sorted(prepared, key=str)]
     handled = {item.request for item in work if isinstance(item, RunAgain)}
     return work + [
         _outgoing(view, request, marker.at)
         for request, marker in records
-        if marker.direction != INCOMING and request not in handled
+        if marker.direction is not Direction.IN and request not in handled
     ]
 
 

@@ -21,6 +21,7 @@ from juicebox_hsm.host.cluster.view import ClusterView, Member, owned_range, wir
 from juicebox_hsm.ids import GroupId, OwnedRange, RealmId, RecordId
 from juicebox_hsm.wire.rpc import (
     ArrivedCall,
+    Direction,
     Done,
     OwnsCall,
     Prepared,
@@ -211,7 +212,7 @@ def _out_refused(request: TransferRequest, leaders: Leaders, refusal: Refused) -
 def _leaving_at(request: TransferRequest, source: Member) -> int | None:
     """Return since which index the source shows this very transfer as outgoing."""
     marker = None if source.info.leader is None else source.info.leader.transferring
-    if marker is None or marker.direction != "Out" or marker.peer != request.destination:
+    if marker is None or marker.direction is not Direction.OUT or marker.peer != request.destination:
         return None
     return marker.at if owned_range(marker.range) == request.range else None
 

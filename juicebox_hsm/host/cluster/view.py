@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from juicebox_hsm.ids import GroupId, HsmId, OwnedRange, RealmId, RecordId
-from juicebox_hsm.wire.rpc import AgentGroupInfo, AgentStatus, GroupInfo, LeaderInfo, Range
+from juicebox_hsm.wire.rpc import AgentGroupInfo, AgentStatus, GroupInfo, GroupRole, LeaderInfo, Range
 
 GroupKey = tuple[RealmId, GroupId]
 
@@ -43,7 +43,7 @@ class Member:
     @property
     def leads(self) -> bool:
         """Tell whether the HSM says it leads (stepping down does not count)."""
-        return self.info.role.name == "Leader"
+        return self.info.role.name is GroupRole.LEADER
 
     @property
     def starting(self) -> int:

@@ -36,7 +36,7 @@ class FakeGroup:
     """One group at one HSM."""
 
     configuration: list[bytes]
-    role: str = "Witness"
+    role: rpc.GroupRole = rpc.GroupRole.WITNESS
     clock: int = 1
     starting: int | None = None
     captured: int | None = 5
@@ -61,7 +61,7 @@ class FakeAgent:
     def lead(self, wanted: GroupId, owned: OwnedRange | None = None, starting: int = 6) -> FakeAgent:
         """Make this HSM the leader of a group."""
         found = self.groups[wanted]
-        found.role, found.starting, found.owned = "Leader", starting, owned
+        found.role, found.starting, found.owned = rpc.GroupRole.LEADER, starting, owned
         found.committed = found.captured
         return self
 
@@ -70,7 +70,7 @@ class FakeAgent:
         infos = []
         for key, found in self.groups.items():
             leader = None
-            if found.role == "Leader":
+            if found.role is rpc.GroupRole.LEADER:
                 owned = None if found.owned is None else rpc.Range(found.owned.start, found.owned.end)
                 leader = rpc.LeaderInfo(found.committed, found.captured or 0, owned, found.transferring)
             captured = None if found.captured is None else (found.captured, b"m" * 32)
@@ -81,7 +81,7 @@ class FakeAgent:
                 self.realm,
                 key,
                 rpc.RoleInfo(found.role, found.clock, found.starting),
-                found.role == "Leader",
+                found.role is rpc.GroupRole.LEADER,
                 requests_per_s=found.requests_per_s,
             )
             for key, found in self.groups.items()

@@ -18,11 +18,11 @@ def test_a_manager_remembers_since_when() -> None:
     def look(now_ms: int) -> dict[PendingKey, int]:
         return pending_since(since, pending(view_of(agents), committed_only=False), now_ms)
 
-    led.transferring = rpc.TransferringInfo("Out", group(2), bounds, 5, b"h" * 32)
+    led.transferring = rpc.TransferringInfo(rpc.Direction.OUT, group(2), bounds, 5, b"h" * 32)
     for now_ms in (1000, 3000):
         since = look(now_ms)
     assert since == {((REALM, group(1)), 5): 1000}
-    led.transferring = rpc.TransferringInfo("Out", group(2), bounds, 9, b"h" * 32)
+    led.transferring = rpc.TransferringInfo(rpc.Direction.OUT, group(2), bounds, 9, b"h" * 32)
     since = look(4000)
     assert since == {((REALM, group(1)), 9): 4000}
     led.transferring = None

@@ -32,6 +32,7 @@ from juicebox_hsm.wire.rpc import (
     App,
     AppOk,
     GroupInfo,
+    GroupRole,
     HsmInfo,
     LeaderInfo,
     Method,
@@ -114,7 +115,7 @@ class FakeAgent:
 
     def status(self) -> AgentStatus:
         leader = LeaderInfo(self.committed, self.committed, self.range, None) if self.leads else None
-        role = RoleInfo("Leader" if self.leads else "Witness", 1, self.starting if self.leads else None)
+        role = RoleInfo(GroupRole.LEADER if self.leads else GroupRole.WITNESS, 1, self.starting if self.leads else None)
         group = GroupInfo(self.group, [b"H" * 16], None, leader, role)
         realm = None if self.realm is None else RealmInfo(self.realm, b"", [group])
         return AgentStatus(1.0, HsmInfo(b"H" * 16, realm, b""), self.url, "", [])

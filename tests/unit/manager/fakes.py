@@ -60,7 +60,7 @@ class FakeRpc:
             return rpc.Refused(rpc.Refusal.INVALID_GROUP)
         before = [other.groups[GroupId(body.group)] for other in self.agents.values() if body.group in other.groups]
         found.starting = max((other.starting or 0) for other in before) + 10
-        found.role, found.clock = "Leader", found.clock + 1
+        found.role, found.clock = rpc.GroupRole.LEADER, found.clock + 1
         found.committed = found.captured
         found.owned = next((other.owned for other in before if other.owned is not None), found.owned)
         found.transferring = next((other.transferring for other in before if other.transferring), found.transferring)
@@ -68,9 +68,9 @@ class FakeRpc:
 
     def _stepdown(self, agent: FakeAgent, body: rpc.GroupCall) -> Any:
         found = agent.groups.get(GroupId(body.group))
-        if found is None or found.role != "Leader":
+        if found is None or found.role is not rpc.GroupRole.LEADER:
             return rpc.Refused(rpc.Refusal.NOT_LEADER)
-        found.role, found.clock = "Witness", found.clock + 1
+        found.role, found.clock = rpc.GroupRole.WITNESS, found.clock + 1
         return rpc.SteppedDown(found.captured or 0)
 
     # --- transfers: every step commits at once -------------------------------------------------------
@@ -78,12 +78,14 @@ class FakeRpc:
     def _leading(self, agent: FakeAgent, wanted: bytes) -> FakeGroup | None:
         """Return a group that the agent can commit in: a deposed leader's appends meet the newer one's entries."""
         found = agent.groups.get(GroupId(wanted))
-        if found is None or found.role != "Leader":
+        if found is None or found.role is not rpc.GroupRole.LEADER:
             return None
         claims = [
             other.groups[GroupId(wanted)].starting or 0
             for other in self.agents.values()
-            if other.realm == agent.realm and wanted in other.groups and other.groups[GroupId(wanted)].role == "Leader"
+            if other.realm == agent.realm
+            and wanted in other.groups
+            and other.groups[GroupId(wanted)].role is rpc.GroupRole.LEADER
         ]
         return found if (found.starting or 0) == max(claims) else None
 
@@ -97,8 +99,8 @@ class FakeRpc:
                 return rpc.Refused(rpc.Refusal.UNACCEPTABLE_RANGE)
             found.captured = (found.captured or 0) + 1
             found.committed = found.captured
-            found.transferring = rpc.TransferringInfo("In", body.source, body.range, found.captured)
-        elif found.transferring.direction != "In" or found.transferring.range != body.range:
+            found.transferring = rpc.TransferringInfo(rpc.Direction.IN, body.source, body.range, found.captured)
+        elif found.transferring.direction is not rpc.Direction.IN or found.transferring.range != body.range:
             return rpc.Refused(rpc.Refusal.OTHER_TRANSFER_PENDING)
         return rpc.Prepared(b"n" * 16, b"prepared")
 
@@ -122,7 +124,9 @@ class FakeRpc:
             found.owned = subtract(found.owned, wanted)
             found.captured = (found.captured or 0) + 1
             found.committed = found.captured
-            found.transferring = rpc.TransferringInfo("Out", body.destination, body.range, found.captured, b"h" * 32)
+            found.transferring = rpc.TransferringInfo(
+                rpc.Direction.OUT, body.destination, body.range, found.captured, b"h" * 32
+            )
         return rpc.TransferredOut(rpc.PartitionInfo(body.range, b"h" * 32), found.transferring.at, b"out")
 
     def _transfer_in(self, agent: FakeAgent, body: rpc.TransferInCall) -> Any:
@@ -142,7 +146,7 @@ class FakeRpc:
         if found is None:
             return rpc.Refused(rpc.Refusal.NOT_LEADER)
         marker = found.transferring
-        if marker is None or marker.direction != "Out" or marker.at != body.at:
+        if marker is None or marker.direction is not rpc.Direction.OUT or marker.at != body.at:
             return rpc.Refused(rpc.Refusal.NOT_TRANSFERRING)
         found.transferring = None
         return rpc.Done()

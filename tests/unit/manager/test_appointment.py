@@ -14,7 +14,7 @@ from juicebox_hsm.adapters.faults.store import with_faults
 from juicebox_hsm.adapters.faults.switch import ENVIRONMENT, Faults, FaultSwitch
 from juicebox_hsm.host.cluster.view import AgentView, build_view
 from juicebox_hsm.ids import OwnedRange, RecordId
-from juicebox_hsm.wire.rpc import LeaderLost, Rebalanced, Refusal, Refused
+from juicebox_hsm.wire.rpc import GroupRole, LeaderLost, Rebalanced, Refusal, Refused
 from roles.manager.appointment import Appointer
 from roles.manager.context import ManagerContext
 from roles.manager.rebalance import rebalance
@@ -23,7 +23,7 @@ from tests.unit.manager.fakes import FakeLeases, FakeRpc, FakeSettings, make_con
 
 
 def _leaders(agents: list[FakeAgent], number: int = 1) -> list[int]:
-    return [agent.hsm[0] for agent in agents if agent.groups[group(number)].role == "Leader"]
+    return [agent.hsm[0] for agent in agents if agent.groups[group(number)].role is GroupRole.LEADER]
 
 
 def _rpc(context: ManagerContext) -> FakeRpc:
@@ -206,7 +206,7 @@ async def test_a_leader_stepping_down_may_finish(autojump_clock: trio.testing.Mo
     """While a leader releases what it has in flight nobody is put in its place, but not for ever."""
     agents = three()
     agents[0].lead(group(1), FULL)
-    agents[0].groups[group(1)].role = "SteppingDown"
+    agents[0].groups[group(1)].role = GroupRole.STEPPING_DOWN
     context = make_context(agents)
     appointer = Appointer(context)
     await appointer.run_pass()
@@ -252,7 +252,7 @@ async def test_drained_hsm_is_appointed_only_when_nothing_else_is_left(
     settings.rows[f"drain/{hsm(1).hex()}"] = b"operator"
     await Appointer(context).run_pass()
     assert _leaders(agents) == [2]
-    agents[1].groups[group(1)].role = "Witness"
+    agents[1].groups[group(1)].role = GroupRole.WITNESS
     agents[1].refuse["become_leader"] = agents[2].refuse["become_leader"] = Refused(Refusal.NO_STORE)
     await Appointer(context).run_pass()
     assert _leaders(agents) == [1]

@@ -16,7 +16,7 @@ from juicebox_hsm.host.cluster.planning import covers
 from juicebox_hsm.host.cluster.transfer import TransferRequest
 from juicebox_hsm.host.cluster.view import wire_range
 from juicebox_hsm.ids import OwnedRange
-from juicebox_hsm.wire.rpc import Done, Refusal, Refused, TransferComplete, TransferInCall, TransferOutCall
+from juicebox_hsm.wire.rpc import Direction, Done, Refusal, Refused, TransferComplete, TransferInCall, TransferOutCall
 from juicebox_hsm.wire.rpc import TransferringInfo as Marker
 from roles.manager.context import ManagerContext
 from roles.manager.transfer import run_requested_transfer
@@ -90,7 +90,7 @@ class _Duel:
         theirs = self.stale_source.groups[group(1)]
         if source == "says that it left":
             theirs.owned = subtract(FULL, LOW)
-            theirs.transferring = Marker("Out", group(2), wire_range(LOW), at, b"h" * 32)
+            theirs.transferring = Marker(Direction.OUT, group(2), wire_range(LOW), at, b"h" * 32)
             theirs.captured = theirs.committed = at
         elif source == "says that it owns nothing":
             theirs.owned = None
@@ -100,7 +100,7 @@ class _Duel:
         if destination == "claims the range":
             theirs.owned = LOW
         elif destination == "says that it prepared":
-            theirs.transferring = Marker("In", group(1), wire_range(LOW), 10)
+            theirs.transferring = Marker(Direction.IN, group(1), wire_range(LOW), 10)
 
     @property
     def is_whole(self) -> bool:

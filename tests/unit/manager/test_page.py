@@ -90,7 +90,7 @@ def test_shows_what_an_operator_asks() -> None:
     agents[1].lead(group(2), OwnedRange(record("80"), record("ff", 0xFF)))
     agents[0].groups[group(1)].captured = 2345
     bounds = rpc.Range(record("70"), record("7f", 0xFF))
-    agents[0].groups[group(1)].transferring = rpc.TransferringInfo("Out", group(2), bounds, 5, b"h" * 32)
+    agents[0].groups[group(1)].transferring = rpc.TransferringInfo(rpc.Direction.OUT, group(2), bounds, 5, b"h" * 32)
     agents[2].down = True
     checker = _parse(_page(_evidence(agents, drained=frozenset({hsm(2)}))))
     text = " ".join("".join(checker.text).split())

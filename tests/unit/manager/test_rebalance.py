@@ -10,7 +10,7 @@ import trio.testing
 
 from juicebox_hsm.adapters.rpc import RpcUnreachable
 from juicebox_hsm.ports.errors import StoreUnavailable
-from juicebox_hsm.wire.rpc import Rebalanced, Refusal, Refused
+from juicebox_hsm.wire.rpc import GroupRole, Rebalanced, Refusal, Refused
 from roles.manager.appointment import Appointer
 from roles.manager.context import ManagerContext, ManagerState
 from roles.manager.rebalance import rebalance
@@ -39,7 +39,7 @@ async def test_six_groups_over_five_hsms(autojump_clock: trio.testing.MockClock)
         assert isinstance(moved, Rebalanced)
         assert moved.group
     assert await rebalance(context, appointer) == Rebalanced()
-    counts = [sum(found.role == "Leader" for found in agent.groups.values()) for agent in agents]
+    counts = [sum(found.role is GroupRole.LEADER for found in agent.groups.values()) for agent in agents]
     assert counts == [2, 1, 1, 1, 1]
 
 
@@ -54,7 +54,7 @@ def _uneven() -> tuple[list[FakeAgent], ManagerContext, FakeRpc]:
 def _overload(agents: list[FakeAgent], busy: FakeAgent) -> None:
     """Let one HSM lead group 1, and lead another that is only its own, so that group 1 had better move."""
     for agent in agents:
-        agent.groups[group(1)].role = "Witness"
+        agent.groups[group(1)].role = GroupRole.WITNESS
         agent.groups.pop(group(9), None)
     busy.groups[group(9)] = FakeGroup([busy.hsm])
     busy.lead(group(1)).lead(group(9))
@@ -67,7 +67,7 @@ async def test_target_refuses_then_old_leader_is_back(autojump_clock: trio.testi
     outcome = await rebalance(context, Appointer(context))
     assert isinstance(outcome, Refused)
     assert outcome.outcome is Refusal.LEADERSHIP_TRANSFER_ROLLED_BACK
-    assert agents[0].groups[group(1)].role == agents[0].groups[group(2)].role == "Leader"
+    assert agents[0].groups[group(1)].role == agents[0].groups[group(2)].role is GroupRole.LEADER
 
 
 async def test_rpc_failure_in_the_middle_also_goes_back(autojump_clock: trio.testing.MockClock) -> None:
@@ -78,7 +78,7 @@ async def test_rpc_failure_in_the_middle_also_goes_back(autojump_clock: trio.tes
     outcome = await rebalance(context, Appointer(context))
     assert isinstance(outcome, Refused)
     assert outcome.outcome is Refusal.LEADERSHIP_TRANSFER_ROLLED_BACK
-    assert agents[0].groups[group(1)].role == "Leader"
+    assert agents[0].groups[group(1)].role is GroupRole.LEADER
 
 
 async def test_nobody_takes_it_then_the_pass_appoints(autojump_clock: trio.testing.MockClock) -> None:
@@ -88,7 +88,7 @@ async def test_nobody_takes_it_then_the_pass_appoints(autojump_clock: trio.testi
     outcome = await rebalance(context, Appointer(context))
     assert isinstance(outcome, Refused)
     assert outcome.outcome is Refusal.LEADERSHIP_TRANSFER_FAILED
-    assert "Leader" in {agents[2].groups[group(number)].role for number in (1, 2)}
+    assert GroupRole.LEADER in {agents[2].groups[group(number)].role for number in (1, 2)}
 
 
 async def test_busy_lease(autojump_clock: trio.testing.MockClock) -> None:

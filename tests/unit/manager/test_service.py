@@ -15,6 +15,7 @@ from juicebox_hsm.wire.rpc import (
     MANAGER_METHODS,
     Done,
     Empty,
+    GroupRole,
     LeaderLost,
     Range,
     Rebalanced,
@@ -79,9 +80,9 @@ async def test_hints_are_answered_at_once(autojump_clock: trio.testing.MockClock
     agents = three()
     async with _service(agents) as (service, _):
         assert await service.handlers()["leader_lost"](LeaderLost(REALM, group(1), 6), None) == Done()
-        assert all(agent.groups[group(1)].role == "Witness" for agent in agents)
+        assert all(agent.groups[group(1)].role is GroupRole.WITNESS for agent in agents)
         await trio.sleep(1)
-        assert [agent.groups[group(1)].role for agent in agents].count("Leader") == 1
+        assert [agent.groups[group(1)].role for agent in agents].count(GroupRole.LEADER) == 1
 
 
 async def test_store_trouble_is_a_refusal(autojump_clock: trio.testing.MockClock) -> None:

@@ -6,7 +6,7 @@ import trio
 import trio.testing
 
 from juicebox_hsm.adapters.rpc import RpcUnreachable
-from juicebox_hsm.wire.rpc import Done, Refusal, Refused, StepdownOrder
+from juicebox_hsm.wire.rpc import Done, GroupRole, Refusal, Refused, StepdownOrder
 from roles.manager.context import ManagerContext
 from roles.manager.stepdown import hand_over
 from tests.host.cluster.agents import FULL, OTHER_REALM, REALM, FakeAgent, FakeGroup, group, hsm, three
@@ -32,9 +32,9 @@ async def test_by_hsm_moves_everything_it_leads(autojump_clock: trio.testing.Moc
     """Every group the HSM led has another leader afterwards, and no lease is left."""
     agents, context, _ = _cluster()
     assert await hand_over(context, StepdownOrder(hsm=hsm(1))) == Done()
-    assert all(found.role == "Witness" for found in agents[0].groups.values())
+    assert all(found.role is GroupRole.WITNESS for found in agents[0].groups.values())
     for number in (1, 2):
-        assert sum(agent.groups[group(number)].role == "Leader" for agent in agents) == 1
+        assert sum(agent.groups[group(number)].role is GroupRole.LEADER for agent in agents) == 1
     assert await context.store.leases.list() == []
 
 
@@ -42,8 +42,8 @@ async def test_by_group_moves_only_that_group(autojump_clock: trio.testing.MockC
     """The other groups of the HSM stay where they are."""
     agents, context, _ = _cluster()
     assert await hand_over(context, StepdownOrder(realm=REALM, group=group(2))) == Done()
-    assert agents[0].groups[group(1)].role == "Leader"
-    assert agents[0].groups[group(2)].role == "Witness"
+    assert agents[0].groups[group(1)].role is GroupRole.LEADER
+    assert agents[0].groups[group(2)].role is GroupRole.WITNESS
 
 
 async def test_the_new_leader_is_told_where_the_log_ends(autojump_clock: trio.testing.MockClock) -> None:
@@ -62,7 +62,7 @@ async def test_single_member_group_leads_again(autojump_clock: trio.testing.Mock
     agent = FakeAgent("tls://a1", hsm(1), groups={group(1): FakeGroup([hsm(1)])}).lead(group(1), FULL)
     context = make_context([agent])
     assert await hand_over(context, StepdownOrder(hsm=hsm(1))) == Done()
-    assert agent.groups[group(1)].role == "Leader"
+    assert agent.groups[group(1)].role is GroupRole.LEADER
 
 
 async def test_unknown_ids_are_named(autojump_clock: trio.testing.MockClock) -> None:
@@ -90,7 +90,7 @@ async def test_busy_releases_all_leases(autojump_clock: trio.testing.MockClock) 
     assert await _refusal(context, StepdownOrder(hsm=hsm(1))) is Refusal.BUSY
     assert [lease.owner for lease in await leases.list()] == ["other"]
     assert not rpc.methods("stepdown")
-    assert agents[0].groups[group(1)].role == "Leader"
+    assert agents[0].groups[group(1)].role is GroupRole.LEADER
 
 
 async def test_failed_assignment_is_reported(autojump_clock: trio.testing.MockClock) -> None:
@@ -126,4 +126,4 @@ async def test_lost_lease_stops_the_hand_over(autojump_clock: trio.testing.MockC
     rpc.call = slow  # type: ignore[method-assign]
     assert await _refusal(context, StepdownOrder(hsm=hsm(1))) is Refusal.BUSY
     assert trio.current_time() < 10
-    assert agents[0].groups[group(1)].role == "Leader"
+    assert agents[0].groups[group(1)].role is GroupRole.LEADER

@@ -10,7 +10,7 @@ from juicebox_hsm.adapters.rpc import RpcUnreachable
 from juicebox_hsm.host.cluster.planning import covers
 from juicebox_hsm.host.cluster.transfer import TransferRequest
 from juicebox_hsm.ids import OwnedRange
-from juicebox_hsm.wire.rpc import Done, Range, Refusal, Refused, TransferOutCall, TransferPrepare
+from juicebox_hsm.wire.rpc import Done, GroupRole, Range, Refusal, Refused, TransferOutCall, TransferPrepare
 from roles.manager.context import ManagerContext
 from roles.manager.transfer import run_requested_transfer, run_transfer
 from tests.host.cluster.agents import FULL, REALM, FakeAgent, group, hsm, record, three
@@ -39,7 +39,7 @@ def _owned(agents: list[FakeAgent]) -> list[OwnedRange]:
     for number in (1, 2):
         for agent in agents:
             owned = agent.groups[group(number)].owned
-            if agent.groups[group(number)].role == "Leader" and owned is not None:
+            if agent.groups[group(number)].role is GroupRole.LEADER and owned is not None:
                 found.append(owned)
     return found
 
@@ -50,7 +50,7 @@ def _is_settled(agents: list[FakeAgent]) -> bool:
         agent.groups[group(number)].transferring
         for agent in agents
         for number in (1, 2)
-        if agent.groups[group(number)].role == "Leader"
+        if agent.groups[group(number)].role is GroupRole.LEADER
     ]
     return covers(_owned(agents), FULL) and not any(pending)
 
@@ -123,7 +123,7 @@ async def test_bad_proof_is_an_unacceptable_range(autojump_clock: trio.testing.M
 async def test_retries_until_there_is_a_leader(autojump_clock: trio.testing.MockClock) -> None:
     """A transfer begun between two leaders waits for the next one."""
     agents, context, _ = _cluster()
-    agents[1].groups[group(2)].role = "Witness"
+    agents[1].groups[group(2)].role = GroupRole.WITNESS
     async with trio.open_nursery() as nursery:
 
         async def move() -> None:
@@ -138,7 +138,7 @@ async def test_retries_until_there_is_a_leader(autojump_clock: trio.testing.Mock
 async def test_deadline(autojump_clock: trio.testing.MockClock) -> None:
     """Without a leader for two minutes the caller gets Timeout."""
     agents, context, _ = _cluster()
-    agents[1].groups[group(2)].role = "Witness"
+    agents[1].groups[group(2)].role = GroupRole.WITNESS
     outcome = await run_requested_transfer(context, _request())
     assert outcome == Refused(Refusal.TIMEOUT)
     assert 119 < trio.current_time() < 122
@@ -270,7 +270,7 @@ async def test_recovery_with_new_leaders(autojump_clock: trio.testing.MockClock,
     for number, old, new in ((1, 0, 2), (2, 1, 0)):
         before, after = agents[old].groups[group(number)], agents[new].groups[group(number)]
         after.owned, after.transferring, after.captured = before.owned, before.transferring, before.captured
-        before.role, before.owned, before.transferring = "Witness", None, None
+        before.role, before.owned, before.transferring = GroupRole.WITNESS, None, None
         agents[new].lead(group(number), after.owned, starting=50)
     await recover_transfers(context)
     assert _is_settled(agents)

@@ -115,7 +115,9 @@ def test_managers(managers: tuple[ManagerReport, ...], says: str) -> None:
 def test_pending_transfer_by_age() -> None:
     """A transfer under way is advice, one older than a minute a problem; without managers nobody finishes it."""
     agents = _led()
-    marker = rpc.TransferringInfo("Out", group(2), rpc.Range(record("00"), record("0f", 0xFF)), 5, b"h" * 32)
+    marker = rpc.TransferringInfo(
+        rpc.Direction.OUT, group(2), rpc.Range(record("00"), record("0f", 0xFF)), 5, b"h" * 32
+    )
     agents[0].groups[group(1)].transferring = marker
     young = judge(_evidence(agents))
     assert young.is_healthy
@@ -243,7 +245,9 @@ def _trouble_of_every_kind() -> list[Evidence]:
         agent.groups = {group(1): FakeGroup(list(pair)), group(2): FakeGroup(list(pair)), group(3): FakeGroup(pair)}
     agents[0].groups[group(1)].captured = 2000
     agents[0].lead(group(1), low).lead(group(2), high)
-    marker = rpc.TransferringInfo("Out", group(2), rpc.Range(record("00"), record("0f", 0xFF)), 5, b"h" * 32)
+    marker = rpc.TransferringInfo(
+        rpc.Direction.OUT, group(2), rpc.Range(record("00"), record("0f", 0xFF)), 5, b"h" * 32
+    )
     agents[0].groups[group(1)].transferring = marker
     status = agents[2].status()
     silent_hsm = rpc.AgentStatus(1.0, None, "a3", "newer", [], rpc.OutboxInfo(7, 61.0))

@@ -24,7 +24,7 @@ from juicebox_hsm.wire.client import (
     encode_client_request,
     encode_client_response,
 )
-from juicebox_hsm.wire.rpc import GroupInfo, LeaderInfo, Range, RoleInfo
+from juicebox_hsm.wire.rpc import GroupInfo, GroupRole, LeaderInfo, Range, RoleInfo
 from roles.tools.chaos.command import command
 from roles.tools.chaos.faults import choose_transfer
 from roles.tools.chaos.load import CountingTransport, History, lost_attempts
@@ -160,7 +160,7 @@ def _group(number: int, owned: tuple[int, int] | None) -> GroupView:
     hsm = HsmId(bytes([number]) * 16)
     wire = None if owned is None else Range(bytes([owned[0]]) + bytes(31), bytes([owned[1]]) + b"\xff" * 31)
     leader = LeaderInfo(1, 1, wire, None)
-    info = GroupInfo(bytes([number]) * 16, [hsm], (1, b""), leader, RoleInfo("Leader", 1, 1))
+    info = GroupInfo(bytes([number]) * 16, [hsm], (1, b""), leader, RoleInfo(GroupRole.LEADER, 1, 1))
     return GroupView(
         RealmId(bytes(16)), GroupId(bytes([number]) * 16), (hsm,), (Member(hsm, "tls://x", "a", info, None),)
     )

@@ -13,7 +13,19 @@ from juicebox_hsm.adapters.rpc import RpcFailed
 from juicebox_hsm.host.cluster.view import AgentView, ClusterView, build_view
 from juicebox_hsm.host.services import ServiceKind
 from juicebox_hsm.ids import FULL_RANGE, OwnedRange, RealmId
-from juicebox_hsm.wire.rpc import Done, Empty, ManagerStatus, Method, Range, Refusal, Refused, RpcCode, TransferringInfo
+from juicebox_hsm.wire.rpc import (
+    Direction,
+    Done,
+    Empty,
+    GroupRole,
+    ManagerStatus,
+    Method,
+    Range,
+    Refusal,
+    Refused,
+    RpcCode,
+    TransferringInfo,
+)
 from roles.tools.cluster.change import check_transfer
 from roles.tools.cluster.leaders import still_led
 from roles.tools.session import COMMAND_TIMEOUT_S, ExitCode, Session, ToolFailure, call_manager, refused
@@ -130,10 +142,12 @@ def test_transfers_that_would_be_refused(
 def test_transfers_between_groups_that_cannot_act() -> None:
     """Nobody leads, or another transfer is pending: refused, and an agent's silence does not make its group unknown."""
     agents = _halves()
-    agents[0].groups[group(1)].transferring = TransferringInfo("Out", group(3), Range(*[b"\0" * 32] * 2), 5, b"h" * 32)
+    agents[0].groups[group(1)].transferring = TransferringInfo(
+        Direction.OUT, group(3), Range(*[b"\0" * 32] * 2), 5, b"h" * 32
+    )
     with pytest.raises(ToolFailure, match="another transfer pending"):
         check_transfer(_view(agents), REALM, group(1), group(2), LOW)
-    agents[0].groups[group(1)].role = "Witness"
+    agents[0].groups[group(1)].role = GroupRole.WITNESS
     with pytest.raises(ToolFailure, match="nobody leads the source"):
         check_transfer(_view(agents), REALM, group(1), group(2), LOW)
     agents[2].down = True
