@@ -17,44 +17,28 @@ import trio
 from juicebox_hsm import __version__
 from juicebox_hsm.adapters.faults.nvram import with_nvram_faults
 from juicebox_hsm.adapters.faults.store import with_faults
-from juicebox_hsm.adapters.faults.switch import FaultSwitch
 from juicebox_hsm.adapters.hsm_directory.hsm_host import InProcessHsm, open_hsm_dir
-from juicebox_hsm.adapters.observation import build_info
-from juicebox_hsm.adapters.observation.dogstatsd import send_metrics
-from juicebox_hsm.adapters.observation.logging import configure, get_logger, report_suppressed
-from juicebox_hsm.adapters.observation.metric_names import AGENT, declare
-from juicebox_hsm.adapters.observation.metrics import Metrics
-from juicebox_hsm.adapters.observation.probes import serve_probes
+from juicebox_hsm.adapters.observation.logging import configure
+from juicebox_hsm.adapters.observation.metric_names import AGENT
 from juicebox_hsm.adapters.observation.store_metrics import CacheGauges, with_metrics
-from juicebox_hsm.adapters.observation.tracing import Traces, open_traces
-from juicebox_hsm.adapters.process.memory_guard import forbid_dumps
-from juicebox_hsm.adapters.process.supervision import (
-    StartPhase,
-    handle_signals,
-    notify,
-    run_service,
-    watchdog_interval_s,
-)
 from juicebox_hsm.adapters.rpc import RpcPool, RpcServer, serve_rpc
 from juicebox_hsm.adapters.stores.node_tuning import CACHE_NODES, LARGE_READ_PERMITS, LARGE_READ_RANGES, NodeTuning
 from juicebox_hsm.adapters.stores.opening import open_store
-from juicebox_hsm.adapters.tls.certificate_end import report_cluster_end
-from juicebox_hsm.adapters.tls.cluster_tls import ClusterTls, certificate_end, cluster_reloads
 from juicebox_hsm.errors import RealmError
 from juicebox_hsm.host.events import EVENT_KEPT_MS
 from juicebox_hsm.hsm.core import Hsm
-from juicebox_hsm.hsm.platform import Platform
 from juicebox_hsm.ports.store import Store
 from juicebox_hsm.wire.rpc import AGENT_METHODS, PeerRole
 from roles.agent.context import Agent, AgentConfig
 from roles.agent.leader import hand_over, lead
-from roles.agent.registration import deregister, livez, readyz, register
+from roles.agent.registration import entry_of, livez, readyz, register
 from roles.agent.service import FATAL, AgentService, hsm_status
 from roles.cloud_options import CloudOptions, pubsub_options, with_bus
 from roles.durations import DurationRange
-from roles.options import CommonOptions, load_identity, role_options
+from roles.options import CommonOptions, role_options
+from roles.shell import Kind, Shell, ready, start, stopping
 
-REPORT_S: Final = 1.0
+KIND: Final = Kind("agent", "agent", AGENT, guards_memory=True)
 RETENTION_MAX_S: Final = 31 * 86_400.0
 """The longest that Pub/Sub keeps messages."""
 RPC_DRAIN_S: Final = 2.0
@@ -130,95 +114,92 @@ def command(
 ) -> None:
     """Run an agent: the process in front of one HSM, which runs inside it."""
     configure(common.log_level)
-    forbid_dumps()
     nodes = NodeTuning(merkle_cache_size, merkle_large_read_permits, merkle_large_read_limit)
     options = AgentOptions(common, hsm_dir, nodes, default_rate_limit, int(event_retention), pubsub)
-    phase = StartPhase()
-    traces = open_traces("agent", __version__)
-    run_service(run_agent, options, phase, traces, phase=phase)
+    start(KIND, common.name, run_agent, options)
 
 
-async def run_agent(options: AgentOptions, phase: StartPhase, traces: Traces | None = None) -> None:
+async def run_agent(shell: Shell, options: AgentOptions) -> None:
     """Open HSM and store, serve until told to stop, leave in order."""
-    common = options.common
-    metrics = Metrics()
-    declare(metrics, AGENT)
-    tls = load_identity(common, PeerRole.AGENT)
+    url, metrics = options.common.store_url, shell.metrics
+    shell.identify(options.common, PeerRole.AGENT)
     platform = await trio.to_thread.run_sync(open_hsm_dir, options.hsm_dir)
     try:
-        faults = FaultSwitch.from_environment(common.name)
-        hsm = await trio.to_thread.run_sync(_start_hsm, with_nvram_faults(platform, faults))
+        hsm = await trio.to_thread.run_sync(Hsm, with_nvram_faults(platform, shell.faults))
         async with (
-            open_store(common.store_url, node_tuning=options.nodes, metrics=metrics) as opened,
-            with_bus(opened, common.store_url, options.pubsub, metrics, kept_s=options.event_kept_s) as store,
+            open_store(url, node_tuning=options.nodes, metrics=metrics) as opened,
+            with_bus(opened, url, options.pubsub, metrics, kept_s=options.event_kept_s) as store,
+            trio.open_nursery() as nursery,
         ):
-            await _serve(options, phase, tls, hsm, with_faults(store, faults), faults, metrics, traces)
+            await _serve(shell, nursery, options, hsm, with_faults(store, shell.faults))
+            nursery.cancel_scope.cancel()
+        shell.log.info("agent stopped")
     finally:
         platform.close()
-        if traces is not None:
-            await traces.close()
 
 
-def _start_hsm(platform: Platform) -> Hsm:
-    return Hsm(platform)
-
-
-async def _serve(
-    options: AgentOptions,
-    phase: StartPhase,
-    tls: ClusterTls | None,
-    hsm: Hsm,
-    store: Store,
-    faults: FaultSwitch,
-    metrics: Metrics,
-    traces: Traces | None,
-) -> None:
+async def _serve(shell: Shell, nursery: trio.Nursery, options: AgentOptions, hsm: Hsm, store: Store) -> None:
+    """Start everything in order, wait for a stop signal, and leave in order."""
     common = options.common
-    log = get_logger("agent")
-    scheme = "tcp" if tls is None else "tls"
-    if common.advertise.is_loopback and not common.allow_loopback:
-        log.warning("advertising a loopback address: only this machine can reach it", address=str(common.advertise))
-    stop = trio.Event()
-    async with trio.open_nursery() as nursery:
-        await nursery.start(handle_signals, lambda _signal: stop.set(), cluster_reloads(tls))
-        pool = RpcPool(nursery, tls, build=__version__, metrics=metrics)
-        config = AgentConfig(
-            name=common.name,
-            url=f"{scheme}://{common.advertise}",
+    await shell.catch_signals(nursery)
+    agent = _make_agent(shell, nursery, options, hsm, store)
+    service = AgentService(agent)
+    await service.learn()
+    server: RpcServer = await nursery.start(
+        partial(
+            serve_rpc,
+            (common.listen.host, common.listen.port),
+            tls=shell.tls,
+            methods=AGENT_METHODS,
+            handlers=service.handlers(),
             build=__version__,
-            default_rate=options.default_rate_limit,
-            event_kept_ms=options.event_kept_s * 1000,
-            now_ms=faults.now_ms,
-            certificate_end=partial(certificate_end, tls),
+            metrics=shell.metrics,
+            fatal=FATAL,
+            traces=shell.traces,
         )
-        hsm_transport = InProcessHsm(hsm, metrics)
-        agent = Agent(config, hsm_transport, with_metrics(store, metrics), pool, metrics, log, nursery, lead)
-        service = AgentService(agent)
-        await service.learn()
-        server: RpcServer = await nursery.start(_serve_rpc, common, tls, service, metrics, traces)
-        if common.advertise.port == 0:
-            advertise = dataclasses.replace(common.advertise, port=server.port)
-            agent.config = dataclasses.replace(config, url=f"{scheme}://{advertise}")
-        http_port: int = await nursery.start(_serve_probes, common, agent, metrics)
-        service.start()
-        nursery.start_soon(_report, agent, CacheGauges(store, metrics, trio.current_time()))
-        nursery.start_soon(send_metrics, metrics, {"service": "agent", "version": build_info.tag()})
-        with trio.CancelScope() as registering:
-            # A store that is down must not keep us from stopping.
-            nursery.start_soon(_cancel_on, stop, registering)
-            await nursery.start(register, agent)
-        phase.started = True
-        log.info("agent started", url=agent.config.url, http_port=http_port, hsm=_hex(agent), store=store.description)
-        notify("READY=1", f"STATUS=agent at {agent.config.url}, HSM {_hex(agent)}")
-        nursery.start_soon(_feed_watchdog, agent)
-        await stop.wait()
-        patience_us = round((agent.timings.shutdown_s + LEAVE_S) * 1e6)
-        notify("STOPPING=1", "STATUS=handing leadership over", f"EXTEND_TIMEOUT_USEC={patience_us}")
-        agent.stopping = True
-        with trio.move_on_after(agent.timings.shutdown_s):
-            await _leave(agent, service, server)
-        nursery.cancel_scope.cancel()
-    log.info("agent stopped")
+    )
+    if common.advertise.port == 0:
+        advertise = dataclasses.replace(common.advertise, port=server.port)
+        agent.config = dataclasses.replace(agent.config, url=f"{shell.scheme}://{advertise}")
+    http_port = await shell.serve_probes(
+        nursery, common.http_listen, livez=partial(livez, agent), readyz=partial(readyz, agent)
+    )
+    service.start()
+    cache = CacheGauges(store, shell.metrics, trio.current_time())
+    shell.report(
+        nursery,
+        lambda: cache.sample(trio.current_time()),
+        is_alive=partial(_hsm_answers, agent),
+    )
+    with trio.CancelScope() as registering:
+        # A store that is down must not keep us from stopping.
+        nursery.start_soon(_cancel_on, shell.stop, registering)
+        await nursery.start(register, agent)
+    url, hsm_id = agent.config.url, "" if agent.hsm_id is None else agent.hsm_id.hex()
+    shell.started("agent started", url=url, http_port=http_port, hsm=hsm_id, store=store.description)
+    ready(f"agent at {url}, HSM {hsm_id}")
+    await shell.stop.wait()
+    stopping(agent.timings.shutdown_s + LEAVE_S, "handing leadership over")
+    agent.stopping = True
+    with trio.move_on_after(agent.timings.shutdown_s):
+        await _leave(agent, service, server)
+
+
+def _make_agent(shell: Shell, nursery: trio.Nursery, options: AgentOptions, hsm: Hsm, store: Store) -> Agent:
+    config = AgentConfig(
+        name=shell.name,
+        url=f"{shell.scheme}://{options.common.advertise}",
+        build=__version__,
+        default_rate=options.default_rate_limit,
+        event_kept_ms=options.event_kept_s * 1000,
+        now_ms=shell.faults.now_ms,
+        certificate_end=shell.certificate_end,
+    )
+    metrics = shell.metrics
+    pool = RpcPool(nursery, shell.tls, build=__version__, metrics=metrics)
+    return Agent(
+        config, InProcessHsm(hsm, metrics), with_metrics(store, metrics), pool, metrics, shell.log, nursery, lead
+    )
 
 
 async def _cancel_on(event: trio.Event, scope: trio.CancelScope) -> None:
@@ -226,72 +207,8 @@ async def _cancel_on(event: trio.Event, scope: trio.CancelScope) -> None:
     scope.cancel()
 
 
-def _hex(agent: Agent) -> str:
-    return "" if agent.hsm_id is None else agent.hsm_id.hex()
-
-
-async def _serve_rpc(
-    common: CommonOptions,
-    tls: ClusterTls | None,
-    service: AgentService,
-    metrics: Metrics,
-    traces: Traces | None,
-    *,
-    task_status: trio.TaskStatus[RpcServer] = trio.TASK_STATUS_IGNORED,
-) -> None:
-    await serve_rpc(
-        (common.listen.host, common.listen.port),
-        tls=tls,
-        methods=AGENT_METHODS,
-        handlers=service.handlers(),
-        build=__version__,
-        metrics=metrics,
-        fatal=FATAL,
-        traces=traces,
-        task_status=task_status,
-    )
-
-
-async def _serve_probes(
-    common: CommonOptions,
-    agent: Agent,
-    metrics: Metrics,
-    *,
-    task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED,
-) -> None:
-    async def live() -> tuple[bool, str]:
-        return await livez(agent)
-
-    async def ready() -> tuple[bool, str]:
-        return await readyz(agent)
-
-    await serve_probes(
-        (common.http_listen.host, common.http_listen.port),
-        name=common.name,
-        livez=live,
-        readyz=ready,
-        metrics=metrics,
-        task_status=task_status,
-    )
-
-
-async def _report(agent: Agent, cache: CacheGauges) -> None:
-    """Report the uptime, the cluster certificate, the node cache and held-back log lines every second."""
-    while True:
-        await trio.sleep(REPORT_S)
-        agent.metrics.timing("service.uptime.ns", round((trio.current_time() - agent.started_at) * 1e9))
-        report_cluster_end(agent.metrics, agent.config.certificate_end())
-        cache.sample(trio.current_time())
-        report_suppressed()
-
-
-async def _feed_watchdog(agent: Agent) -> None:
-    """Tell systemd we are alive, as long as the HSM answers."""
-    interval_s = watchdog_interval_s()
-    while interval_s is not None:
-        if await hsm_status(agent) is not None:
-            notify("WATCHDOG=1")
-        await trio.sleep(interval_s)
+async def _hsm_answers(agent: Agent) -> bool:
+    return await hsm_status(agent) is not None
 
 
 async def _leave(agent: Agent, service: AgentService, server: RpcServer) -> None:
@@ -302,5 +219,5 @@ async def _leave(agent: Agent, service: AgentService, server: RpcServer) -> None
         await service.dispatcher.release()
     except RealmError as error:
         agent.log.warning("dispatcher lease not given back", error=str(error))
-    await deregister(agent)
+    await entry_of(agent).withdraw()
     await server.shutdown(RPC_DRAIN_S)

@@ -10,6 +10,7 @@ from juicebox_hsm.adapters.observation import build_info
 from juicebox_hsm.errors import RealmError
 from juicebox_hsm.host.services import ServiceKind
 from roles.agent.service import hsm_status
+from roles.shell import Entry
 
 if TYPE_CHECKING:
     from roles.agent.context import Agent
@@ -17,27 +18,25 @@ if TYPE_CHECKING:
 
 async def register(agent: Agent, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
     """Keep our registration alive for ever; reports started after the first success."""
-    while True:
-        try:
-            await agent.store.discovery.register(ServiceKind.AGENT, agent.config.url, agent.now_ms())
-        except RealmError as error:
-            agent.note_trouble("registration", error)
-            await trio.sleep(agent.timings.register_retry_s)
-            continue
+    entry = entry_of(agent)
+
+    def succeeded() -> None:
         agent.clear_trouble("registration")
         if not agent.registered:
             agent.registered = True
-            agent.log.info("registered", url=agent.config.url)
+            agent.log.info("registered", url=entry.url)
             task_status.started()
-        await trio.sleep(agent.timings.register_s)
+
+    def failed(error: RealmError) -> None:
+        agent.note_trouble("registration", error)
+
+    timings = agent.timings
+    await entry.keep(timings.register_retry_s, succeeded=succeeded, failed=failed, renew_s=timings.register_s)
 
 
-async def deregister(agent: Agent) -> None:
-    """Delete our registration at the end of a graceful shutdown; trouble is only logged."""
-    try:
-        await agent.store.discovery.deregister(ServiceKind.AGENT, agent.config.url)
-    except RealmError as error:
-        agent.log.warning("registration not deleted", error=str(error))
+def entry_of(agent: Agent) -> Entry:
+    """Return the agent's entry in discovery, at the address others reach it at."""
+    return Entry(agent.store.discovery, ServiceKind.AGENT, agent.config.url, agent.now_ms, agent.log)
 
 
 async def livez(agent: Agent) -> tuple[bool, str]:

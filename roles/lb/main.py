@@ -8,7 +8,6 @@ import random
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -21,28 +20,16 @@ from juicebox_hsm.adapters.edge.limits import EdgeLimits, fit_connections
 from juicebox_hsm.adapters.edge.server import Edge, open_edge_listener
 from juicebox_hsm.adapters.edge.tls import EdgeTls
 from juicebox_hsm.adapters.faults.store import with_faults
-from juicebox_hsm.adapters.faults.switch import FaultSwitch
-from juicebox_hsm.adapters.observation import build_info
-from juicebox_hsm.adapters.observation.dogstatsd import send_metrics
-from juicebox_hsm.adapters.observation.logging import configure, get_logger, report_suppressed
-from juicebox_hsm.adapters.observation.metric_names import LOAD_BALANCER, declare
-from juicebox_hsm.adapters.observation.metrics import Metrics
-from juicebox_hsm.adapters.observation.probes import serve_probes
+from juicebox_hsm.adapters.observation.logging import configure, get_logger
+from juicebox_hsm.adapters.observation.metric_names import LOAD_BALANCER
 from juicebox_hsm.adapters.observation.store_metrics import with_metrics
-from juicebox_hsm.adapters.observation.tracing import ROOT_RATE, Traces, open_traces
-from juicebox_hsm.adapters.process.supervision import (
-    handle_signals,
-    notify,
-    run_service,
-    watchdog_interval_s,
-)
+from juicebox_hsm.adapters.observation.tracing import ROOT_RATE
+from juicebox_hsm.adapters.process.supervision import run_service
 from juicebox_hsm.adapters.rpc import RpcPool
 from juicebox_hsm.adapters.stores.opening import open_store
 from juicebox_hsm.adapters.tenants.secrets_file import HeldSecrets
-from juicebox_hsm.adapters.tls.certificate_end import report_cluster_end
-from juicebox_hsm.adapters.tls.cluster_tls import ClusterTls, certificate_end, cluster_reloads
 from juicebox_hsm.crypto.redacted import Secret
-from juicebox_hsm.errors import LocalError, RealmError
+from juicebox_hsm.errors import LocalError
 from juicebox_hsm.host.services import ServiceKind
 from juicebox_hsm.ports.store import Store
 from juicebox_hsm.tenant_keys import RECORD_ID_KEY_NAME, record_id_key, record_id_key_fingerprint
@@ -57,15 +44,16 @@ from roles.lb.readiness import Readiness
 from roles.lb.routes import SHUTTING_DOWN, Routes, livez_text
 from roles.lb.service import ClientService
 from roles.lb.workers import WorkerPlace, run_workers, worker_place
-from roles.options import Address, CommonOptions, load_identity, role_options
+from roles.options import Address, CommonOptions, role_options
+from roles.shell import Entry, Kind, Shell, ready, start, stopping
+
+KIND: Final = Kind("lb", "load_balancer", LOAD_BALANCER)
 
 FIRST_TABLE_S: Final = 5.0
 """Longest wait at start for the first routing table (load-balancer.md 1)."""
 
-REGISTER_S: Final = 600.0
 REGISTER_RETRY_S: Final = 1.0
 DEREGISTER_S: Final = 1.0
-REPORT_S: Final = 1.0
 STOP_SLACK_S: Final = 5.0
 """Added to the shutdown time-out when systemd is asked for patience."""
 
@@ -198,35 +186,29 @@ def command(
         if common.listen.port == 0 or common.http_listen.port == 0:
             raise LocalError("--workers needs fixed ports in --listen and --http-listen")
         sys.exit(run_service(run_workers, workers, shutdown_timeout + STOP_SLACK_S))
-    traces = open_traces("load_balancer", __version__)
-    run_service(run, options, place or WorkerPlace(0), traces)
+    start(KIND, common.name, run, options, place or WorkerPlace(0))
 
 
-async def run(options: LoadBalancerOptions, place: WorkerPlace, traces: Traces | None = None) -> None:
+async def run(shell: Shell, options: LoadBalancerOptions, place: WorkerPlace) -> None:
     """Start in the order of load-balancer.md 1, serve, drain. Raises `LocalError` and `StoreUnavailable` at start."""
-    common = options.common
-    metrics = Metrics()
-    declare(metrics, LOAD_BALANCER)
+    common, metrics = options.common, shell.metrics
     for reason in RejectionReason:
         metrics.counter("load_balancer.auth.failures", reason=reason.value)
     edge_tls = EdgeTls(options.tls_key, options.tls_cert)
-    cluster_tls = load_identity(common, PeerRole.LOAD_BALANCER)
-    if common.advertise.is_loopback and not common.allow_loopback:
-        _log.warning("advertising a loopback address: only this machine can reach it", address=str(common.advertise))
+    shell.identify(common, PeerRole.LOAD_BALANCER)
     async with (
-        open_store(common.store_url, metrics=metrics) as store,
-        open_secrets(options.secrets, common.store_url, metrics=metrics, log=_log) as secrets,
+        open_store(common.store_url, metrics=metrics) as opened,
+        open_secrets(options.secrets, common.store_url, metrics=metrics, log=shell.log) as secrets,
     ):
-        await store.realms.create_shared()
+        await opened.realms.create_shared()
+        store = with_metrics(with_faults(opened, shell.faults), metrics)
         record_key = record_id_key(secrets.versions(RECORD_ID_KEY_NAME), options.record_id_key_version)
         listener = open_edge_listener(common.listen.host, common.listen.port, share_port=options.workers > 1)
-        balancer = LoadBalancer(options, place, store, edge_tls, cluster_tls, secrets, record_key, metrics, traces)
         async with trio.open_nursery() as nursery:
-            await balancer.run(nursery, listener)
+            balancer = LoadBalancer(shell, nursery, options, place, store, edge_tls, secrets, record_key)
+            await balancer.run(listener)
             nursery.cancel_scope.cancel()
-    if traces is not None:
-        await traces.close()
-    _log.info("load balancer stopped")
+    shell.log.info("load balancer stopped")
 
 
 class LoadBalancer:
@@ -234,122 +216,117 @@ class LoadBalancer:
 
     def __init__(
         self,
+        shell: Shell,
+        nursery: trio.Nursery,
         options: LoadBalancerOptions,
         place: WorkerPlace,
         store: Store,
         edge_tls: EdgeTls,
-        cluster_tls: ClusterTls | None,
         secrets: HeldSecrets,
         record_key: Secret,
-        metrics: Metrics,
-        traces: Traces | None,
     ) -> None:
+        self._shell = shell
+        self._nursery = nursery
         self._options = options
-        self._traces = traces
         self._place = place
-        self._faults = FaultSwitch.from_environment(options.common.name)
-        self._store = with_metrics(with_faults(store, self._faults), metrics)
+        self._store = store
         self._edge_tls = edge_tls
-        self._cluster_tls = cluster_tls
         self._secrets = secrets
-        self._record_key = record_key
-        self._metrics = metrics
         self._drain = DrainController()
-        self._stop = trio.Event()
-        self._hurry = trio.Event()
-
-    async def run(self, nursery: trio.Nursery, listener: trio.SocketListener) -> None:
-        """Serve on `listener` until a stop signal and the drain after it."""
-        options, common = self._options, self._options.common
-        reloads = {"edge certificate": self._reload_edge, **cluster_reloads(self._cluster_tls)}
-        await nursery.start(handle_signals, self._on_stop, reloads)
-        rpc = RpcPool(
-            nursery,
-            self._cluster_tls,
-            build=__version__,
-            metrics=self._metrics,
-            passes_trace=self._traces is not None,
+        self._rpc = RpcPool(
+            nursery, shell.tls, build=__version__, metrics=shell.metrics, passes_trace=shell.traces is not None
         )
-        poller = Poller(
-            rpc,
-            self._store.discovery,
-            now_ms=self._faults.now_ms,
+        self._poller = Poller(
+            self._rpc,
+            store.discovery,
+            now_ms=shell.faults.now_ms,
             rng=random.Random(),  # noqa: S311 - jitter of polls
-            metrics=self._metrics,
-            log=_log,
-            traces=self._traces,
+            metrics=shell.metrics,
+            log=shell.log,
+            traces=shell.traces,
         )
-        guard = RealmGuard(record_id_key_fingerprint(self._record_key), self._store.settings, poller, _log)
-        service = ClientService(
-            keys=self._secrets.token_key,
-            record_key=self._record_key,
-            forwarder=Forwarder(rpc, poller, self._metrics),
-            guard=guard,
-            now_s=self._faults.now_s,
-            metrics=self._metrics,
-            log=_log,
-            traces=self._traces,
-            trace_rate=options.trace_rate,
-        )
-        readiness = Readiness(
+        self._record_key = record_key
+        self._guard = RealmGuard(record_id_key_fingerprint(record_key), store.settings, self._poller, shell.log)
+        self._readiness = Readiness(
             drain=self._drain,
-            poller=poller,
-            guard=guard,
-            secrets_age_s=self._secrets.age_s,
-            cluster_end=partial(certificate_end, self._cluster_tls),
-            refresh_s=self._secrets.refresh_s,
+            poller=self._poller,
+            guard=self._guard,
+            secrets_age_s=secrets.age_s,
+            cluster_end=shell.certificate_end,
+            refresh_s=secrets.refresh_s,
         )
-        routes = Routes(
-            service.answer,
-            drain=self._drain,
-            name=common.name,
-            readiness=readiness.reasons,
-            warnings=readiness.warnings,
-            enable_rttest=options.enable_rttest,
-        )
-        edge = Edge(
-            routes.answer,
-            self._edge_tls,
-            limits=options.limits,
-            drain=self._drain,
-            metrics=self._metrics,
-            log=_log,
-        )
-        await nursery.start(poller.run, FIRST_TABLE_S)
+
+    async def run(self, listener: trio.SocketListener) -> None:
+        """Serve on `listener` until a stop signal and the drain after it."""
+        shell, nursery, common = self._shell, self._nursery, self._options.common
+        await shell.catch_signals(nursery, {"edge certificate": self._reload_edge})
+        await nursery.start(self._poller.run, FIRST_TABLE_S)
         with trio.move_on_after(FIRST_TABLE_S):
-            await guard.look()
-        nursery.start_soon(guard.run)
+            await self._guard.look()
+        nursery.start_soon(self._guard.run)
         nursery.start_soon(self._secrets.refresh_forever)
-        http_port: int = await nursery.start(partial(self._probes, readiness))
+        bind = common.http_listen
+        if bind.port:
+            bind = dataclasses.replace(bind, port=bind.port + self._place.number)
+        http_port = await shell.serve_probes(nursery, bind, livez=self._livez, readyz=self._readyz)
         served = trio.Event()
-        nursery.start_soon(self._serve, edge, listener, served)
-        address = _with_port(common.advertise, listener)
-        async with self._registered(f"https://{address}", nursery):
-            nursery.start_soon(self._report)
-            nursery.start_soon(self._feed_watchdog)
-            nursery.start_soon(send_metrics, self._metrics, self._tags())
-            _log.info(
+        nursery.start_soon(self._serve, listener, served)
+        url = f"https://{_with_port(common.advertise, listener)}"
+        async with self._registered(shell.entry(self._store.discovery, ServiceKind.LOAD_BALANCER, url)):
+            # workers tell themselves apart, or each would overwrite the others' gauges
+            tags = {} if self._options.workers == 1 else {"worker": f"{self._place.number}"}
+            shell.report(nursery, self._sample, tags=tags)
+            shell.started(
                 "Load balancer started",
-                url=f"https://{address}",
+                url=url,
                 listen=str(_with_port(common.listen, listener)),
                 http_port=http_port,
                 version=__version__,
                 store=self._store.description,
                 certificate=self._edge_tls.leaf.subject,
             )
-            notify("READY=1", f"STATUS=load balancer at https://{address}")
-            await self._stop.wait()
+            ready(f"load balancer at {url}")
+            await shell.stop.wait()
             await self._shut_down(served)
 
-    async def _serve(self, edge: Edge, listener: trio.SocketListener, served: trio.Event) -> None:
+    def _routes(self) -> Routes:
+        shell = self._shell
+        service = ClientService(
+            keys=self._secrets.token_key,
+            record_key=self._record_key,
+            forwarder=Forwarder(self._rpc, self._poller, shell.metrics),
+            guard=self._guard,
+            now_s=shell.faults.now_s,
+            metrics=shell.metrics,
+            log=shell.log,
+            traces=shell.traces,
+            trace_rate=self._options.trace_rate,
+        )
+        return Routes(
+            service.answer,
+            drain=self._drain,
+            name=shell.name,
+            readiness=self._readiness.reasons,
+            warnings=self._readiness.warnings,
+            enable_rttest=self._options.enable_rttest,
+        )
+
+    async def _serve(self, listener: trio.SocketListener, served: trio.Event) -> None:
+        edge = Edge(
+            self._routes().answer,
+            self._edge_tls,
+            limits=self._options.limits,
+            drain=self._drain,
+            metrics=self._shell.metrics,
+            log=self._shell.log,
+        )
         await edge.serve([listener])
         served.set()
 
     async def _shut_down(self, served: trio.Event) -> None:
         """Notice, then drain, all within the shutdown time-out; a second signal ends it at once."""
         options = self._options
-        patience_us = round((options.shutdown_timeout_s + STOP_SLACK_S) * 1e6)
-        notify("STOPPING=1", f"EXTEND_TIMEOUT_USEC={patience_us}")
+        stopping(options.shutdown_timeout_s + STOP_SLACK_S)
         self._drain.begin_notice()
         _log.info("shutting down", notice_s=options.shutdown_notice_s, timeout_s=options.shutdown_timeout_s)
         with trio.move_on_after(options.shutdown_timeout_s) as deadline:
@@ -365,93 +342,48 @@ class LoadBalancer:
         self._drain.mark_stopped()
 
     async def _cancel_on_hurry(self, scope: trio.CancelScope) -> None:
-        await self._hurry.wait()
+        await self._shell.hurry.wait()
         scope.cancel()
-
-    def _on_stop(self, signal_name: str) -> None:  # noqa: ARG002 - the log line is written by the caller
-        if self._stop.is_set():
-            self._hurry.set()
-        self._stop.set()
 
     async def _reload_edge(self) -> None:
         leaf = await trio.to_thread.run_sync(self._edge_tls.reload)
         not_after = leaf.not_after.isoformat()
         _log.info("edge certificate reloaded", subject=leaf.subject, serial=leaf.serial, not_after=not_after)
 
-    async def _probes(
-        self, readiness: Readiness, *, task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED
-    ) -> None:
-        async def livez() -> tuple[bool, str]:
-            return True, SHUTTING_DOWN if self._drain.notice.is_set() else livez_text(self._options.common.name)
+    async def _livez(self) -> tuple[bool, str]:
+        return True, SHUTTING_DOWN if self._drain.notice.is_set() else livez_text(self._shell.name)
 
-        async def readyz() -> tuple[bool, str]:
-            reasons = readiness.reasons()
-            return not reasons, "\n".join([*(reasons or ["ready"]), *readiness.warnings()])
-
-        bind = self._options.common.http_listen
-        port = bind.port + self._place.number if bind.port else 0
-        await serve_probes(
-            (bind.host, port),
-            name=self._options.common.name,
-            livez=livez,
-            readyz=readyz,
-            metrics=self._metrics,
-            task_status=task_status,
-        )
+    async def _readyz(self) -> tuple[bool, str]:
+        reasons = self._readiness.reasons()
+        return not reasons, "\n".join([*(reasons or ["ready"]), *self._readiness.warnings()])
 
     @asynccontextmanager
-    async def _registered(self, url: str, nursery: trio.Nursery) -> AsyncIterator[None]:
+    async def _registered(self, entry: Entry) -> AsyncIterator[None]:
         """Keep us in discovery while the block runs; trouble with it is only logged. One worker does it for all."""
         if self._place.number > 0:
             yield
             return
         registering = trio.CancelScope()
-        nursery.start_soon(self._register, url, registering)
+        self._nursery.start_soon(_keep, entry, registering)
         yield
         registering.cancel()
         with trio.move_on_after(DEREGISTER_S):
-            try:
-                await self._store.discovery.deregister(ServiceKind.LOAD_BALANCER, url)
-            except RealmError as error:
-                _log.warning("not deregistered, the entry will expire", error=str(error))
+            await entry.withdraw()
 
-    async def _register(self, url: str, scope: trio.CancelScope) -> None:
-        with scope:
-            while True:
-                pause_s = REGISTER_S
-                try:
-                    await self._store.discovery.register(ServiceKind.LOAD_BALANCER, url, self._faults.now_ms())
-                except RealmError as error:
-                    _log.warning("cannot register in discovery", error=str(error))
-                    pause_s = REGISTER_RETRY_S
-                await trio.sleep(pause_s)
+    def _sample(self) -> None:
+        """Report the age of the secrets and the end of the edge's certificate; look after a worker's parent."""
+        metrics = self._shell.metrics
+        metrics.gauge("secrets.age_seconds", self._secrets.age_s())
+        days = self._edge_tls.leaf.remaining_days(dt.datetime.now(dt.UTC))
+        metrics.gauge("load_balancer.tls_cert.remaining_days", days)
+        if self._place.is_orphan() and not self._shell.hurry.is_set():
+            _log.error("the parent of the workers is gone, ending at once: the next one needs our ports")
+            self._shell.stop_at_once()
 
-    async def _report(self) -> None:
-        """Every second: uptime, age of secrets, days left of certificates, held-back log lines; a worker's parent."""
-        began = trio.current_time()
-        while True:
-            self._metrics.timing("service.uptime.ns", (trio.current_time() - began) * 1e9)
-            self._metrics.gauge("secrets.age_seconds", self._secrets.age_s())
-            days = self._edge_tls.leaf.remaining_days(dt.datetime.now(dt.UTC))
-            self._metrics.gauge("load_balancer.tls_cert.remaining_days", days)
-            report_cluster_end(self._metrics, certificate_end(self._cluster_tls))
-            report_suppressed()
-            if self._place.is_orphan() and not self._hurry.is_set():
-                _log.error("the parent of the workers is gone, ending at once: the next one needs our ports")
-                self._stop.set()
-                self._hurry.set()
-            await trio.sleep(REPORT_S)
 
-    def _tags(self) -> dict[str, str]:
-        """Return the tags of all metrics; workers tell themselves apart, or each would overwrite the others' gauges."""
-        tags = {"service": "load_balancer", "version": build_info.tag()}
-        return tags if self._options.workers == 1 else {**tags, "worker": f"{self._place.number}"}
-
-    async def _feed_watchdog(self) -> None:
-        interval_s = watchdog_interval_s()
-        while interval_s is not None:
-            notify("WATCHDOG=1")
-            await trio.sleep(interval_s)
+async def _keep(entry: Entry, scope: trio.CancelScope) -> None:
+    with scope:
+        await entry.keep(REGISTER_RETRY_S)
 
 
 def _with_port(address: Address, listener: trio.SocketListener) -> Address:

@@ -1,4 +1,4 @@
-"""The manager's background work: discovery, registration, appointments, transfers, rebalancing (manager.md 1.1, 3-6).
+"""The manager's background work: discovery, appointments, transfers, rebalancing (manager.md 1.1, 3-6).
 
 A failing pass is counted and logged, and the loop goes on: expected trouble never ends the process.
 """
@@ -13,7 +13,6 @@ import trio
 
 from juicebox_hsm.adapters.observation.tracing import active
 from juicebox_hsm.errors import RealmError
-from juicebox_hsm.host.services import ServiceKind
 from roles.manager.appointment import Appointer
 from roles.manager.context import ManagerContext
 from roles.manager.rebalance import rebalance
@@ -24,8 +23,6 @@ DISCOVERY_POLL_S: Final = 1.0
 DISCOVERY_POLL_YOUNG_S: Final = 0.1
 YOUNG_S: Final = 10.0
 FIRST_PAUSE_S: Final = 0.1
-REGISTER_EVERY_S: Final = 600.0
-REGISTER_RETRY_S: Final = 10.0
 
 
 async def watch_agents(context: ManagerContext, changed: Callable[[], None]) -> None:
@@ -100,16 +97,3 @@ async def run_loops(
         nursery.start_soon(run_loop, context, "leaders", leaders, appointer.run_pass)
         nursery.start_soon(run_loop, context, "transfers", transfers, Recovery(context, nursery).run_pass)
         nursery.start_soon(run_loop, context, "rebalance", Pacer(rebalance_interval_s, rebalance_interval_s), spread)
-
-
-async def register(context: ManagerContext, url: str, registered: trio.Event) -> None:
-    """Keep this manager in discovery."""
-    while True:
-        try:
-            await context.store.discovery.register(ServiceKind.MANAGER, url, context.now_ms())
-        except RealmError as error:
-            context.log.warning("registration failed", error=str(error))
-            await trio.sleep(REGISTER_RETRY_S)
-        else:
-            registered.set()
-            await trio.sleep(REGISTER_EVERY_S)

@@ -1,51 +1,37 @@
-"""`juicebox-hsm --role manager`: wiring, start order, signals (manager.md, operator-tools.md 10)."""
+"""`juicebox-hsm --role manager`: wiring, start order, stop order (manager.md, operator-tools.md 10)."""
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Any, Final
+from typing import Final
 
 import click
 import trio
 
 from juicebox_hsm import __version__
 from juicebox_hsm.adapters.faults.store import with_faults
-from juicebox_hsm.adapters.faults.switch import FaultSwitch
 from juicebox_hsm.adapters.observation import build_info
-from juicebox_hsm.adapters.observation.dogstatsd import send_metrics
-from juicebox_hsm.adapters.observation.logging import configure, get_logger, report_suppressed
-from juicebox_hsm.adapters.observation.metric_names import MANAGER, declare
-from juicebox_hsm.adapters.observation.metrics import Metrics
-from juicebox_hsm.adapters.observation.probes import serve_probes
+from juicebox_hsm.adapters.observation.logging import configure
+from juicebox_hsm.adapters.observation.metric_names import MANAGER
 from juicebox_hsm.adapters.observation.store_metrics import with_metrics
-from juicebox_hsm.adapters.observation.tracing import Traces, open_traces
-from juicebox_hsm.adapters.process.supervision import (
-    handle_signals,
-    notify,
-    run_service,
-    watchdog_interval_s,
-)
 from juicebox_hsm.adapters.rpc import RpcPool, RpcServer, serve_rpc
 from juicebox_hsm.adapters.stores.opening import open_store
-from juicebox_hsm.adapters.tls.certificate_end import report_cluster_end
-from juicebox_hsm.adapters.tls.cluster_tls import ClusterTls, certificate_end, cluster_reloads
-from juicebox_hsm.errors import RealmError
 from juicebox_hsm.host.services import ServiceKind
-from juicebox_hsm.ports.store import Store
 from juicebox_hsm.wire.rpc import MANAGER_METHODS, PeerRole
 from roles.durations import DurationType
 from roles.manager.appointment import Appointer
 from roles.manager.context import ManagerContext
-from roles.manager.loops import register, run_loops
+from roles.manager.loops import run_loops
 from roles.manager.service import ManagerService
 from roles.manager.status_page import StatusPage
-from roles.options import CommonOptions, load_identity, role_options
+from roles.options import CommonOptions, role_options
+from roles.shell import Entry, Kind, Shell, ready, start, stopping
 
+KIND: Final = Kind("manager", "cluster_manager", MANAGER)
 SHUTDOWN_S: Final = 10.0
 DRAIN_S: Final = 8.0
-REPORT_S: Final = 1.0
-
-_log = get_logger("manager")
+REGISTER_RETRY_S: Final = 10.0
 
 
 @click.command("manager")
@@ -70,159 +56,95 @@ _log = get_logger("manager")
 def command(common: CommonOptions, interval_s: float, rebalance_interval_s: float) -> None:
     """Run a cluster manager: it appoints leaders, spreads them evenly and moves key ranges."""
     configure(common.log_level)
-    traces = open_traces("cluster_manager", __version__)
-    run_service(_run, common, interval_s, rebalance_interval_s, traces)
+    start(KIND, common.name, _run, common, interval_s, rebalance_interval_s)
 
 
-async def _run(common: CommonOptions, interval_s: float, rebalance_interval_s: float, traces: Traces | None) -> None:
+async def _run(shell: Shell, common: CommonOptions, interval_s: float, rebalance_interval_s: float) -> None:
     """Open the store and run until a stop signal. Raises `StoreUnavailable` when the store cannot be opened."""
-    tls = load_identity(common, PeerRole.MANAGER)
-    if common.advertise.is_loopback and not common.allow_loopback:
-        _log.warning("advertising a loopback address: only this machine can reach it", address=str(common.advertise))
-    metrics = Metrics()
-    declare(metrics, MANAGER)
-    async with open_store(common.store_url, metrics=metrics) as store:
-        await store.realms.create_shared()
-        faults = FaultSwitch.from_environment(common.name)
-        manager = _Manager(common, with_faults(store, faults), tls, faults, metrics, traces)
+    shell.identify(common, PeerRole.MANAGER)
+    async with open_store(common.store_url, metrics=shell.metrics) as opened:
+        await opened.realms.create_shared()
+        store = with_metrics(with_faults(opened, shell.faults), shell.metrics)
         async with trio.open_nursery() as nursery:
-            await manager.run(nursery, interval_s, rebalance_interval_s)
+            await shell.catch_signals(nursery)
+            traced = shell.traces is not None
+            context = ManagerContext(
+                store=store,
+                rpc=RpcPool(nursery, shell.tls, build=__version__, metrics=shell.metrics, passes_trace=traced),
+                name=common.name,
+                now_ms=shell.faults.now_ms,
+                meter=shell.metrics,
+                log=shell.log,
+                traces=shell.traces,
+                faults=shell.faults,
+                certificate_end=shell.certificate_end,
+            )
+            await _serve(shell, nursery, common, context, interval_s, rebalance_interval_s)
             nursery.cancel_scope.cancel()
-    if traces is not None:
-        await traces.close()
-    _log.info("manager stopped")
+    shell.log.info("manager stopped")
 
 
-class _Manager:
-    """One running manager: what start-up, probes and shutdown share."""
-
-    def __init__(
-        self,
-        common: CommonOptions,
-        store: Store,
-        tls: ClusterTls | None,
-        faults: FaultSwitch,
-        metrics: Metrics,
-        traces: Traces | None,
-    ) -> None:
-        self.traces = traces
-        self.faults = faults
-        self.common = common
-        self.tls = tls
-        self.metrics = metrics
-        self.store = with_metrics(store, self.metrics)
-        self.registered = trio.Event()
-        self.stop = trio.Event()
-        self.url = f"{'tcp' if tls is None else 'tls'}://{common.advertise}"
-
-    async def run(self, nursery: trio.Nursery, interval_s: float, rebalance_interval_s: float) -> None:
-        """Start everything in order, wait for a stop signal, and leave in order."""
-        await nursery.start(handle_signals, self._on_stop, cluster_reloads(self.tls))
-        pool = RpcPool(nursery, self.tls, build=__version__, metrics=self.metrics, passes_trace=self.traces is not None)
-        context = ManagerContext(
-            store=self.store,
-            rpc=pool,
-            name=self.common.name,
-            now_ms=self.faults.now_ms,
-            meter=self.metrics,
-            log=_log,
-            traces=self.traces,
-            faults=self.faults,
-            certificate_end=partial(certificate_end, self.tls),
+async def _serve(
+    shell: Shell,
+    nursery: trio.Nursery,
+    common: CommonOptions,
+    context: ManagerContext,
+    interval_s: float,
+    rebalance_interval_s: float,
+) -> None:
+    """Start everything in order, wait for a stop signal, and leave in order."""
+    appointer = Appointer(context)
+    loops = partial(run_loops, context, appointer, interval_s=interval_s, rebalance_interval_s=rebalance_interval_s)
+    work: trio.CancelScope = await nursery.start(_in_scope, loops)  # ends after the last request was answered
+    server: RpcServer = await nursery.start(
+        partial(
+            serve_rpc,
+            (common.listen.host, common.listen.port),
+            tls=shell.tls,
+            methods=MANAGER_METHODS,
+            handlers=ManagerService(context, appointer, nursery).handlers(),
+            build=__version__,
+            metrics=shell.metrics,
+            traces=shell.traces,
         )
-        appointer = Appointer(context)
-        work = await nursery.start(_work, context, appointer, interval_s, rebalance_interval_s)
-        service = ManagerService(context, appointer, nursery)
-        server: RpcServer = await nursery.start(
-            partial(
-                serve_rpc,
-                (self.common.listen.host, self.common.listen.port),
-                tls=self.tls,
-                methods=MANAGER_METHODS,
-                handlers=service.handlers(),
-                build=__version__,
-                metrics=self.metrics,
-                traces=self.traces,
-            )
-        )
-        registering = await nursery.start(_register, context, self.url, self.registered)
-        await nursery.start(
-            partial(
-                serve_probes,
-                (self.common.http_listen.host, self.common.http_listen.port),
-                name=self.common.name,
-                livez=self._livez,
-                readyz=self._livez,
-                metrics=self.metrics,
-                app_hook=StatusPage(context, self.url).hook,
-            )
-        )
-        _log.info("manager started", url=self.url, version=__version__, store=self.store.description)
-        nursery.start_soon(self._say_ready)
-        nursery.start_soon(self._report)
-        nursery.start_soon(_feed_watchdog)
-        nursery.start_soon(send_metrics, self.metrics, {"service": "cluster_manager", "version": build_info.tag()})
-        await self.stop.wait()
-        notify("STOPPING=1", f"EXTEND_TIMEOUT_USEC={round(SHUTDOWN_S * 1e6)}")
-        with trio.move_on_after(SHUTDOWN_S):
-            registering.cancel()
-            await self._deregister()
-            await server.shutdown(DRAIN_S)
-        work.cancel()
+    )
+    url = f"{shell.scheme}://{common.advertise}"
+    entry = shell.entry(context.store.discovery, ServiceKind.MANAGER, url)
+    registered = trio.Event()
+    registering: trio.CancelScope = await nursery.start(
+        _in_scope, partial(entry.keep, REGISTER_RETRY_S, succeeded=registered.set)
+    )
 
-    def _on_stop(self, signal_name: str) -> None:  # noqa: ARG002 - the log line is written by the caller
-        self.stop.set()
-
-    async def _livez(self) -> tuple[bool, str]:
-        if self.registered.is_set():
+    async def livez() -> tuple[bool, str]:
+        if registered.is_set():
             return True, f"ok\n{build_info.block(absent='(none)')}"
         return False, f"not yet registered with service discovery\nversion: {__version__}"
 
-    async def _say_ready(self) -> None:
-        await self.registered.wait()
-        notify("READY=1", f"STATUS=manager at {self.url}")
-
-    async def _report(self) -> None:
-        """Report the uptime, the cluster certificate and held-back log lines every second."""
-        began = trio.current_time()
-        while True:
-            self.metrics.timing("service.uptime.ns", (trio.current_time() - began) * 1e9)
-            report_cluster_end(self.metrics, certificate_end(self.tls))
-            report_suppressed()
-            await trio.sleep(REPORT_S)
-
-    async def _deregister(self) -> None:
-        try:
-            await self.store.discovery.deregister(ServiceKind.MANAGER, self.url)
-        except RealmError as error:
-            _log.warning("not deregistered, the entry will expire", error=str(error))
+    page = StatusPage(context, url)
+    await shell.serve_probes(nursery, common.http_listen, livez=livez, readyz=livez, app_hook=page.hook)
+    shell.started("manager started", url=url, version=__version__, store=context.store.description)
+    nursery.start_soon(_say_ready, registered, url)
+    shell.report(nursery)
+    await shell.stop.wait()
+    stopping(SHUTDOWN_S)
+    await _leave(registering, entry, server)
+    work.cancel()
 
 
-async def _feed_watchdog() -> None:
-    """Tell systemd that the event loop turns."""
-    interval_s = watchdog_interval_s()
-    while interval_s is not None:
-        notify("WATCHDOG=1")
-        await trio.sleep(interval_s)
+async def _leave(registering: trio.CancelScope, entry: Entry, server: RpcServer) -> None:
+    with trio.move_on_after(SHUTDOWN_S):
+        registering.cancel()
+        await entry.withdraw()
+        await server.shutdown(DRAIN_S)
 
 
-async def _work(
-    context: ManagerContext,
-    appointer: Appointer,
-    interval_s: float,
-    rebalance_interval_s: float,
-    *,
-    task_status: trio.TaskStatus[trio.CancelScope],
-) -> None:
-    """Run the loops in a scope of their own, which shutdown cancels after the last request was answered."""
+async def _say_ready(registered: trio.Event, url: str) -> None:
+    await registered.wait()
+    ready(f"manager at {url}")
+
+
+async def _in_scope(work: Callable[[], Awaitable[None]], *, task_status: trio.TaskStatus[trio.CancelScope]) -> None:
+    """Run `work` in a scope of its own, which is reported."""
     with trio.CancelScope() as scope:
         task_status.started(scope)
-        await run_loops(context, appointer, interval_s=interval_s, rebalance_interval_s=rebalance_interval_s)
-
-
-async def _register(
-    context: ManagerContext, url: str, registered: trio.Event, *, task_status: trio.TaskStatus[Any]
-) -> None:
-    with trio.CancelScope() as scope:
-        task_status.started(scope)
-        await register(context, url, registered)
+        await work()

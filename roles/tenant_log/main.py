@@ -7,7 +7,6 @@ import ssl
 import sys
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -16,37 +15,27 @@ import trio
 from hypercorn.trio import serve as serve_asgi
 
 from juicebox_hsm import __version__
-from juicebox_hsm.adapters.observation import build_info
 from juicebox_hsm.adapters.observation.containment import ContainedConfig
-from juicebox_hsm.adapters.observation.dogstatsd import send_metrics
-from juicebox_hsm.adapters.observation.logging import configure, get_logger, report_suppressed
-from juicebox_hsm.adapters.observation.metrics import Metrics
-from juicebox_hsm.adapters.observation.probes import listen, serve_probes
-from juicebox_hsm.adapters.process.supervision import (
-    handle_signals,
-    notify,
-    report_crash,
-    run_service,
-    watchdog_interval_s,
-)
+from juicebox_hsm.adapters.observation.logging import configure
+from juicebox_hsm.adapters.observation.metric_names import Catalogue
+from juicebox_hsm.adapters.observation.probes import listen
+from juicebox_hsm.adapters.process.supervision import report_crash
 from juicebox_hsm.adapters.stores.opening import open_store
-from juicebox_hsm.adapters.tenants.secrets_file import HeldSecrets
 from juicebox_hsm.errors import DecodingError, LocalError
 from juicebox_hsm.ids import RealmId, parse_id
-from juicebox_hsm.ports.store import Store
 from roles.cloud_options import CloudOptions, SecretsOptions, open_secrets, pubsub_options, secrets_options, with_bus
 from roles.options import HTTP_PORT_OFFSET, Address, AddressType, config_option
+from roles.shell import Kind, Shell, ready, start, stopping
 from roles.store_options import store_option
 from roles.tenant_log.service import WAIT_S, Realms, TenantLogService
 
+KIND: Final = Kind("tenant-log", "tenant_log", Catalogue(), sends_traces=False)
 KEEP_ALIVE_S: Final = 60  # own
 READ_S: Final = 3 * WAIT_S  # own: a connection is read during a waiting call too, so longer than the wait
 GRACE_S: Final = 3.0  # own: waiting calls are released at once; the rest is sending
 BACKLOG: Final = 256
 CONNECTIONS_MAX: Final = 1024  # own: every tenant keeps a few waiting calls
-REPORT_S: Final = 1.0
 
-_log = get_logger("tenant-log")
 _FILE: Final = click.Path(path_type=Path, dir_okay=False)
 
 
@@ -124,16 +113,15 @@ def command(
         options = ServeOptions(store_url, realms, Address(host, port), http_listen, secrets, tls, name, pubsub)
     except LocalError as error:
         sys.exit(report_crash(error))
-    run_service(run, options)
+    start(KIND, name, run, options)
 
 
-async def run(options: ServeOptions) -> None:
+async def run(shell: Shell, options: ServeOptions) -> None:
     """Start, serve until a stop signal, release waiting calls. Raises `LocalError` and `StoreUnavailable` at start."""
-    metrics = Metrics()
     async with (
-        open_store(options.store_url, metrics=metrics) as opened,
-        with_bus(opened, options.store_url, options.pubsub, metrics) as store,
-        open_secrets(options.secrets, options.store_url, metrics=metrics, log=_log) as secrets,
+        open_store(options.store_url, metrics=shell.metrics) as opened,
+        with_bus(opened, options.store_url, options.pubsub, shell.metrics) as store,
+        open_secrets(options.secrets, options.store_url, metrics=shell.metrics, log=shell.log) as secrets,
     ):
         if store.bus is None:
             raise LocalError(f"--store {options.store_url}: this store has no tenant event log")
@@ -146,31 +134,36 @@ async def run(options: ServeOptions) -> None:
             Realms(options.realms, store.realms.list_realms),
             secrets.token_key,
             now_s=time.time,
-            metrics=metrics,
-            log=_log,
+            metrics=shell.metrics,
+            log=shell.log,
         )
-        stop = trio.Event()
 
-        def on_stop(_signal: str) -> None:
-            notify("STOPPING=1")
+        async def livez() -> tuple[bool, str]:
+            return True, f"{options.name} {__version__}"
+
+        async def readyz() -> tuple[bool, str]:
+            await store.realms.list_realms()
+            return True, f"ready; secrets read {secrets.age_s():.0f} s ago"
+
+        async def until_stopped() -> None:
+            await shell.stop.wait()
+            stopping()
             service.stop()
-            stop.set()
 
         async with trio.open_nursery() as nursery:
-            await nursery.start(handle_signals, on_stop, {"secrets": secrets.load})
-            http_port: int = await nursery.start(partial(_probes, options, store, secrets, metrics))
+            await shell.catch_signals(nursery, {"secrets": secrets.load})
+            http_port = await shell.serve_probes(nursery, options.http_listen, livez=livez, readyz=readyz)
             nursery.start_soon(secrets.refresh_forever)
-            nursery.start_soon(_report, metrics)
-            nursery.start_soon(send_metrics, metrics, {"service": "tenant_log", "version": build_info.tag()})
-            _log.info(
+            shell.report(nursery)
+            shell.started(
                 "tenant log started", listen=f"{options.listen.host}:{port}", http_port=http_port,
                 tls=options.tls is not None, realms=[realm.hex() for realm in options.realms] or "all of the store",
                 version=__version__, store=store.description,
             )  # fmt: skip
-            notify("READY=1", f"STATUS=tenant log on port {port}")
-            await serve_asgi(service.make_app(), config, shutdown_trigger=stop.wait)
+            ready(f"tenant log on port {port}")
+            await serve_asgi(service.make_app(), config, shutdown_trigger=until_stopped)
             nursery.cancel_scope.cancel()
-    _log.info("tenant log stopped")
+    shell.log.info("tenant log stopped")
 
 
 def _server_config(options: ServeOptions) -> ContainedConfig:
@@ -189,40 +182,3 @@ def _server_config(options: ServeOptions) -> ContainedConfig:
         except (OSError, ssl.SSLError) as error:
             raise LocalError(f"--tls-cert {options.tls[0]}, --tls-key {options.tls[1]}: {error}") from None
     return config
-
-
-async def _probes(
-    options: ServeOptions,
-    store: Store,
-    secrets: HeldSecrets,
-    metrics: Metrics,
-    *,
-    task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED,
-) -> None:
-    async def livez() -> tuple[bool, str]:
-        return True, f"{options.name} {__version__}"
-
-    async def readyz() -> tuple[bool, str]:
-        await store.realms.list_realms()
-        return True, f"ready; secrets read {secrets.age_s():.0f} s ago"
-
-    await serve_probes(
-        (options.http_listen.host, options.http_listen.port),
-        name=options.name,
-        livez=livez,
-        readyz=readyz,
-        metrics=metrics,
-        task_status=task_status,
-    )
-
-
-async def _report(metrics: Metrics) -> None:
-    """Every second: uptime, held-back log lines, and the supervisor's watchdog."""
-    began = trio.current_time()
-    interval_s = watchdog_interval_s()
-    while True:
-        metrics.timing("service.uptime.ns", (trio.current_time() - began) * 1e9)
-        report_suppressed()
-        if interval_s is not None:
-            notify("WATCHDOG=1")
-        await trio.sleep(min(REPORT_S, interval_s or REPORT_S))

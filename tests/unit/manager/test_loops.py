@@ -1,4 +1,4 @@
-"""Pauses between passes, survival of failing ones, registration."""
+"""Pauses between passes, survival of failing ones, new agents."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import trio.testing
 
 from juicebox_hsm.host.services import ServiceKind
 from juicebox_hsm.ports.errors import StoreUnavailable
-from roles.manager.loops import Pacer, register, run_loop, watch_agents
+from roles.manager.loops import Pacer, run_loop, watch_agents
 from tests.host.cluster.agents import three
 from tests.unit.manager.fakes import FakeDiscovery, make_context
 
@@ -67,34 +67,6 @@ async def test_a_bug_ends_the_loop(autojump_clock: trio.testing.MockClock) -> No
 
     with pytest.raises(ZeroDivisionError):
         await run_loop(make_context([]), "test", Pacer(0.5), work)
-
-
-async def test_registration_is_retried_and_renewed(autojump_clock: trio.testing.MockClock) -> None:
-    """A failed registration is tried again after 10 s, a good one renewed after 10 min."""
-    context = make_context([], now_ms=lambda: round(trio.current_time() * 1000))
-    discovery = context.store.discovery
-    assert isinstance(discovery, FakeDiscovery)
-    working = discovery.register
-    broken = True
-
-    async def flaky(kind: ServiceKind, url: str, now_ms: int) -> None:
-        if broken:
-            raise StoreUnavailable("down")
-        await working(kind, url, now_ms)
-
-    discovery.register = flaky  # type: ignore[method-assign]
-    registered = trio.Event()
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(register, context, "tls://m", registered)
-        await trio.sleep(5)
-        assert not registered.is_set()
-        broken = False
-        await trio.sleep(6)
-        assert registered.is_set()
-        assert discovery.rows == {(ServiceKind.MANAGER, "tls://m"): 10_000}
-        await trio.sleep(600)
-        assert discovery.rows == {(ServiceKind.MANAGER, "tls://m"): 610_000}
-        nursery.cancel_scope.cancel()
 
 
 async def test_new_agents_are_noticed(autojump_clock: trio.testing.MockClock) -> None:

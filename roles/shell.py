@@ -1,0 +1,268 @@
+"""What every service does as a process, whatever it serves: one way for all four (operator-tools.md 10).
+
+`start` turns a command into a running service: traces, Trio, one exit code for whatever ends it. A `Shell` is what the
+running service and its surroundings know of each other: signals, cluster certificate, entry in discovery, probes, the
+report of every second, the supervisor. A service calls the parts in the order in which it starts, and leaves in the
+order in which it stops; nothing here knows what is served.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Concatenate, Final, ParamSpec, Protocol
+
+import trio
+from quart_trio import QuartTrio
+
+from juicebox_hsm import __version__
+from juicebox_hsm.adapters.faults.switch import FaultSwitch
+from juicebox_hsm.adapters.observation import build_info
+from juicebox_hsm.adapters.observation.dogstatsd import send_metrics
+from juicebox_hsm.adapters.observation.logging import get_logger, report_suppressed
+from juicebox_hsm.adapters.observation.metric_names import Catalogue, declare
+from juicebox_hsm.adapters.observation.metrics import Metrics
+from juicebox_hsm.adapters.observation.probes import Probe, serve_probes
+from juicebox_hsm.adapters.observation.tracing import Traces, open_traces
+from juicebox_hsm.adapters.process.memory_guard import forbid_dumps
+from juicebox_hsm.adapters.process.supervision import (
+    Reloads,
+    StartPhase,
+    handle_signals,
+    notify,
+    run_service,
+    watchdog_interval_s,
+)
+from juicebox_hsm.adapters.tls.certificate_end import report_cluster_end
+from juicebox_hsm.adapters.tls.cluster_tls import ClusterTls, certificate_end, cluster_reloads
+from juicebox_hsm.errors import RealmError
+from juicebox_hsm.host.services import ServiceKind
+from juicebox_hsm.ports.discovery import Discovery
+from juicebox_hsm.wire.rpc import PeerRole
+from roles.options import Address, CommonOptions, load_identity
+
+REPORT_S: Final = 1.0
+REGISTER_S: Final = 600.0
+"""Between two renewals of an entry in discovery; entries live longer (manager.md 1.1)."""
+
+P = ParamSpec("P")
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What a kind of service is called and shows.
+
+    `logger` names it in log lines, `tag` in metrics and traces; `series` are the metrics that exist from the start.
+    `sends_traces` services take part in traces; the memory of those with `guards_memory` is kept out of core files.
+    """
+
+    logger: str
+    tag: str
+    series: Catalogue
+    sends_traces: bool = True
+    guards_memory: bool = False
+
+
+def start(
+    kind: Kind, name: str, main: Callable[Concatenate[Shell, P], Awaitable[None]], *args: P.args, **kwargs: P.kwargs
+) -> None:
+    """Run `main(shell, ...)` as the service called `name`, to its end; ends the process unless it stopped in order.
+
+    Raises `LocalError` when traces are asked for and cannot be sent.
+    """
+    if kind.guards_memory:
+        forbid_dumps()
+    traces = open_traces(kind.tag, __version__) if kind.sends_traces else None
+    phase = StartPhase()
+
+    async def run() -> None:
+        try:
+            await main(Shell(kind, name, traces, phase), *args, **kwargs)
+        finally:
+            if traces is not None:
+                await traces.close()
+
+    run_service(run, phase=phase)
+
+
+class Shell:
+    """What one running service and its surroundings know of each other. Create it inside Trio.
+
+    `stop` is set by the first stop signal, `hurry` by the second.
+    """
+
+    def __init__(self, kind: Kind, name: str, traces: Traces | None, phase: StartPhase) -> None:
+        self.kind = kind
+        self.name = name
+        self.traces = traces
+        self.log = get_logger(kind.logger)
+        self.metrics = Metrics()
+        declare(self.metrics, kind.series)
+        self.faults = FaultSwitch.from_environment(name)
+        self.tls: ClusterTls | None = None
+        self.stop = trio.Event()
+        self.hurry = trio.Event()
+        self._phase = phase
+        self._began = trio.current_time()
+
+    def identify(self, common: CommonOptions, role: PeerRole) -> None:
+        """Read the cluster certificate, and warn of an address that nobody else can reach. Raises `LocalError`."""
+        self.tls = load_identity(common, role)
+        if common.advertise.is_loopback and not common.allow_loopback:
+            self.log.warning(
+                "advertising a loopback address: only this machine can reach it", address=str(common.advertise)
+            )
+
+    @property
+    def scheme(self) -> str:
+        """Return the scheme of our RPC address."""
+        return "tcp" if self.tls is None else "tls"
+
+    @property
+    def certificate_end(self) -> Callable[[], dt.datetime | None]:
+        """Return what tells the end of the cluster certificate in service (UTC), None without TLS."""
+        return partial(certificate_end, self.tls)
+
+    async def catch_signals(self, nursery: trio.Nursery, reloads: Reloads | None = None) -> None:
+        """Catch signals from here on; SIGHUP reloads `reloads` and the cluster certificate."""
+        await nursery.start(handle_signals, self._on_stop, {**(reloads or {}), **cluster_reloads(self.tls)})
+
+    def stop_at_once(self) -> None:
+        """Stop as if told twice."""
+        self.stop.set()
+        self.hurry.set()
+
+    def _on_stop(self, _signal: str) -> None:
+        if self.stop.is_set():
+            self.hurry.set()
+        self.stop.set()
+
+    async def serve_probes(
+        self,
+        nursery: trio.Nursery,
+        bind: Address,
+        *,
+        livez: Probe,
+        readyz: Probe,
+        app_hook: Callable[[QuartTrio], None] | None = None,
+    ) -> int:
+        """Serve probes and metrics on `bind`; return the port. Raises `LocalError` when it cannot listen."""
+        port: int = await nursery.start(
+            partial(
+                serve_probes,
+                (bind.host, bind.port),
+                name=self.name,
+                livez=livez,
+                readyz=readyz,
+                metrics=self.metrics,
+                app_hook=app_hook,
+            )
+        )
+        return port
+
+    def report(
+        self,
+        nursery: trio.Nursery,
+        sample: Callable[[], None] | None = None,
+        *,
+        is_alive: Callable[[], Awaitable[bool]] | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
+        """Begin to report: every second the metrics of any service and what `sample` adds; to the supervisor, life.
+
+        The watchdog is fed while `is_alive`, which has to answer in time; `tags` go with metrics that are sent.
+        """
+        nursery.start_soon(self._report, sample)
+        nursery.start_soon(_feed_watchdog, is_alive)
+        own = {"service": self.kind.tag, "version": build_info.tag()}
+        nursery.start_soon(send_metrics, self.metrics, {**own, **(tags or {})})
+
+    async def _report(self, sample: Callable[[], None] | None) -> None:
+        while True:
+            self.metrics.timing("service.uptime.ns", round((trio.current_time() - self._began) * 1e9))
+            report_cluster_end(self.metrics, certificate_end(self.tls))
+            if sample is not None:
+                sample()
+            report_suppressed()
+            await trio.sleep(REPORT_S)
+
+    def entry(self, discovery: Discovery, kind: ServiceKind, url: str) -> Entry:
+        """Return our entry in discovery, not yet made."""
+        return Entry(discovery, kind, url, self.faults.now_ms, self.log)
+
+    def started(self, event: str, **fields: object) -> None:
+        """Log that the start is over: from here on, trouble with others is no longer a failed start."""
+        self._phase.started = True
+        self.log.info(event, **fields)
+
+
+def ready(status: str) -> None:
+    """Tell the supervisor that the service serves."""
+    notify("READY=1", f"STATUS={status}")
+
+
+def stopping(patience_s: float | None = None, status: str = "") -> None:
+    """Tell the supervisor that the service stops, and how long that may take at most."""
+    lines = [f"STATUS={status}"] if status else []
+    lines += [] if patience_s is None else [f"EXTEND_TIMEOUT_USEC={round(patience_s * 1e6)}"]
+    notify("STOPPING=1", *lines)
+
+
+async def _feed_watchdog(is_alive: Callable[[], Awaitable[bool]] | None) -> None:
+    """Tell systemd that the event loop turns and what `is_alive` looks at answers."""
+    interval_s = watchdog_interval_s()
+    while interval_s is not None:
+        if is_alive is None or await is_alive():
+            notify("WATCHDOG=1")
+        await trio.sleep(interval_s)
+
+
+class Log(Protocol):
+    """A part of a structlog logger."""
+
+    def warning(self, event: str, **fields: object) -> object:
+        """Log at warning."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A service's entry in discovery. Trouble with it never ends a service: entries expire, and are made again."""
+
+    discovery: Discovery
+    kind: ServiceKind
+    url: str
+    now_ms: Callable[[], int]
+    log: Log
+
+    async def keep(
+        self,
+        retry_s: float,
+        *,
+        succeeded: Callable[[], None] | None = None,
+        failed: Callable[[RealmError], None] | None = None,
+        renew_s: float = REGISTER_S,
+    ) -> None:
+        """Make the entry and renew it until cancelled; tells each success and failure, the latter by a log line."""
+        while True:
+            try:
+                await self.discovery.register(self.kind, self.url, self.now_ms())
+            except RealmError as error:
+                (failed or self._say_failed)(error)
+                await trio.sleep(retry_s)
+            else:
+                if succeeded is not None:
+                    succeeded()
+                await trio.sleep(renew_s)
+
+    async def withdraw(self) -> None:
+        """Delete the entry; the caller bounds the wait."""
+        try:
+            await self.discovery.deregister(self.kind, self.url)
+        except RealmError as error:
+            self.log.warning("not deregistered, the entry will expire", error=str(error))
+
+    def _say_failed(self, error: RealmError) -> None:
+        self.log.warning("registration failed", error=str(error))
