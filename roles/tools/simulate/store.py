@@ -54,6 +54,10 @@ class StoreView:
         """End the process: every call, under way or to come, is answered at once without having been acknowledged."""
         self._gate.crash()
 
+    def freeze(self) -> None:
+        """Let some of the calls under way take effect while the process stands still; it learns of them afterwards."""
+        self._gate.freeze()
+
 
 class SimulatedStore:
     """The store of one simulated cluster.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, TypeVar
+from typing import Final, TypeVar, cast
 
 import trio
 
@@ -21,6 +21,8 @@ CUT_OFF_S: Final = 0.5
 """How long a call waits before a store that is cut off counts as unavailable."""
 SETTLED_LATE_S: Final = 0.25
 """How much later settled indexes follow their rows where a back end writes them lazily (storage.md 2.7)."""
+
+UNSEEN: Final = "the write was not seen to happen"
 
 T = TypeVar("T")
 
@@ -46,6 +48,19 @@ class _Gone(Exception):
     """The process that made the call is dead."""
 
 
+class _Call:
+    """A write under way, until its effect: what it does, and what it came to if that happened without its caller."""
+
+    __slots__ = ("effect", "is_done", "late", "name", "result")
+
+    def __init__(self, name: str, effect: Callable[[], object], late: Callable[[], object]) -> None:
+        self.name = name
+        self.effect = effect
+        self.late = late
+        self.is_done = False
+        self.result: object = None
+
+
 class Gate:
     """One process's way to the store; `crash` closes it for good."""
 
@@ -55,10 +70,25 @@ class Gate:
         self._chance = chance
         self._faults = faults
         self._ended = trio.Event()
+        self._under_way: dict[int, _Call] = {}  # in the order of calls
+        self._calls = 0
 
     def crash(self) -> None:
         """End the process: what is under way is answered at once, what was not applied may still be."""
+        calls, self._under_way = self._under_way, {}
+        for call in calls.values():
+            if not call.is_done:
+                self._leave_behind(call)
         self._ended.set()
+
+    def freeze(self) -> None:
+        """Let some of what is under way happen now: the process stands still, its requests are on the wire."""
+        self.data.settle()
+        for call in self._under_way.values():
+            if not call.is_done and self._chance.random() < 0.5:
+                self.data.counts[f"{call.name}.frozen"] += 1
+                call.result = call.effect()
+                call.is_done = True
 
     @property
     def is_closed(self) -> bool:
@@ -105,38 +135,51 @@ class Gate:
         the answer (default: the same).
         """
         before_s, after_s = await self._enter(name)
-        late = effect if late is None else late
         faults = self._faults
         fate = ""
         if faults.half and self._chance.random() < faults.half:
             fate = self._chance.choice(("done", "late", "never"))
-        try:
-            await self._pause(before_s)
-        except BaseException as error:
-            self._leave_behind(name, late)
-            if isinstance(error, _Gone):
-                raise unseen("the store is cut off; what became of the write is unknown") from None
-            raise
+        call = _Call(name, effect, effect if late is None else late)
+        await self._reach(call, before_s, unseen)
         self.data.settle()
-        if fate in {"", "done"}:
+        result: T
+        if call.is_done:
+            result = cast("T", call.result)
+        elif fate in {"", "done"}:
             result = effect()
         elif fate == "late":
-            self.data.later(self._chance.uniform(*faults.late_s), late)
+            self.data.later(self._chance.uniform(*faults.late_s), call.late)
         try:
             await self._pause(after_s)
         except _Gone:
-            raise unseen("the store is cut off; what became of the write is unknown") from None
+            raise unseen(UNSEEN) from None
         if fate:
             self.data.counts[f"{name}.half_{fate}"] += 1
-            raise unseen("the write was not seen to happen")
+            raise unseen(UNSEEN)
         self.data.counts[f"{name}.ok"] += 1
         return result
 
-    def _leave_behind(self, name: str, effect: Callable[[], object]) -> None:
+    async def _reach(self, call: _Call, before_s: float, unseen: type[StoreAmbiguous | StoreUnavailable]) -> None:
+        """Wait for the moment of effect. A caller that goes away meanwhile leaves the write behind."""
+        self._calls += 1
+        number = self._calls
+        self._under_way[number] = call
+        try:
+            await self._pause(before_s)
+        except _Gone:
+            raise unseen(UNSEEN) from None
+        except trio.Cancelled:
+            if number in self._under_way and not call.is_done:
+                self._leave_behind(call)
+            raise
+        finally:
+            self._under_way.pop(number, None)
+
+    def _leave_behind(self, call: _Call) -> None:
         """Decide what becomes of a write whose caller went away before it took effect."""
         if self._chance.random() < 0.5:
-            self.data.counts[f"{name}.left"] += 1
-            self.data.later(self._chance.uniform(*self._faults.late_s), effect)
+            self.data.counts[f"{call.name}.left"] += 1
+            self.data.later(self._chance.uniform(*self._faults.late_s), call.late)
 
     async def _enter(self, name: str) -> tuple[float, float]:
         """Let the call in or refuse it; return how long it waits before and after its effect."""

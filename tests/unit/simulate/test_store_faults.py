@@ -84,6 +84,28 @@ async def test_a_call_that_is_given_up(autojump_clock: trio.testing.MockClock, e
     assert fates == {(2, 2), (0, 2), (0, 0)}
 
 
+async def test_a_write_of_a_frozen_process_may_land(autojump_clock: trio.testing.MockClock) -> None:
+    """A call under way may take effect while its process stands still; its answer is true when it comes."""
+    seen = set()
+    for seed in range(20):
+        shared, view = await opened(seed)
+        view.faults.latency_s = (1.0, 1.0)
+        outcomes: list[AppendOutcome] = []
+        async with trio.open_nursery() as nursery:
+
+            async def write(view: StoreView = view, outcomes: list[AppendOutcome] = outcomes) -> None:
+                outcomes.append(await append(view.store, batch(1, 2)))
+
+            nursery.start_soon(write)
+            await trio.testing.wait_all_tasks_blocked()
+            view.freeze()
+            at_once = await tail(shared)
+        assert outcomes == [AppendOutcome.APPENDED]
+        assert await tail(shared) == 2
+        seen.add(at_once)
+    assert seen == {0, 2}
+
+
 async def expect_ambiguous(store: Store) -> None:
     """Append inside a shield, as agents do."""
     with trio.CancelScope(shield=True), pytest.raises(StoreAmbiguous):
