@@ -1,0 +1,365 @@
+"""The invariants of hsm.md 14 on everything that HSMs make and sign: entries, NVRAM, captures, transfers, roles.
+
+`Ledger` is told of every request, its answer and every completed write to NVRAM. It keeps all entries by mac (a group's
+history is a tree of them), all statements, and how each HSM's roles go; what commits is `judge_commits`'. Each check
+costs what the request changed, not what the realm holds. Raises `BrokenRule` with the invariant's name.
+
+It reads the HSMs' state, which nothing else outside the core does: what an observer could only infer is seen here.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from juicebox_hsm.consensus.nvram import PersistentState, decode_state
+from juicebox_hsm.consensus.types import Captured, Leader, LogEntry, Partition, TransferringIn, TransferringOut
+from juicebox_hsm.hsm import messages as m
+from juicebox_hsm.hsm.core import Hsm
+from juicebox_hsm.hsm.messages import ResultKind
+from juicebox_hsm.hsm.records import NOT_REGISTERED
+from juicebox_hsm.hsm.state import GroupState, HsmState, LeaderState, SteppingDownState, WitnessState
+from juicebox_hsm.ids import GroupId, HsmId, RecordId
+from juicebox_hsm.wire.client import HandshakeRequest
+from roles.tools.simulate.judge_rules import EveryNode, leaf_row, require, written_leaves
+
+PADDED_LEAF_BYTES: Final = 790
+"""Every leaf of a registered or locked record (hsm.md 13.3)."""
+_PENDING, _RELEASED, _ABANDONED, _DROPPED = "pending", "released", "abandoned", "dropped"
+_RECOVERS: Final = (ResultKind.RECOVER1, ResultKind.RECOVER2, ResultKind.RECOVER3)
+_MARKED: Final = (m.PrepareTransfer, m.TransferOut)
+
+
+class Leadership:
+    """One leadership of one HSM in one group, with the fate of every reply it attached."""
+
+    __slots__ = ("abandoned", "checked", "committed", "fates", "results", "sessions")
+
+    def __init__(self) -> None:
+        self.fates: dict[bytes, str] = {}
+        self.results: dict[bytes, m.ResultType] = {}
+        self.abandoned: set[bytes] = set()  # asked, never walked
+        self.committed = 0
+        self.sessions: set[tuple[RecordId, int]] = set()  # asked, never walked
+        self.checked: tuple[int, bytes] | None = None
+
+    def drop(self) -> None:
+        """Note that what is pending will never be answered."""
+        self.fates = {mac: _DROPPED if fate == _PENDING else fate for mac, fate in self.fates.items()}
+
+
+class Ledger:
+    """Everything HSMs put out, and what must be true of it. HSMs go by any stable name."""
+
+    def __init__(self, record_key: bytes) -> None:
+        self.nodes = EveryNode(record_key)
+        self.entries: dict[GroupId, dict[bytes, LogEntry]] = {}
+        self.statements: dict[Captured, None] = {}
+        self.configurations: dict[GroupId, tuple[HsmId, ...]] = {}
+        self.leaderships: dict[tuple[str, GroupId], Leadership] = {}
+        self.touched: dict[bytes, tuple[RecordId, m.ResultType]] = {}
+        self._signed: dict[tuple[HsmId, GroupId, int], bytes] = {}
+        self._persisted: dict[str, PersistentState] = {}
+        self._jumped: dict[tuple[str, GroupId], tuple[int, bytes]] = {}
+        self._clocks: dict[tuple[str, GroupId, int], tuple[str, int, int]] = {}
+        self._lives: dict[str, int] = {}
+        self._prepared: dict[tuple[GroupId, GroupId, object], None] = {}
+        self._outs: dict[tuple[GroupId, GroupId, int], tuple[bytes, Partition]] = {}
+
+    # --- lives and NVRAM ------------------------------------------------------------------------------
+
+    def started(self, name: str, hsm: Hsm) -> None:
+        """Check an HSM that has just started (I15, I7)."""
+        state = state_of(hsm)
+        realm = state.persistent.realm
+        if realm is not None:
+            own = state.has_own_keys(realm.id, state.persistent.id, realm.statement)
+            require("I15", own, f"HSM {name} serves with keys that its realm statement does not cover")
+        require("I7", self._persisted.get(name) == state.persistent, f"HSM {name} started from what was never written")
+
+    def ended(self, name: str) -> None:
+        """Take in that an HSM lost its volatile state."""
+        self._lives[name] = self._lives.get(name, 0) + 1
+        for key in [key for key in self.leaderships if key[0] == name]:
+            del self.leaderships[key]
+
+    def wrote(self, name: str, content: bytes) -> None:
+        """Check a completed NVRAM write against the one before (I6, I8)."""
+        new = decode_state(content)
+        require("I6", new is not None, f"HSM {name} wrote an empty state")
+        old, self._persisted[name] = self._persisted.get(name), new  # type: ignore[assignment]  # required above
+        if old is None or new is None:
+            return
+        require("I6", old.id == new.id, f"HSM {name} got another id")
+        if old.realm is None:
+            return
+        require("I6", new.realm is not None and new.realm.id == old.realm.id, f"HSM {name} left its realm")
+        groups = new.realm.groups if new.realm is not None else {}
+        for group, before in old.realm.groups.items():
+            after = groups.get(group)
+            if after is None or after.configuration != before.configuration:
+                require("I6", condition=False, detail=f"HSM {name} changed its membership in {group.hex()}")
+            elif before.captured is not None and after.captured != before.captured:
+                self._check_head(name, group, before.captured, after.captured)
+
+    def _check_head(
+        self, name: str, group: GroupId, before: tuple[int, bytes], after: tuple[int, bytes] | None
+    ) -> None:
+        require("I6", after is not None, f"HSM {name} forgot what it captured of {group.hex()}")
+        if after is None:
+            return
+        require("I6", after[0] >= before[0], f"HSM {name} fell from {before[0]} to {after[0]} of {group.hex()}")
+        if not self.is_ancestor(group, before, after[1]):
+            jump = self._jumped.get((name, group))
+            follows = jump is not None and self.is_ancestor(group, jump, after[1])
+            require("I8", follows, f"HSM {name} left its branch of {group.hex()} at {before[0]} without a jump")
+
+    def is_ancestor(self, group: GroupId, pair: tuple[int, bytes], mac: bytes) -> bool:
+        """Tell whether the entry `pair` is `mac` or lies below it."""
+        known = self.entries.get(group, {})
+        entry = known.get(mac)
+        while entry is not None and entry.index > pair[0]:
+            entry = known.get(entry.prev_mac)
+        return entry is not None and (entry.index, entry.entry_mac) == pair
+
+    # --- requests -------------------------------------------------------------------------------------
+
+    def observe(self, name: str, hsm: Hsm, request: m.Request, response: m.Response) -> None:
+        """Take in one request and its answer; what it committed comes afterwards, in `judge_commits`."""
+        delta = getattr(response, "delta", None)
+        if isinstance(delta, bytes):
+            self.nodes.put(delta)
+        self._new_entry(name, hsm, request, response)
+        match request, response:
+            case m.PersistState(), m.PersistStateOk():
+                self._note_signed(name, response.captured)
+            case m.CaptureJump(), m.CaptureJumpOk():
+                self._check_jump(name, hsm, request)
+            case m.PrepareTransfer(), m.PrepareTransferOk():
+                self._prepared[request.source, request.destination, request.range] = None
+            case m.TransferOut(), m.TransferOutOk():
+                asked = (request.source, request.destination, request.range)
+                require("I4", asked in self._prepared, "a range left towards a group that had not prepared for it")
+            case m.TransferStatement(), m.TransferStatementOk():
+                self._check_statement(name, hsm, request, response)
+            case m.Handshake(), m.HandshakeOk():
+                self._note_session(name, request.group, request.record_id, request.session_id)
+            case _:
+                pass
+
+    def _new_entry(self, name: str, hsm: Hsm, request: m.Request, response: m.Response) -> None:
+        entry = getattr(response, "entry", None)
+        if not isinstance(entry, LogEntry):
+            return
+        group = _led_group(request, response)
+        known = self.entries.setdefault(group, {})
+        parent = known.get(entry.prev_mac)
+        if entry.index > 1:
+            follows = parent is not None and parent.index == entry.index - 1
+            require("I9", follows, f"entry {entry.index} of {group.hex()} continues nothing")
+        known.setdefault(entry.entry_mac, entry)
+        require("I9", known[entry.entry_mac] == entry, f"two entries {entry.index} of {group.hex()} have one mac")
+        if isinstance(request, m.NewRealm | m.NewGroup):
+            self.leaderships[name, group] = Leadership()
+        self._check_marker(request, entry, parent)
+        if isinstance(request, m.AppRequest) and parent is not None:
+            self._client_entry(name, hsm, request, entry, parent, getattr(response, "delta", b""))
+        elif parent is not None and not isinstance(request, m.TransferOut | m.TransferIn):
+            require("I5", entry.partition == parent.partition, f"entry {entry.index} of {group.hex()} changed the tree")
+
+    def _client_entry(
+        self, name: str, hsm: Hsm, request: m.AppRequest, entry: LogEntry, parent: LogEntry, delta: bytes
+    ) -> None:
+        """Check what a client's request did, before anybody knows whether it was right (I12, I13, I18)."""
+        group = request.group
+        leadership = self.leaderships.get((name, group))
+        role = state_of(hsm).groups[group].role
+        element = role.log.get(entry.index) if isinstance(role, LeaderState) else None
+        result = None if element is None else element.result
+        if leadership is None or result is None:
+            require("I12", condition=False, detail=f"entry {entry.index} of {group.hex()} has no reply to settle")
+            return
+        require("I12", entry.entry_mac not in leadership.fates, "one entry got two replies")
+        leadership.fates[entry.entry_mac] = _PENDING
+        leadership.results[entry.entry_mac] = result
+        self.touched[entry.entry_mac] = (request.record_id, result)
+        session = (request.record_id, request.session_id)
+        if not isinstance(request.encrypted, HandshakeRequest):
+            require("I18", session in leadership.sessions, f"HSM {name} used a session of another record or leadership")
+        leadership.sessions.add(session)
+        self._check_effect(request.record_id, entry, parent, delta, result)
+
+    def _check_effect(
+        self, record: RecordId, entry: LogEntry, parent: LogEntry, delta: bytes, result: m.ResultType
+    ) -> None:
+        leaves = written_leaves(delta)
+        own = all(row == leaf_row(record) for row, _ in leaves)
+        require("I5", own and len(leaves) <= 1, f"entry {entry.index} writes another record than the asked one")
+        partition = parent.partition
+        ranged = partition is not None and entry.partition is not None and entry.partition.range == partition.range
+        require("I4", ranged and partition and partition.range.contains(record), "a group served what it does not own")
+        if partition is None:
+            return
+        is_known = self.nodes.record(partition, record) != NOT_REGISTERED
+        expected = result.kind is ResultKind.REGISTER2 or (is_known and result.kind is not ResultKind.REGISTER1)
+        require("I13", expected == bool(leaves), f"{result.kind.value} shows in whether a leaf is written")
+        if result.kind is not ResultKind.DELETE:
+            padded = all(size == PADDED_LEAF_BYTES for _, size in leaves)
+            require("I13", padded, f"{result.kind.value} shows in the length of the leaf")
+
+    def _check_marker(self, request: m.Request, entry: LogEntry, parent: LogEntry | None) -> None:
+        """I14: markers appear and disappear only through the transfer handlers, and say where they appeared."""
+        marker = entry.transferring
+        if parent is None:
+            require("I14", marker is None and not entry.consumed, "a first entry has a marker")
+            return
+        before, after = dict(parent.consumed), dict(entry.consumed)
+        kept = all(after.get(source, 0) >= at for source, at in before.items())
+        require("I14", kept, "consumed decreased")
+        if isinstance(request, _MARKED):
+            fresh = parent.transferring is None and marker is not None and marker.at == entry.index
+            require("I14", fresh, "a marker came over another one, or says another index")
+        elif isinstance(request, m.TransferIn | m.CancelPreparedTransfer):
+            gone = isinstance(parent.transferring, TransferringIn) and marker is None
+            require("I14", gone, "an In marker was not there, or stayed")
+        elif isinstance(request, m.CompleteTransfer):
+            require("I14", isinstance(parent.transferring, TransferringOut) and marker is None, "no Out marker to end")
+        else:
+            require("I14", marker == parent.transferring, "a marker changed on its way")
+        if isinstance(request, m.TransferIn):
+            raised = after.get(request.source) == request.at > before.get(request.source, 0)
+            require("I14", raised, f"the transfer of index {request.at} was taken in twice")
+            sent = self._outs.get((request.source, request.destination, request.at))
+            arrived = sent is not None and sent[1] == request.transferring
+            require("I4", arrived, "a range arrived that its source never signed away")
+        else:
+            require("I14", entry.consumed == parent.consumed, "consumed changed outside of a transfer")
+
+    def _check_jump(self, name: str, hsm: Hsm, request: m.CaptureJump) -> None:
+        """H1: a jump needs a strict majority that captured the target or a descendant."""
+        group = state_of(hsm).groups[request.group]
+        target = state_of(hsm).captured[request.group]
+        voters = {
+            vote.hsm
+            for vote in request.captures
+            if vote.group == request.group
+            and vote.hsm in group.configuration
+            and vote in self.statements
+            and self.is_ancestor(request.group, target, vote.mac)
+        }
+        require("I8", 2 * len(voters) > len(group.configuration), f"HSM {name} jumped without a strict majority")
+        self._jumped[name, request.group] = target
+
+    def _check_statement(
+        self, name: str, hsm: Hsm, request: m.TransferStatement, response: m.TransferStatementOk
+    ) -> None:
+        """I4: a range is signed away only once its going is committed."""
+        role = state_of(hsm).groups[request.source].role
+        marker = role.log.last.transferring if isinstance(role, LeaderState) else None
+        if not isinstance(role, LeaderState) or not isinstance(marker, TransferringOut):
+            require("I4", condition=False, detail=f"HSM {name} signed a transfer that is not under way")
+            return
+        is_committed = role.committed is not None and role.committed >= marker.at == response.at
+        require("I4", is_committed, f"HSM {name} signed away a range before that was committed")
+        self._outs[request.source, request.destination, marker.at] = (role.log.last.entry_mac, marker.partition)
+
+    def _note_signed(self, name: str, captured: tuple[Captured, ...]) -> None:
+        persisted = self._persisted.get(name)
+        realm = None if persisted is None else persisted.realm
+        for statement in captured:
+            kept = None if realm is None else realm.groups[statement.group].captured
+            require("I7", kept == (statement.index, statement.mac), f"HSM {name} signed what is not in its NVRAM")
+            key = (statement.hsm, statement.group, statement.index)
+            first = self._signed.setdefault(key, statement.mac)
+            require("I8", first == statement.mac, f"HSM {name} signed two entries {statement.index}")
+            self.statements[statement] = None
+
+    def _note_session(self, name: str, group: GroupId, record: RecordId, session: int) -> None:
+        leadership = self.leaderships.get((name, group))
+        if leadership is not None:
+            leadership.sessions.add((record, session))
+
+    # --- roles ----------------------------------------------------------------------------------------
+
+    def follow(self, name: str, hsm: Hsm, request: m.Request) -> None:
+        """Check roles, logs and captured heads after a request; what it committed is known by now."""
+        state = state_of(hsm)
+        for group, own in state.groups.items():
+            configuration = self.configurations.setdefault(group, own.configuration)
+            require("I6", own.configuration == configuration, f"{group.hex()} has two configurations")
+            self._follow_role(name, own, request)
+        for group, (index, mac) in state.captured.items():
+            made = self.entries.get(group, {}).get(mac)
+            require("I9", made is not None and made.index == index, f"HSM {name} captured what no HSM made")
+
+    def _follow_role(self, name: str, own: GroupState, request: m.Request) -> None:
+        key = (name, own.id)
+        status = own.status()
+        starting = status.role.starting if isinstance(status.role, Leader) else 0
+        value = (type(status.role).__name__, starting, self._lives.get(name, 0))
+        first = self._clocks.setdefault((name, own.id, status.at), value)
+        require("I19", first == value, f"HSM {name} used role clock {status.at} for {first[0]} and {value[0]}")
+        known = self.leaderships.get(key)
+        role = own.role
+        if isinstance(role, WitnessState):
+            if known is not None:
+                if isinstance(request, m.StepDown) and request.force:
+                    known.drop()
+                settled = _PENDING not in known.fates.values()
+                require("I12", settled, f"HSM {name} ended a leadership with replies that never settle")
+                del self.leaderships[key]
+            return
+        if known is None:
+            known = self.leaderships[key] = Leadership()
+        self._check_log(name, own.id, role, known)
+        if isinstance(role, SteppingDownState):
+            within = role.committed is None or role.committed <= role.stepdown_at
+            require("I11", within, f"HSM {name} committed beyond its step-down")
+            return
+        partition = role.log.last.partition
+        root = None if role.tree is None else role.tree.root
+        same = root == (None if partition is None else partition.root_hash)
+        require("I10", same, f"HSM {name}'s tree is not that of its last entry")
+
+    def _check_log(self, name: str, group: GroupId, role: LeaderState | SteppingDownState, known: Leadership) -> None:
+        """I9: consecutive, chained, entries as made; only what is new since the last look is walked."""
+        log, made = role.log, self.entries.get(group, {})
+        require("I9", len(log) == log.last.index - log.first + 1 > 0, f"HSM {name}'s log has gaps")
+        index = log.first
+        before: LogEntry | None = None
+        if known.checked is not None and known.checked[0] >= log.first:
+            element = log.get(known.checked[0])
+            if element is not None and element.entry.entry_mac == known.checked[1]:
+                index, before = known.checked[0] + 1, element.entry
+        for at in range(index, log.last.index + 1):
+            element = log.get(at)
+            entry = None if element is None else element.entry
+            right = entry is not None and made.get(entry.entry_mac) == entry and entry.index == at
+            require("I9", right, f"HSM {name}'s log has an entry {at} that no HSM made")
+            chained = before is None or (entry is not None and entry.prev_mac == before.entry_mac)
+            require("I9", chained, f"HSM {name}'s log is not chained at {at}")
+            before = entry
+        known.checked = (log.last.index, log.last.entry_mac)
+        if role.committed is not None:
+            within = log.first <= role.committed <= log.last.index
+            require("I9", within, f"HSM {name} counts entries as committed that it does not have")
+
+
+def state_of(hsm: Hsm) -> HsmState:
+    """Return an HSM's state. Only a judge may look."""
+    return hsm._state  # noqa: SLF001 -- the judge sees what an attacker with the HSM open would see
+
+
+def _led_group(request: m.Request, response: m.Response) -> GroupId:
+    """Return the group in whose log a request's entry stands."""
+    match request, response:
+        case _, m.NewRealmOk() | m.NewGroupOk():
+            return response.group
+        case m.PrepareTransfer() | m.TransferIn() | m.CancelPreparedTransfer(), _:
+            return request.destination
+        case m.TransferOut() | m.CompleteTransfer(), _:
+            return request.source
+        case m.AppRequest(), _:
+            return request.group
+        case _:
+            require("I9", condition=False, detail=f"{type(request).__name__} made an entry")
+            raise AssertionError
