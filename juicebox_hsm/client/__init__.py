@@ -17,6 +17,7 @@ from juicebox_hsm.client.errors import (
     InvalidPin,
     NotRegistered,
     RateLimitExceeded,
+    Replaced,
     Transient,
     UpgradeRequired,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "PinHashingMode",
     "RateLimitExceeded",
     "Realm",
+    "Replaced",
     "Transient",
     "Transport",
     "TransportError",

@@ -71,6 +71,10 @@ class AssertionFailed(ClientError):
     operation_number = 3
 
 
+class Replaced(AssertionFailed):
+    """The registration was replaced in the middle of a recovery; its secret can no longer be recovered."""
+
+
 class Transient(ClientError):
     """Realms could not be reached or were unavailable; trying again later may help."""
 

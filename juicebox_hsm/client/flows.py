@@ -10,7 +10,7 @@ import trio
 
 from juicebox_hsm.client import recovery
 from juicebox_hsm.client.configuration import Configuration, Realm
-from juicebox_hsm.client.errors import AssertionFailed, ClientError, InvalidPin, NotRegistered
+from juicebox_hsm.client.errors import AssertionFailed, ClientError, InvalidPin, NotRegistered, Replaced
 from juicebox_hsm.client.exchange import AuthSource, Exchange
 from juicebox_hsm.client.registration import create_registration
 from juicebox_hsm.client.transport import HttpTransport, Transport
@@ -218,6 +218,6 @@ def _failure(answer: secrets.SecretsResponse) -> ClientError:
         case secrets.BadUnlockKeyTag():
             return InvalidPin(answer.guesses_remaining)
         case secrets.VersionMismatch():
-            return AssertionFailed("the registration was replaced in the middle of the recovery")
+            return Replaced("the registration was replaced in the middle of the recovery")
         case _:
             return AssertionFailed("the answer belongs to another request")

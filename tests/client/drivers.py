@@ -178,7 +178,7 @@ class OwnDriver:
 
     async def run(self, user: User, op: str, **arguments: Any) -> Result:
         """Run one operation with our client."""
-        from juicebox_hsm.client import Client, ClientError, Configuration
+        from juicebox_hsm.client import AssertionFailed, Client, ClientError, Configuration
 
         key = json.dumps([user.name, user.configuration])
         if key not in self._clients:
@@ -199,7 +199,7 @@ class OwnDriver:
             else:
                 await client.delete()
         except ClientError as error:
-            name = type(error).__name__.replace("AssertionFailed", "Assertion")
+            name = "Assertion" if isinstance(error, AssertionFailed) else type(error).__name__
             ms = (time.perf_counter() - started) * 1000
             return Result(name, getattr(error, "guesses_remaining", None), detail=str(error), ms=ms)
         return Result(secret=secret, ms=(time.perf_counter() - started) * 1000)

@@ -17,12 +17,12 @@ from typing import Final
 import trio
 
 from juicebox_hsm.client import (
-    AssertionFailed,
     Client,
     ClientError,
     Configuration,
     InvalidPin,
     NotRegistered,
+    Replaced,
     Transient,
     Transport,
 )
@@ -189,11 +189,8 @@ class User:
                 outcome = Outcome.NOT_REGISTERED
             except Transient:
                 pass
-            except AssertionFailed as error:
-                if "was replaced" in str(error):
-                    outcome = Outcome.REPLACED
-                else:
-                    detail = f"AssertionFailed: {error}"
+            except Replaced:
+                outcome = Outcome.REPLACED
             except ClientError as error:
                 detail = f"{type(error).__name__}: {error}"
             given_up = False

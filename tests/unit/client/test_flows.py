@@ -21,6 +21,7 @@ from juicebox_hsm.client import (
     NotRegistered,
     PinHashingMode,
     RateLimitExceeded,
+    Replaced,
     Transient,
     TransportError,
     UpgradeRequired,
@@ -329,6 +330,19 @@ async def test_misbehaving_realms(name: str, autojump_clock: MockClock) -> None:
     world.realms[1].spoil = SPOILED[name](world.realms[1])
     with pytest.raises(AssertionFailed):
         await world.client.recover(PIN, INFO)
+
+
+async def test_a_replaced_registration_is_told_apart(autojump_clock: MockClock) -> None:
+    """A registration that is replaced in the middle of a recovery is an error of its own: nobody misbehaved."""
+    world = World(1)
+    await world.register()
+    world.realms[0].spoil = SPOILED["mismatch"](world.realms[0])
+    with pytest.raises(Replaced):
+        await world.client.recover(PIN, INFO)
+    world.realms[0].spoil = SPOILED["other answer"](world.realms[0])
+    with pytest.raises(AssertionFailed) as failed:
+        await world.client.recover(PIN, INFO)
+    assert not isinstance(failed.value, Replaced)
 
 
 async def test_fewest_guesses_are_reported(autojump_clock: MockClock) -> None:
