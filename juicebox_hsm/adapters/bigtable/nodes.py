@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 import trio
 
@@ -32,7 +32,6 @@ from juicebox_hsm.ports.errors import MissingNode, StoreInvalid, StoreUnavailabl
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from juicebox_hsm.adapters.bigtable.deletion import DeferredDeletion
 
 LARGE_READ_WAIT_S: Final = 3.0
 UPPER_BITS: Final = 6
@@ -87,6 +86,13 @@ class NodeCache:
                 del half[key]
 
 
+class Deletion(Protocol):
+    """What removes nodes later (`deletion`), as far as those see it who watch a store."""
+
+    waiting: int
+    leaked: int
+
+
 class TreeNodes:
     """`ports.NodeStore` on one instance, and the node half of an append."""
 
@@ -98,7 +104,7 @@ class TreeNodes:
         self._writer = os.urandom(16)
         self._written = 0
         self._large_reads = trio.CapacityLimiter(tuning.large_read_permits)
-        self.deletion: DeferredDeletion | None = None
+        self.deletion: Deletion | None = None
         """What removes nodes of this store, for those who watch it."""
         self.extraneous_nodes = 0
         """Nodes that were read and not needed: other versions of the same places."""
