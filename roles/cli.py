@@ -6,7 +6,6 @@ Subcommands are imported when they are asked for, so that a role starts without 
 from __future__ import annotations
 
 import gc
-import importlib
 import os
 import sys
 from typing import Final, NoReturn
@@ -15,42 +14,14 @@ import click
 
 from juicebox_hsm import __version__
 from juicebox_hsm.errors import LocalError, RealmError
-from roles.lazy import LazyCommand, LazyGroup
+from roles.commands import ROLES, TOOLS
+from roles.lazy import LazyGroup
 from roles.options import ENVIRONMENT_PREFIX, BadSettings
 
 COLLECTOR_THRESHOLDS: Final = (10_000, 20, 50)
 """Allocations before a young collection, and collections before an older one; Python's own are 700, 10, 10."""
 
 PROGRAM: Final = "juicebox-hsm"
-ROLES: Final = ("agent", "lb", "manager")
-
-TOOLS: Final = {
-    "bench": LazyCommand("roles.tools.bench.command", "Measure: client, hsm, tree, store, rpc; compare."),
-    "chaos": LazyCommand(
-        "roles.tools.chaos.command", "Break a real realm under load and check that each guess counted once."
-    ),
-    "check": LazyCommand(
-        "roles.tools.check.command", "Register, recover and delete against a realm, once or for ever."
-    ),
-    "cluster": LazyCommand(
-        "roles.tools.cluster.command", "See and change a cluster: realms, groups, leaders, certificates."
-    ),
-    "config": LazyCommand("roles.tools.config.command", "Check and show the configuration of a role."),
-    "demo": LazyCommand(
-        "roles.tools.demo.command", "Run a real realm here and register and recover a secret against it."
-    ),
-    "hsm": LazyCommand("roles.tools.hsm.command", "Prepare an HSM: realm keys and state directory."),
-    "secrets": LazyCommand("roles.tools.secrets.command", "Write and check the secrets file: record id key, tenants."),
-    "store": LazyCommand("roles.tools.store.command", "Make, check, tidy, back up and restore the store."),
-    "tenant-log": LazyCommand(
-        "roles.tools.tenant_log.command", "Serve and read tenants' events: every guess, for auditors."
-    ),
-    "tokens": LazyCommand("roles.tools.tokens.command", "Create, validate and draw keys for auth tokens."),
-    # names that scripts of existing realms use
-    "cluster-bench": LazyCommand("roles.tools.bench.client", "", hidden=True),
-    "cluster-cli": LazyCommand("roles.tools.cluster.command", "", hidden=True),
-    "service-checker": LazyCommand("roles.tools.check.command", "", hidden=True),
-}
 
 
 def _show_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:  # noqa: ARG001, FBT001 - click's
@@ -71,7 +42,7 @@ def _show_version(ctx: click.Context, param: click.Parameter, value: bool) -> No
 )
 @click.option(
     "--role",
-    type=click.Choice(ROLES),
+    type=click.Choice(list(ROLES)),
     help="Run a service instead of a command; its flags follow. `--role ROLE --help` lists them.",
 )
 def cli(role: str | None) -> None:
@@ -139,7 +110,7 @@ def main(arguments: list[str] | None = None) -> None:
             _run(cli, rest, PROGRAM)
         if role not in ROLES:
             _fail(f"--role {role}: no such role; choose one of {', '.join(ROLES)}", 2)
-        command = importlib.import_module(f"roles.{role}.main").command
+        command = ROLES[role].load()
         _relax_collector()
         _run(command, rest, f"{PROGRAM} --role {role}")
     except LocalError as error:

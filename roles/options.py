@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import ipaddress
 import tomllib
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar, cast
@@ -20,12 +20,16 @@ import click
 from juicebox_hsm.adapters.tls.cluster_tls import ClusterTls
 from juicebox_hsm.errors import LocalError
 from juicebox_hsm.wire.rpc import PeerRole
+from roles.durations import format_seconds
 from roles.store_options import store_option
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 HTTP_PORT_OFFSET: Final = 1000
 ENVIRONMENT_PREFIX: Final = "JUICEBOX_HSM"
+WORKER_VARIABLE: Final = f"{ENVIRONMENT_PREFIX}_LB_WORKER"
+"""Where a balancer tells a copy of itself which worker it is; no flag, so nobody sets it by hand."""
+
 CONFIG_BYTES_MAX: Final = 1 << 20  # own: a file of settings has a few hundred bytes
 
 
@@ -284,10 +288,13 @@ def _role_flags(default_listen: str) -> list[Callable[[Any], Any]]:
     ]
 
 
-def identity_problems(common: CommonOptions) -> list[str]:
-    """Return why these identities and addresses cannot work, one line each."""
+def identity_problems(common: CommonOptions, *, misread: Collection[str] = ()) -> list[str]:
+    """Return why these identities and addresses cannot work, one line each.
+
+    Nothing is said to be missing that is named in `misread`: parameters that were given, and were wrong.
+    """
     problems = []
-    if common.cluster_tls is None and not common.insecure_rpc:
+    if common.cluster_tls is None and not common.insecure_rpc and "cluster_tls" not in misread:
         problems.append(
             "--cluster-tls DIR is required: the cluster certificate of this service; "
             "issue one with `juicebox-hsm cluster ca issue`"
@@ -297,6 +304,23 @@ def identity_problems(common: CommonOptions) -> list[str]:
     if common.advertise.is_unspecified:
         problems.append(f"--advertise {common.advertise}: others cannot reach this address; give --advertise HOST:PORT")
     return problems
+
+
+def workers_problem(workers: int, listen: Address, http_listen: Address) -> str:
+    """Return why so many workers cannot share these addresses, "" when they can."""
+    if workers == 1 or (listen.port and http_listen.port):
+        return ""
+    return "--workers needs fixed ports in --listen and --http-listen"
+
+
+def shutdown_problem(notice_s: float, timeout_s: float) -> str:
+    """Return why these two do not go together, "" when they do: the notice is part of the shutdown."""
+    if notice_s <= timeout_s:
+        return ""
+    return (
+        f"--shutdown-notice-period {format_seconds(notice_s)} is above --shutdown-timeout {format_seconds(timeout_s)}, "
+        "which includes it"
+    )
 
 
 def load_identity(common: CommonOptions, role: PeerRole) -> ClusterTls | None:

@@ -36,7 +36,7 @@ from juicebox_hsm.tenant_keys import RECORD_ID_KEY_NAME, record_id_key, record_i
 from juicebox_hsm.tokens import RejectionReason
 from juicebox_hsm.wire.rpc import PeerRole
 from roles.cloud_options import SecretsOptions, open_secrets, secrets_options
-from roles.durations import DurationType, format_seconds
+from roles.durations import DurationType
 from roles.lb.forward import Forwarder
 from roles.lb.guard import RealmGuard
 from roles.lb.poller import Poller
@@ -44,7 +44,7 @@ from roles.lb.readiness import Readiness
 from roles.lb.routes import SHUTTING_DOWN, Routes, livez_text
 from roles.lb.service import ClientService
 from roles.lb.workers import WorkerPlace, run_workers, worker_place
-from roles.options import Address, CommonOptions, role_options
+from roles.options import Address, CommonOptions, role_options, shutdown_problem, workers_problem
 from roles.shell import Entry, Kind, Shell, ready, start, stopping
 
 KIND: Final = Kind("lb", "load_balancer", LOAD_BALANCER)
@@ -90,16 +90,6 @@ def _durations(function: click.decorators.FC) -> click.decorators.FC:
         option = click.option(flag, type=DurationType(), default=default, show_default=True, help=text)
         function = option(function)
     return function
-
-
-def shutdown_problem(notice_s: float, timeout_s: float) -> str:
-    """Return why these two do not go together, "" when they do: the notice is part of the shutdown."""
-    if notice_s <= timeout_s:
-        return ""
-    return (
-        f"--shutdown-notice-period {format_seconds(notice_s)} is above --shutdown-timeout {format_seconds(timeout_s)}, "
-        "which includes it"
-    )
 
 
 _FILE: Final = click.Path(path_type=Path, dir_okay=False)
@@ -183,8 +173,8 @@ def command(
     )
     place = worker_place()
     if workers > 1 and place is None:
-        if common.listen.port == 0 or common.http_listen.port == 0:
-            raise LocalError("--workers needs fixed ports in --listen and --http-listen")
+        if problem := workers_problem(workers, common.listen, common.http_listen):
+            raise LocalError(problem)
         sys.exit(run_service(run_workers, workers, shutdown_timeout + STOP_SLACK_S))
     start(KIND, common.name, run, options, place or WorkerPlace(0))
 

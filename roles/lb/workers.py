@@ -29,8 +29,8 @@ from juicebox_hsm.adapters.process.supervision import (
     notify_reloading,
     watchdog_interval_s,
 )
+from roles.options import WORKER_VARIABLE
 
-PLACE_VARIABLE: Final = "JUICEBOX_HSM_LB_WORKER"
 RESTART_S: Final = 1.0
 """Pause before a worker that died is started again."""
 
@@ -67,7 +67,7 @@ class WorkerPlace:
 
 def worker_place() -> WorkerPlace | None:
     """Return this process's place, or None in a parent or a lone process."""
-    text = os.environ.get(PLACE_VARIABLE, "")
+    text = os.environ.get(WORKER_VARIABLE, "")
     return WorkerPlace(int(text), os.getppid()) if text.isascii() and text.isdigit() else None
 
 
@@ -109,7 +109,7 @@ class _Worker:
         # WATCHDOG_PID names the parent; the period holds for the worker, too.
         environment = {name: value for name, value in os.environ.items() if name != "WATCHDOG_PID"}
         environment["NOTIFY_SOCKET"] = self.address
-        environment[PLACE_VARIABLE] = str(self.number)
+        environment[WORKER_VARIABLE] = str(self.number)
         self.process = await trio.lowlevel.open_process(worker_command(), env=environment, stdin=subprocess.DEVNULL)
         self.heard_at = trio.current_time()
         return self.process

@@ -32,9 +32,9 @@ from juicebox_hsm.client import PinHashingMode
 from juicebox_hsm.tenant_keys import is_test_tenant
 from roles.cloud_options import SecretsOptions, optional_secrets_options
 from roles.durations import DurationType
-from roles.tools.bench.client import ENVIRONMENT, Target, target_from_client_json, target_with_key
 from roles.tools.check.run import Certificates, Checker, Report, Settings
 from roles.tools.session import ExitCode, ToolFailure, end, run
+from roles.tools.target import ENVIRONMENT, Target, target_from_client_json, target_with_key
 from roles.tools.tenant_key import latest_key
 
 SERVICE_CHECK: Final = "healthcheck.register_recover"

@@ -16,7 +16,7 @@ from juicebox_hsm.client import Client, ClientError, HttpTransport
 from juicebox_hsm.client.transport import Headers, Observation, Transport
 from juicebox_hsm.ids import RealmId
 from roles.survey.balancers import certificate_end
-from roles.tools.bench.client import Target
+from roles.tools.target import Target
 
 NUM_GUESSES: Final = 2
 CERTIFICATES_EVERY_S: Final = 300.0

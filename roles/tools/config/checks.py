@@ -9,7 +9,6 @@ from __future__ import annotations
 import datetime as dt
 import difflib
 import fcntl
-import importlib
 import os
 import socket
 from collections.abc import Mapping
@@ -29,13 +28,19 @@ from juicebox_hsm.adapters.stores.opening import open_store
 from juicebox_hsm.adapters.tls.cluster_tls import CA_FILE, CERT_FILE, KEY_FILE, ROLE_URI_PREFIX, ClusterTls
 from juicebox_hsm.consensus.nvram import decode_state
 from juicebox_hsm.errors import RealmError
-from roles.cli import TOOLS
 from roles.cloud_options import pubsub_problem, secrets_problem
-from roles.lb.main import shutdown_problem
-from roles.lb.workers import PLACE_VARIABLE
-from roles.options import ENVIRONMENT_PREFIX, Address, CommonOptions, identity_problems, variable_of
-from roles.tools.config.command import ROLES, Parsed, path_of
-from roles.tools.secrets.command import findings
+from roles.commands import ROLES, TOOLS
+from roles.options import (
+    ENVIRONMENT_PREFIX,
+    WORKER_VARIABLE,
+    Address,
+    identity_problems,
+    shutdown_problem,
+    variable_of,
+    workers_problem,
+)
+from roles.tools.config.parse import Parsed, path_of
+from roles.tools.secrets_file import findings
 from roles.tools.session import first_leaf
 
 DAYS_WARN: Final = 20  # operator-tools.md 3: the service check warns from here on
@@ -44,15 +49,13 @@ PORT_MAX: Final = 65_535
 NEAR: Final = 0.85  # own: one or two letters of a variable's name
 _OTHERS: Final = 0o007
 # read by operator commands; by the copies of a balancer; by tests
-_OTHER_VARIABLES: Final = frozenset({PLACE_VARIABLE, f"{ENVIRONMENT_PREFIX}_FAULTS_DIR"})
+_OTHER_VARIABLES: Final = frozenset({WORKER_VARIABLE, f"{ENVIRONMENT_PREFIX}_FAULTS_DIR"})
 _TOOL_PREFIXES: Final = tuple(f"{ENVIRONMENT_PREFIX}_{name.replace('-', '_').upper()}_" for name in TOOLS)
 
 
 def all_problems(parsed: Parsed) -> list[str]:
     """Return every mistake beyond the flags' own form, one line each."""
-    problems = _common_problems(parsed.role, parsed.common)
-    if any("'--cluster-tls'" in problem for problem in parsed.problems):  # it is given, but not usable
-        problems = [problem for problem in problems if not problem.startswith("--cluster-tls DIR is required")]
+    problems = _common_problems(parsed)
     if parsed.role == "agent":
         directory = path_of(parsed, "hsm_dir")
         problems += [] if directory is None else hsm_problems(directory)
@@ -82,7 +85,7 @@ def warnings(parsed: Parsed) -> list[str]:
 
 def unknown_variables(environment: Mapping[str, str]) -> list[str]:
     """Return which of our variables no program reads, with the name that is probably meant."""
-    commands = [importlib.import_module(f"roles.{role}.main").command for role in ROLES]
+    commands = [entry.load() for entry in ROLES.values()]
     known = {variable_of(parameter) for command in commands for parameter in command.params} | _OTHER_VARIABLES
     lines = []
     for name in sorted(environment):
@@ -104,8 +107,9 @@ def metrics_problems(environment: Mapping[str, str]) -> list[str]:
     return [f"DD_DOGSTATSD_PORT={text}: not a port; give a number from 1 to {PORT_MAX}"]
 
 
-def _common_problems(role: str, common: CommonOptions) -> list[str]:
-    problems = identity_problems(common) + metrics_problems(os.environ)
+def _common_problems(parsed: Parsed) -> list[str]:
+    role, common = parsed.role, parsed.common
+    problems = identity_problems(common, misread=parsed.misread) + metrics_problems(os.environ)
     if common.cluster_tls is not None:
         problems += cluster_certificate_problems(common.cluster_tls, role)
     if common.listen.port and common.listen == common.http_listen:
@@ -273,8 +277,8 @@ def _balancer_problems(parsed: Parsed) -> list[str]:
     workers: Any = parsed.values.get("workers")
     common = parsed.common
     if isinstance(workers, int) and workers > 1:
-        if common.listen.port == 0 or common.http_listen.port == 0:
-            problems.append("--workers needs fixed ports in --listen and --http-listen")
+        if problem := workers_problem(workers, common.listen, common.http_listen):
+            problems.append(problem)
         else:
             following = Address(common.http_listen.host, common.http_listen.port + 1)
             problems += _port_problems(f"--workers {workers}: --http-listen", following, count=workers - 1)

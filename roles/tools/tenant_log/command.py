@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from roles.commands import TENANT_LOG
 from roles.lazy import LazyCommand, LazyGroup
 
 
@@ -11,7 +12,7 @@ from roles.lazy import LazyCommand, LazyGroup
     cls=LazyGroup,
     lazy={
         "ack": LazyCommand("roles.tools.tenant_log.client", "Acknowledge events by their ack ids.", "ack"),
-        "serve": LazyCommand("roles.tenant_log.main", "Run the HTTP service for tenants' auditors."),
+        "serve": TENANT_LOG,
         "tail": LazyCommand("roles.tools.tenant_log.client", "Print a tenant's events, once or as they come.", "tail"),
     },
 )

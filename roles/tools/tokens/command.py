@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any, Final
@@ -16,7 +15,6 @@ from juicebox_hsm.errors import DecodingError, RealmError
 from juicebox_hsm.ids import RealmId, parse_id
 from juicebox_hsm.tenant_keys import (
     VERSION_MAX,
-    SecretAlgorithm,
     TenantSecret,
     encode_payload,
     is_tenant_name,
@@ -27,15 +25,8 @@ from juicebox_hsm.tenant_keys import (
 from juicebox_hsm.tokens import LIFETIME_S_MAX, RejectionReason, Scope, TokenKey, create, problems
 from roles.durations import DurationType
 from roles.lazy import LazyCommand, LazyGroup
+from roles.tools.drawn_keys import ALGORITHMS, draw_keys
 from roles.tools.session import ExitCode, ToolFailure, end
-
-ALGORITHMS: Final = {
-    "HS256": SecretAlgorithm.HMAC_SHA256,
-    "RS256": SecretAlgorithm.RSA_PKCS1_SHA256,
-    "EdDSA": SecretAlgorithm.EDWARDS25519,
-}
-HMAC_KEY_BYTES: Final = 32
-RSA_BITS: Final = 4096
 
 ERROR_TEXTS: Final = {
     RejectionReason.TOO_LONG: "longer than a token may be",
@@ -230,26 +221,6 @@ def validate_command(
     click.echo("invalid" if found else "valid")
     if found:
         end(ExitCode.FAILED)
-
-
-def draw_keys(algorithm: str) -> tuple[bytes, bytes | None]:
-    """Return a fresh (private or shared, public or None) key; DER for the asymmetric ones."""
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-    from cryptography.hazmat.primitives.asymmetric.rsa import generate_private_key
-    from cryptography.hazmat.primitives.serialization import (
-        Encoding,
-        NoEncryption,
-        PrivateFormat,
-        PublicFormat,
-    )
-
-    if algorithm == "HS256":
-        return os.urandom(HMAC_KEY_BYTES), None
-    private = Ed25519PrivateKey.generate() if algorithm == "EdDSA" else generate_private_key(65537, RSA_BITS)
-    return (
-        private.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption()),
-        private.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo),
-    )
 
 
 @click.command("random")

@@ -19,11 +19,11 @@ from juicebox_hsm.client import Configuration
 from juicebox_hsm.client.transport import Observation
 from juicebox_hsm.ids import RealmId
 from roles.cli import cli
-from roles.tools.bench.client import Target
 from roles.tools.check import run as check_run
 from roles.tools.check.command import report_json, roots
 from roles.tools.check.run import Certificates, Checker, Settings
 from roles.tools.session import ToolFailure
+from roles.tools.target import Target
 
 URL = "https://127.0.0.1:1/"
 CONFIGURATION = Configuration.from_json(

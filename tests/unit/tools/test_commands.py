@@ -16,8 +16,9 @@ from roles.cli import cli
 from roles.tools.bench import client as bench_client
 from roles.tools.cluster import clients as cluster_clients
 from roles.tools.demo import layout as demo_layout
-from roles.tools.secrets import command as secrets
+from roles.tools.secrets_file import findings
 from roles.tools.session import ToolFailure, first_leaf
+from roles.tools.target import ENVIRONMENT, Target
 from roles.tools.tokens import command as tokens
 
 REALM = "0f" * 16
@@ -266,7 +267,7 @@ def test_lint_findings(tmp_path: Path) -> None:
         "stray",
     ):
         assert part in result.output
-    assert secrets.findings("{", 0o600) == ["secrets file: not JSON"]
+    assert findings("{", 0o600) == ["secrets file: not JSON"]
     assert _run("secrets", "lint", tmp_path / "none").exit_code == 1
 
 
@@ -306,7 +307,7 @@ def test_minted_tokens_differ_by_user_and_can_be_spoiled() -> None:
         "realms": [{"id": REALM, "address": "https://127.0.0.1:1/", "public_key": "00" * 32}],
         "register_threshold": 1, "recover_threshold": 1, "pin_hashing_mode": "FastInsecure",
     })  # fmt: skip
-    target = bench_client.Target(configuration, None, lambda user, _: f"header.{user}.signature-{time.time() > 0}")
+    target = Target(configuration, None, lambda user, _: f"header.{user}.signature-{time.time() > 0}")
     load = bench_client.Load(2, 1, 1, "u", 5)
     good, bad = bench_client.mint(target, load), bench_client.mint(target, load, bad=True)
     assert [found[realm].split(".")[1] for found in good] == ["u5", "u6"]
@@ -320,14 +321,14 @@ def test_minted_tokens_differ_by_user_and_can_be_spoiled() -> None:
 )
 def test_bench_usage(arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Wrong plans and missing configuration are usage errors."""
-    monkeypatch.delenv(bench_client.ENVIRONMENT, raising=False)
+    monkeypatch.delenv(ENVIRONMENT, raising=False)
     assert _run("bench", "client", *arguments).exit_code == 2
 
 
 def test_bench_names_a_bad_client_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A client.json that cannot be used is named."""
     path = tmp_path / "client.json"
-    monkeypatch.setenv(bench_client.ENVIRONMENT, str(path))
+    monkeypatch.setenv(ENVIRONMENT, str(path))
     assert str(path) in _run("bench", "client").output
     path.write_text("{}")
     result = _run("bench", "client")
@@ -376,4 +377,4 @@ def test_demo_state_is_made_once(tmp_path: Path) -> None:
     assert [path.read_bytes() for path in kept] == before
     assert (state.operator / "cert.pem").read_bytes() != certificate
     assert state.secrets_file.stat().st_mode & 0o777 == 0o600
-    assert secrets.findings(state.secrets_file.read_bytes(), 0o600) == []
+    assert findings(state.secrets_file.read_bytes(), 0o600) == []

@@ -19,7 +19,7 @@ from juicebox_hsm.adapters.tls.certificates import CaKind, init_ca, issue, issue
 from roles.cli import cli
 from roles.durations import DurationRange
 from roles.options import flag_of, read_settings, variable_of
-from roles.tools.config.command import parse_role
+from roles.tools.config.parse import parse_role
 
 COMMANDS = {
     "agent": roles.agent.main.command,
@@ -230,6 +230,18 @@ def test_a_flag_without_its_value_hides_nothing(before: bool, tmp_path: Path) ->
     ]
     assert _check("--role", "manager", "--insecure-rpc", "--listen", "127.0.0.1:0", "--store")[1].count("--store") == 1
     assert "'--allow-loopback' does not take a value" in _check("--role", "manager", *file, "--allow-loopback=x")[1]
+
+
+@pytest.mark.parametrize("given", [("--cluster-tls", "FILE"), ("--cluster-tls",)])
+def test_a_wrong_flag_is_not_also_missing(given: tuple[str, ...], tmp_path: Path) -> None:
+    """One mistake is one line: a cluster identity that cannot be used is not also asked for."""
+    (tmp_path / "FILE").touch()
+    words = [tmp_path / word if word == "FILE" else word for word in given]
+    code, output = _check("--role", "manager", *words, "--listen", "127.0.0.1:0", "--store", f"sqlite:{tmp_path}/r.db")
+    assert code == 78
+    lines = [line for line in output.splitlines() if "--cluster-tls" in line]
+    assert len(lines) == 1, lines
+    assert "is required" not in lines[0]
 
 
 def test_check_knows_what_the_environment_gets_wrong(tmp_path: Path) -> None:

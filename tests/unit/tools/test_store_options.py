@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from juicebox_hsm.adapters.bigtable.backend import parse_address
 from roles.cli import cli
 from roles.store_options import store_url_of
-from roles.tools.config.command import parse_role
+from roles.tools.config.parse import parse_role
 from roles.tools.session import Connection
 
 
