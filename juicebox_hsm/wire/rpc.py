@@ -1,4 +1,4 @@
-"""Methods of the internal RPC: their requests, replies and permitted callers (agent.md 2, manager.md 2).
+"""Bodies of the internal RPC: requests, replies and refusals (agent.md 2, manager.md 2).
 
 Bodies are msgspec arrays (`array_like`), tagged where a reply is a union. Log entries, statements and Noise
 messages travel as the byte strings that HSM and store use. Ids are 16 bytes, record ids 32.
@@ -7,8 +7,7 @@ messages travel as the byte strings that HSM and store use. Ids are 16 bytes, re
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 
@@ -439,59 +438,3 @@ class ManagerStatus(_Body, frozen=True):
     """Reply of `status` at a manager: one JSON object (loops, leases, actions, end of its cluster certificate)."""
 
     json: str
-
-
-@dataclass(frozen=True, slots=True)
-class Method:
-    """One method: its body types and who may call it. `reply` is the union of replies."""
-
-    name: str
-    request: Any
-    reply: Any
-    callers: frozenset[PeerRole]
-
-
-_ALL: Final = frozenset(PeerRole)
-_A: Final = frozenset({PeerRole.AGENT})
-_M: Final = frozenset({PeerRole.MANAGER})
-_O: Final = frozenset({PeerRole.OPERATOR})
-
-
-def _table(*methods: Method) -> dict[str, Method]:
-    return {method.name: method for method in methods}
-
-
-AGENT_METHODS: Final = _table(
-    Method("status", Empty, AgentStatus, _ALL),
-    Method("realm/new", Empty, RealmCreated | Refused, _O),
-    Method("realm/join", RealmJoin, RealmJoined | Refused, _O),
-    Method("group/new", GroupNew, GroupCreated | Refused, _O),
-    Method("group/join", GroupJoin, Done | Refused, _O),
-    Method("become_leader", BecomeLeaderCall, Done | Refused, _M),
-    Method("stepdown", GroupCall, SteppedDown | Refused, _M | _O),
-    Method("replicate", Replicate, CapturedReply | Refused, _A),
-    Method("captured", GroupCall, CapturedReply | Refused, _A),
-    Method("app", App, AppOk | Refused, frozenset({PeerRole.LOAD_BALANCER})),
-    Method("transfer/prepare", TransferPrepare, Prepared | Refused, _M),
-    Method("transfer/cancel_prepare", TransferPrepare, Done | Refused, _M),
-    Method("transfer/out", TransferOutCall, TransferredOut | Refused, _M),
-    Method("transfer/in", TransferInCall, Done | Refused, _M),
-    Method("transfer/complete", TransferComplete, Done | Refused, _M),
-    Method("transfer/owns", OwnsCall, Done | Refused, _M),
-    Method("transfer/arrived", ArrivedCall, Done | Refused, _M),
-    Method("rate/state", Empty, RateState | Refused, _A),
-    Method("tenants/reload", Empty, TenantsReloaded | Refused, _O),
-)
-
-MANAGER_METHODS: Final = _table(
-    Method("status", Empty, ManagerStatus, _ALL),
-    Method("leader_stepdown", StepdownOrder, Done | Refused, _A | _O),
-    Method("leader_lost", LeaderLost, Done | Refused, _A),
-    Method("rebalance", Empty, Rebalanced | Refused, _O),
-    Method(
-        "transfer",
-        TransferPrepare,
-        Done | Refused,
-        _O,
-    ),
-)

@@ -10,7 +10,7 @@ import datetime as dt
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 import trio
 
@@ -21,20 +21,12 @@ from juicebox_hsm.host.events import EVENT_KEPT_MS
 from juicebox_hsm.hsm.messages import NotLeader, Outcome, StepDown, StepDownOk
 from juicebox_hsm.ids import GroupId, HsmId, RealmId
 from juicebox_hsm.ports.hsm_transport import HsmTransport
+from juicebox_hsm.ports.rpc import RpcCaller
 from juicebox_hsm.ports.store import Store
-from juicebox_hsm.wire.rpc import Method
 from roles.agent.peers import Peers
 from roles.agent.ratelimit import Limiters
 from roles.agent.state import Claim, Groups, GroupState, LeaderState
 from roles.agent.watch import Follower, Persister
-
-
-class RpcCaller(Protocol):
-    """How the agent calls peers and managers; raises `RealmError` when no reply came."""
-
-    async def call(self, url: str, method: Method, body: Any, *, timeout_s: float) -> Any:
-        """Call `method` at `url`."""
-        ...
 
 
 class MetricsSink(Protocol):

@@ -13,16 +13,8 @@ import trio
 from juicebox_hsm.consensus.types import LogEntry
 from juicebox_hsm.errors import RealmError, check
 from juicebox_hsm.hsm.messages import BecomeLeader, NotCaptured, Outcome, RoleOk
-from juicebox_hsm.wire.rpc import (
-    MANAGER_METHODS,
-    BecomeLeaderCall,
-    Done,
-    GroupCall,
-    Refusal,
-    Refused,
-    StepdownOrder,
-    SteppedDown,
-)
+from juicebox_hsm.wire.methods import LEADER_STEPDOWN
+from juicebox_hsm.wire.rpc import BecomeLeaderCall, Done, GroupCall, Refusal, Refused, StepdownOrder, SteppedDown
 from roles.agent.append import produce
 from roles.agent.commit import commit_loop
 from roles.agent.compact import keep_house
@@ -158,9 +150,7 @@ async def hand_over(agent: Agent) -> None:
         for url in agent.peers.manager_urls:
             order = StepdownOrder(hsm=agent.hsm_id)
             try:
-                reply = await agent.rpc.call(
-                    url, MANAGER_METHODS["leader_stepdown"], order, timeout_s=HAND_OVER_TIMEOUT_S
-                )
+                reply = await agent.rpc.call(url, LEADER_STEPDOWN, order, timeout_s=HAND_OVER_TIMEOUT_S)
             except RealmError as error:
                 agent.log.warning("manager did not take leadership over", url=url, error=str(error))
                 continue

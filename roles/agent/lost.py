@@ -15,7 +15,8 @@ import trio
 
 from juicebox_hsm.errors import RealmError
 from juicebox_hsm.ids import GroupId, RealmId
-from juicebox_hsm.wire.rpc import MANAGER_METHODS, LeaderLost
+from juicebox_hsm.wire.methods import LEADER_LOST
+from juicebox_hsm.wire.rpc import LeaderLost
 from roles.agent.state import Claim, GroupState
 
 if TYPE_CHECKING:
@@ -146,6 +147,6 @@ class LeaderWatch:
 
     async def _tell(self, url: str, body: LeaderLost) -> None:
         try:
-            await self._agent.rpc.call(url, MANAGER_METHODS["leader_lost"], body, timeout_s=HINT_TIMEOUT_S)
+            await self._agent.rpc.call(url, LEADER_LOST, body, timeout_s=HINT_TIMEOUT_S)
         except RealmError:
             self._agent.metrics.count("agent.leader_lost.undelivered")

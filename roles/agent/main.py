@@ -28,7 +28,8 @@ from juicebox_hsm.errors import RealmError
 from juicebox_hsm.host.events import EVENT_KEPT_MS
 from juicebox_hsm.hsm.core import Hsm
 from juicebox_hsm.ports.store import Store
-from juicebox_hsm.wire.rpc import AGENT_METHODS, PeerRole
+from juicebox_hsm.wire.methods import AGENT_METHODS
+from juicebox_hsm.wire.rpc import PeerRole
 from roles.agent.context import Agent, AgentConfig
 from roles.agent.leader import hand_over, lead
 from roles.agent.registration import entry_of, livez, readyz, register

@@ -15,7 +15,8 @@ import trio
 from juicebox_hsm.errors import RealmError
 from juicebox_hsm.host.services import ServiceAddress, ServiceKind
 from juicebox_hsm.ids import HsmId
-from juicebox_hsm.wire.rpc import AGENT_METHODS, AgentStatus, Empty
+from juicebox_hsm.wire.methods import AGENT_STATUS
+from juicebox_hsm.wire.rpc import AgentStatus, Empty
 from roles.agent.oneshot import Signal
 
 if TYPE_CHECKING:
@@ -100,9 +101,6 @@ class Peers:
     async def status(self, url: str) -> AgentStatus | None:
         """Return an agent's status, None when it does not answer in 2 s."""
         try:
-            reply = await self._agent.rpc.call(
-                url, AGENT_METHODS["status"], Empty(), timeout_s=self._agent.timings.peer_status_s
-            )
+            return await self._agent.rpc.call(url, AGENT_STATUS, Empty(), timeout_s=self._agent.timings.peer_status_s)
         except RealmError:
             return None
-        return reply if isinstance(reply, AgentStatus) else None

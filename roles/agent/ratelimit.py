@@ -18,7 +18,8 @@ import trio
 
 from juicebox_hsm.errors import RealmError
 from juicebox_hsm.ids import RecordId
-from juicebox_hsm.wire.rpc import AGENT_METHODS, Empty, RateState
+from juicebox_hsm.wire.methods import RATE_STATE
+from juicebox_hsm.wire.rpc import Empty, RateState
 
 if TYPE_CHECKING:
     from roles.agent.context import Agent
@@ -204,13 +205,12 @@ class Limiters:
 
 async def gossip(agent: Agent) -> None:
     """Poll every other agent's `rate/state` for ever: often while there is traffic, seldom while there is none."""
-    method = AGENT_METHODS["rate/state"]
     heard_any = False
 
     async def ask(url: str) -> None:
         nonlocal heard_any
         try:
-            reply = await agent.rpc.call(url, method, Empty(), timeout_s=GOSSIP_TIMEOUT_S)
+            reply = await agent.rpc.call(url, RATE_STATE, Empty(), timeout_s=GOSSIP_TIMEOUT_S)
         except RealmError:
             agent.metrics.count("agent.rate_limiter.state_update", result="unreachable")
             return

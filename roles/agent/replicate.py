@@ -15,7 +15,8 @@ import trio
 from juicebox_hsm.consensus.codec import decode_captured, decode_log_entry, encode_captured
 from juicebox_hsm.errors import DecodingError, RealmError
 from juicebox_hsm.ids import HsmId
-from juicebox_hsm.wire.rpc import AGENT_METHODS, CapturedReply, GroupCall, Refusal, Refused, Replicate
+from juicebox_hsm.wire.methods import REPLICATE
+from juicebox_hsm.wire.rpc import CapturedReply, GroupCall, Refusal, Refused, Replicate
 from roles.agent.oneshot import Signal
 from roles.agent.state import GroupState, LeaderState
 
@@ -71,7 +72,7 @@ async def _push_once(
     last = next_index + len(entries) - 1
     body = Replicate(group.realm, group.group, leader.starting, entries, last)
     try:
-        reply = await agent.rpc.call(url, AGENT_METHODS["replicate"], body, timeout_s=agent.timings.replicate_timeout_s)
+        reply = await agent.rpc.call(url, REPLICATE, body, timeout_s=agent.timings.replicate_timeout_s)
     except RealmError:
         agent.metrics.count("agent.replicate", result="unreachable")
         agent.peers.suspect()

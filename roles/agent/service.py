@@ -8,11 +8,12 @@ a caller that goes away.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import trio
 
 from juicebox_hsm.adapters.observation.logging import bind_context
+from juicebox_hsm.adapters.rpc import Handler, handles
 from juicebox_hsm.adapters.tls.certificate_end import to_unix_ms
 from juicebox_hsm.consensus.types import Leader as LeaderRole
 from juicebox_hsm.consensus.types import RoleStatus, SteppingDown, Transferring, TransferringOut, Witness
@@ -20,12 +21,38 @@ from juicebox_hsm.errors import RealmError
 from juicebox_hsm.hsm.messages import GroupStatus, LeaderStatus, Status, StatusOk
 from juicebox_hsm.ids import OwnedRange
 from juicebox_hsm.ports.errors import HsmGone
+from juicebox_hsm.wire.methods import (
+    AGENT_STATUS,
+    APP,
+    BECOME_LEADER,
+    CAPTURED,
+    GROUP_JOIN,
+    GROUP_NEW,
+    RATE_STATE,
+    REALM_JOIN,
+    REALM_NEW,
+    REPLICATE,
+    STEPDOWN,
+    TENANTS_RELOAD,
+    TRANSFER_ARRIVED,
+    TRANSFER_CANCEL_PREPARE,
+    TRANSFER_COMPLETE,
+    TRANSFER_IN,
+    TRANSFER_OUT,
+    TRANSFER_OWNS,
+    TRANSFER_PREPARE,
+    Reply,
+    Request,
+)
 from juicebox_hsm.wire.rpc import (
     AgentGroupInfo,
     AgentStatus,
     App,
     AppOk,
+    CapturedReply,
     Direction,
+    Empty,
+    GroupCall,
     GroupInfo,
     GroupRole,
     HsmInfo,
@@ -33,6 +60,7 @@ from juicebox_hsm.wire.rpc import (
     OutboxInfo,
     Range,
     RateState,
+    RealmCreated,
     RealmInfo,
     Refusal,
     Refused,
@@ -75,8 +103,6 @@ STATUS_HSM_S: Final = 1.0
 FATAL: Final = (HsmGone, LogRefused, RealmTablesFailed)
 """Errors that leave a handler and end the process."""
 
-Handler = Callable[[Any, Connection], Awaitable[Any]]
-
 
 class AgentService:
     """The methods of one agent, and the tasks behind them."""
@@ -111,8 +137,10 @@ class AgentService:
         """Return the method table for the RPC server."""
         agent = self.agent
 
-        def plain(handle: Callable[[Agent, Any], Awaitable[Any]]) -> Handler:
-            async def handler(body: Any, _caller: Connection) -> Any:
+        def plain(
+            handle: Callable[[Agent, Request], Awaitable[Reply]],
+        ) -> Callable[[Request, Connection], Awaitable[Reply]]:
+            async def handler(body: Request, _caller: Connection) -> Reply:
                 bind_context(**_named(body))
                 return await handle(agent, body)
 
@@ -121,51 +149,53 @@ class AgentService:
         async def app(body: App, _caller: Connection) -> AppOk | Refused:
             return await handle_app(agent, body)
 
-        async def captured(body: Any, _caller: Connection) -> Any:
+        async def captured(body: GroupCall, _caller: Connection) -> CapturedReply | Refused:
             return handle_captured(agent, body)
 
-        async def realm_new(_body: Any, _caller: Connection) -> Any:
+        async def realm_new(_body: Empty, _caller: Connection) -> RealmCreated | Refused:
             return await handle_realm_new(agent)
 
-        return {
-            "status": self._status,
-            "realm/new": realm_new,
-            "realm/join": plain(handle_realm_join),
-            "group/new": plain(handle_group_new),
-            "group/join": plain(handle_group_join),
-            "become_leader": plain(handle_become_leader),
-            "stepdown": plain(handle_stepdown),
-            "replicate": self._replicate,
-            "captured": captured,
-            "app": app,
-            "transfer/prepare": plain(handle_prepare),
-            "transfer/cancel_prepare": plain(handle_cancel_prepare),
-            "transfer/out": plain(handle_transfer_out),
-            "transfer/in": plain(handle_transfer_in),
-            "transfer/complete": plain(handle_complete),
-            "transfer/owns": plain(handle_owns),
-            "transfer/arrived": plain(handle_arrived),
-            "rate/state": self._rate_state,
-            "tenants/reload": self._tenants_reload,
-        }
+        return dict(
+            (
+                handles(AGENT_STATUS, self._status),
+                handles(REALM_NEW, realm_new),
+                handles(REALM_JOIN, plain(handle_realm_join)),
+                handles(GROUP_NEW, plain(handle_group_new)),
+                handles(GROUP_JOIN, plain(handle_group_join)),
+                handles(BECOME_LEADER, plain(handle_become_leader)),
+                handles(STEPDOWN, plain(handle_stepdown)),
+                handles(REPLICATE, self._replicate),
+                handles(CAPTURED, captured),
+                handles(APP, app),
+                handles(TRANSFER_PREPARE, plain(handle_prepare)),
+                handles(TRANSFER_CANCEL_PREPARE, plain(handle_cancel_prepare)),
+                handles(TRANSFER_OUT, plain(handle_transfer_out)),
+                handles(TRANSFER_IN, plain(handle_transfer_in)),
+                handles(TRANSFER_COMPLETE, plain(handle_complete)),
+                handles(TRANSFER_OWNS, plain(handle_owns)),
+                handles(TRANSFER_ARRIVED, plain(handle_arrived)),
+                handles(RATE_STATE, self._rate_state),
+                handles(TENANTS_RELOAD, self._tenants_reload),
+            )
+        )
 
-    async def _replicate(self, body: Replicate, caller: Connection) -> Any:
+    async def _replicate(self, body: Replicate, caller: Connection) -> CapturedReply | Refused:
         bind_context(realm=body.realm.hex(), group=body.group.hex())
         group = self.agent.groups.get(body.realm, body.group)
         if group is not None:
             self.leader_watch.heard(group, Claim(body.last, body.starting), caller)
         return await handle_replicate(self.agent, body)
 
-    async def _rate_state(self, _body: object, _caller: Connection) -> RateState:
+    async def _rate_state(self, _body: Empty, _caller: Connection) -> RateState:
         return RateState(self.agent.limiters.snapshot(self.agent.now_ms()))
 
-    async def _tenants_reload(self, _body: object, _caller: Connection) -> TenantsReloaded | Refused:
+    async def _tenants_reload(self, _body: Empty, _caller: Connection) -> TenantsReloaded | Refused:
         try:
             return TenantsReloaded(await refresh_tenants(self.agent))
         except RealmError as error:
             return Refused(Refusal.NO_STORE, detail=str(error))
 
-    async def _status(self, _body: object, _caller: Connection) -> AgentStatus:
+    async def _status(self, _body: Empty, _caller: Connection) -> AgentStatus:
         return await agent_status(self.agent)
 
 

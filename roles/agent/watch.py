@@ -31,7 +31,8 @@ from juicebox_hsm.hsm.messages import (
 )
 from juicebox_hsm.ids import HsmId
 from juicebox_hsm.ports.errors import HsmGone
-from juicebox_hsm.wire.rpc import AGENT_METHODS, CapturedReply, GroupCall
+from juicebox_hsm.wire.methods import CAPTURED
+from juicebox_hsm.wire.rpc import CapturedReply, GroupCall
 from roles.agent.oneshot import Signal
 from roles.agent.state import GroupState
 
@@ -270,7 +271,7 @@ class Follower:
 
         async def ask(member: HsmId, url: str) -> None:
             try:
-                reply = await self._agent.rpc.call(url, AGENT_METHODS["captured"], body, timeout_s=CAPTURED_TIMEOUT_S)
+                reply = await self._agent.rpc.call(url, CAPTURED, body, timeout_s=CAPTURED_TIMEOUT_S)
                 if isinstance(reply, CapturedReply) and reply.captured is not None:
                     captured = decode_captured(reply.captured)
                     if captured.hsm == member:

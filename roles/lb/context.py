@@ -4,25 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from juicebox_hsm.wire.rpc import Method, PeerRole
-
-
-class RpcCaller(Protocol):
-    """Calls agents (a part of `adapters.rpc.RpcPool`)."""
-
-    async def call(
-        self,
-        url: str,
-        method: Method,
-        body: object,
-        *,
-        timeout_s: float,
-        server: PeerRole | None = None,
-        trace: str | None = None,
-    ) -> Any:
-        """Call `method`; raises `RpcFailed` and `RpcUnreachable`."""
-        ...
-
 
 class Log(Protocol):
     """Where things are told (a part of a structlog logger)."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Final
 
 import trio
 
@@ -11,11 +10,11 @@ from juicebox_hsm.adapters.rpc import RpcError
 from juicebox_hsm.errors import RealmError
 from juicebox_hsm.host.forwarding import Answer, Answered, Ask, AwaitTable, LeaderSearch, LookAgain, NoReply
 from juicebox_hsm.ids import GroupId, RealmId, RecordId
-from juicebox_hsm.wire.rpc import AGENT_METHODS, App, AppOk, PeerRole, Refused
-from roles.lb.context import Meter, RpcCaller
+from juicebox_hsm.ports.rpc import RpcCaller
+from juicebox_hsm.wire.methods import APP
+from juicebox_hsm.wire.rpc import App, AppOk, PeerRole, Refused
+from roles.lb.context import Meter
 from roles.lb.poller import Poller
-
-_APP: Final = AGENT_METHODS["app"]
 
 
 @dataclass(slots=True)
@@ -81,9 +80,7 @@ class Forwarder:
             user=job.user,
         )
         try:
-            reply: AppOk | Refused = await self._rpc.call(
-                url, _APP, request, timeout_s=timeout_s, server=PeerRole.AGENT, trace=job.trace
-            )
+            reply = await self._rpc.call(url, APP, request, timeout_s=timeout_s, server=PeerRole.AGENT, trace=job.trace)
         except RpcError as error:
             return NoReply(error.maybe_delivered)
         except RealmError:

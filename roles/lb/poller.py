@@ -19,8 +19,10 @@ from juicebox_hsm.errors import RealmError
 from juicebox_hsm.host.routing import STALE_S, AgentClaims, RoutingTable, build_table
 from juicebox_hsm.host.services import ServiceKind
 from juicebox_hsm.ports.discovery import Discovery
-from juicebox_hsm.wire.rpc import AGENT_METHODS, AgentStatus, Empty, PeerRole
-from roles.lb.context import Log, Meter, RpcCaller
+from juicebox_hsm.ports.rpc import RpcCaller
+from juicebox_hsm.wire.methods import AGENT_STATUS
+from juicebox_hsm.wire.rpc import Empty, PeerRole
+from roles.lb.context import Log, Meter
 
 POLL_S: Final = 0.1
 POLL_JITTER: Final = 0.2
@@ -35,7 +37,6 @@ FORCED_S_MAX: Final = 0.5
 POLL_TIMEOUT_S: Final = STALE_S
 """Longest wait for an answer; whoever takes longer has lost its routes anyway."""
 
-_STATUS: Final = AGENT_METHODS["status"]
 _EMPTY: Final = Empty()
 
 
@@ -163,8 +164,8 @@ class Poller:
         claims = agent.claims
         poll = claims.ask()
         try:
-            status: AgentStatus = await self._rpc.call(
-                claims.url, _STATUS, _EMPTY, timeout_s=POLL_TIMEOUT_S, server=PeerRole.AGENT
+            status = await self._rpc.call(
+                claims.url, AGENT_STATUS, _EMPTY, timeout_s=POLL_TIMEOUT_S, server=PeerRole.AGENT
             )
         except RpcError as error:
             is_unreachable = isinstance(error, RpcUnreachable)

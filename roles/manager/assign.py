@@ -10,11 +10,11 @@ from juicebox_hsm.host.cluster.settings import DRAIN_PREFIX, drained_hsms
 from juicebox_hsm.host.cluster.view import LEADER_WORK, ClusterView, GroupView, Member, name_of
 from juicebox_hsm.ids import HsmId
 from juicebox_hsm.ports.errors import StoreUnavailable
-from juicebox_hsm.wire.rpc import AGENT_METHODS, BecomeLeaderCall, Done, Refused
+from juicebox_hsm.wire.methods import BECOME_LEADER
+from juicebox_hsm.wire.rpc import BecomeLeaderCall, Done, Refused
 from roles.manager.context import ManagerContext
 
 BECOME_LEADER_TIMEOUT_S: Final = 7.0  # the agent itself waits up to 5 s for the last entry
-BECOME_LEADER: Final = AGENT_METHODS["become_leader"]
 
 
 async def read_drained(context: ManagerContext) -> frozenset[HsmId]:
@@ -41,8 +41,6 @@ async def appoint(context: ManagerContext, group: GroupView, member: Member, las
             return ""
         case Refused(outcome=outcome, index=index):
             return outcome.value if index is None else f"{outcome.value} at {index}"
-        case _:
-            return f"unexpected reply {type(reply).__name__}"
 
 
 async def assign(

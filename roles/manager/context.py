@@ -11,19 +11,8 @@ from juicebox_hsm.adapters.faults.switch import FaultSwitch
 from juicebox_hsm.adapters.observation.tracing import Traces
 from juicebox_hsm.host.cluster.progress import TransferProgress
 from juicebox_hsm.host.cluster.view import GroupKey
+from juicebox_hsm.ports.rpc import RpcCaller
 from juicebox_hsm.ports.store import Store
-from juicebox_hsm.wire.rpc import Method
-
-
-class RpcCaller(Protocol):
-    """Calls one method of a peer; the reply is one of the method's reply types.
-
-    Raises `RealmError`: `RpcFailed` when the peer's RPC layer refuses, `RpcUnreachable` when it does not answer.
-    """
-
-    async def call(self, url: str, method: Method, body: Any, *, timeout_s: float) -> Any:
-        """Call `method` at `url` and return its decoded reply."""
-        ...
 
 
 class Meter(Protocol):

@@ -18,7 +18,8 @@ from juicebox_hsm.adapters.observation.store_metrics import with_metrics
 from juicebox_hsm.adapters.rpc import RpcPool, RpcServer, serve_rpc
 from juicebox_hsm.adapters.stores.opening import open_store
 from juicebox_hsm.host.services import ServiceKind
-from juicebox_hsm.wire.rpc import MANAGER_METHODS, PeerRole
+from juicebox_hsm.wire.methods import MANAGER_METHODS
+from juicebox_hsm.wire.rpc import PeerRole
 from roles.durations import DurationType
 from roles.manager.appointment import Appointer
 from roles.manager.context import ManagerContext

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Awaitable, Callable
-from typing import Any, Final, TypeVar
+from typing import Final
 
 import trio
 
 from juicebox_hsm import __version__
+from juicebox_hsm.adapters.rpc import Handler, handles
 from juicebox_hsm.adapters.tls.certificate_end import to_unix_ms
 from juicebox_hsm.errors import RealmError
 from juicebox_hsm.host.cluster.transfer import TransferRequest
 from juicebox_hsm.ids import GroupId
 from juicebox_hsm.ports.errors import StoreUnavailable
+from juicebox_hsm.wire.methods import LEADER_LOST, LEADER_STEPDOWN, MANAGER_STATUS, REBALANCE, TRANSFER, Reply
 from juicebox_hsm.wire.rpc import (
     Done,
     Empty,
@@ -35,8 +37,6 @@ from roles.manager.rebalance import rebalance
 from roles.manager.stepdown import hand_over
 from roles.manager.transfer import run_requested_transfer
 
-Reply = TypeVar("Reply")
-
 HINTS_IN_FLIGHT_MAX: Final = 256  # groups x members of a large cluster; more are noise
 
 
@@ -50,15 +50,17 @@ class ManagerService:
         self._actions = 0
         self._hints = 0
 
-    def handlers(self) -> dict[str, Callable[[Any, Any], Awaitable[Any]]]:
+    def handlers(self) -> dict[str, Handler]:
         """Return method name -> handler."""
-        return {
-            "status": self._status,
-            "leader_stepdown": self._leader_stepdown,
-            "leader_lost": self._leader_lost,
-            "rebalance": self._rebalance,
-            "transfer": self._transfer,
-        }
+        return dict(
+            (
+                handles(MANAGER_STATUS, self._status),
+                handles(LEADER_STEPDOWN, self._leader_stepdown),
+                handles(LEADER_LOST, self._leader_lost),
+                handles(REBALANCE, self._rebalance),
+                handles(TRANSFER, self._transfer),
+            )
+        )
 
     async def _status(self, body: Empty, caller: object) -> ManagerStatus:  # noqa: ARG002
         state = self._context.state

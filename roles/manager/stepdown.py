@@ -10,22 +10,14 @@ from juicebox_hsm.host.cluster.appointment import resolve
 from juicebox_hsm.host.cluster.leases import group_lease
 from juicebox_hsm.host.cluster.view import GroupView, Member, name_of
 from juicebox_hsm.ports.errors import StoreUnavailable
-from juicebox_hsm.wire.rpc import (
-    AGENT_METHODS,
-    Done,
-    GroupCall,
-    Refusal,
-    Refused,
-    StepdownOrder,
-    SteppedDown,
-)
+from juicebox_hsm.wire.methods import STEPDOWN
+from juicebox_hsm.wire.rpc import Done, GroupCall, Refusal, Refused, StepdownOrder, SteppedDown
 from roles.manager.assign import assign
 from roles.manager.context import ManagerContext
 from roles.manager.leases import LeaseBusy, LeaseLost, management_lease
 from roles.survey.overview import IDS_TIMEOUT_S, STEPDOWN_STATUS_TIMEOUT_S, ask_agents, read_overview
 
 STEPDOWN_TIMEOUT_S: Final = 10.0  # the leader finishes what it has in flight first
-STEPDOWN: Final = AGENT_METHODS["stepdown"]
 
 
 async def hand_over(context: ManagerContext, order: StepdownOrder) -> Done | Refused:
@@ -67,8 +59,6 @@ async def step_down(context: ManagerContext, group: GroupView, leader: Member) -
             return last
         case Refused():
             return reply
-        case _:
-            return Refused(Refusal.RPC_ERROR, detail=f"{leader.url}: unexpected reply {type(reply).__name__}")
 
 
 async def _hand_over_all(context: ManagerContext, groups: list[GroupView]) -> Done | Refused:

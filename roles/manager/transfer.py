@@ -30,7 +30,8 @@ from juicebox_hsm.host.cluster.transfer import (
 )
 from juicebox_hsm.host.cluster.view import ClusterView
 from juicebox_hsm.ports.errors import StoreUnavailable
-from juicebox_hsm.wire.rpc import AGENT_METHODS, Done, Refusal, Refused
+from juicebox_hsm.wire.methods import Request
+from juicebox_hsm.wire.rpc import Done, Refusal, Refused
 from roles.manager.context import ManagerContext
 from roles.manager.leases import LeaseBusy, LeaseLost, management_lease
 from roles.survey.overview import IDS_TIMEOUT_S, read_overview
@@ -160,13 +161,12 @@ async def _run(context: ManagerContext, calls: Calls, progress: TransferProgress
         reply = await call_step(context, call)
 
 
-async def call_step(context: ManagerContext, call: Call) -> object:
+async def call_step(context: ManagerContext, call: Call[Request]) -> object:
     """Make one call; RPC trouble becomes `RpcError`, whose outcome is uncertain."""
-    method = AGENT_METHODS[call.method]
     try:
-        reply: object = await context.rpc.call(call.member.url, method, call.body, timeout_s=STEP_TIMEOUT_S)
+        reply: object = await context.rpc.call(call.member.url, call.method, call.body, timeout_s=STEP_TIMEOUT_S)
     except RealmError as error:
-        reply = Refused(Refusal.RPC_ERROR, detail=f"{call.method} at {call.member.url}: {error}")
+        reply = Refused(Refusal.RPC_ERROR, detail=f"{call.method.name} at {call.member.url}: {error}")
     if isinstance(reply, Refused):
-        context.log.info("transfer step refused", step=call.method, agent=call.member.url, refusal=str(reply))
+        context.log.info("transfer step refused", step=call.method.name, agent=call.member.url, refusal=str(reply))
     return reply

@@ -6,7 +6,6 @@ import datetime as dt
 import json
 from collections.abc import Iterable
 from functools import partial
-from typing import Final
 
 import trio
 
@@ -16,14 +15,13 @@ from juicebox_hsm.host.cluster.settings import DRAIN_PREFIX, PAUSED, drained_hsm
 from juicebox_hsm.host.cluster.view import ClusterView, GroupKey
 from juicebox_hsm.host.services import ServiceAddress, ServiceKind
 from juicebox_hsm.ids import GroupId, RealmId, parse_id
+from juicebox_hsm.ports.rpc import RpcCaller
 from juicebox_hsm.ports.store import Store
-from juicebox_hsm.wire.rpc import MANAGER_METHODS, Empty, ManagerStatus
-from roles.manager.context import RpcCaller
+from juicebox_hsm.wire.methods import MANAGER_STATUS
+from juicebox_hsm.wire.rpc import Empty, ManagerStatus
 from roles.manager.verdict import BalancerReport, Evidence, ManagerReport
 from roles.survey.balancers import probe_balancers
 from roles.survey.overview import STATUS_TIMEOUT_S, ask_agents
-
-STATUS: Final = MANAGER_METHODS["status"]
 
 
 async def gather(
@@ -70,17 +68,15 @@ def _urls(services: Iterable[ServiceAddress], kind: ServiceKind) -> list[str]:
 
 async def _ask_manager(rpc: RpcCaller, url: str, timeout_s: float, reports: list[ManagerReport]) -> None:
     try:
-        reply = await rpc.call(url, STATUS, Empty(), timeout_s=timeout_s)
+        reply = await rpc.call(url, MANAGER_STATUS, Empty(), timeout_s=timeout_s)
     except RealmError as error:
         reports.append(ManagerReport(url, error=str(error) or type(error).__name__))
         return
     reports.append(read_manager_status(url, reply))
 
 
-def read_manager_status(url: str, reply: object) -> ManagerReport:
+def read_manager_status(url: str, reply: ManagerStatus) -> ManagerReport:
     """Translate a manager's reply; one that cannot be read becomes the report's `error`."""
-    if not isinstance(reply, ManagerStatus):
-        return ManagerReport(url, error=f"unexpected reply {type(reply).__name__}")
     try:
         document = json.loads(reply.json)
         pending: dict[GroupKey, float] = {}

@@ -10,25 +10,23 @@ import trio
 from juicebox_hsm.errors import RealmError
 from juicebox_hsm.host.cluster.view import AgentView, ClusterView, build_view
 from juicebox_hsm.host.services import ServiceKind
+from juicebox_hsm.ports.rpc import RpcCaller
 from juicebox_hsm.ports.store import Store
-from juicebox_hsm.wire.rpc import AGENT_METHODS, AgentStatus, Empty
-from roles.manager.context import RpcCaller
+from juicebox_hsm.wire.methods import AGENT_STATUS
+from juicebox_hsm.wire.rpc import Empty
 
 STATUS_TIMEOUT_S: Final = 5.0
 HINT_TIMEOUT_S: Final = 0.5
 IDS_TIMEOUT_S: Final = 2.0
 STEPDOWN_STATUS_TIMEOUT_S: Final = 1.0
-STATUS: Final = AGENT_METHODS["status"]
 
 
 async def ask_agent(rpc: RpcCaller, url: str, timeout_s: float) -> AgentView:
     """Ask one agent; trouble becomes the view's `error`."""
     try:
-        reply = await rpc.call(url, STATUS, Empty(), timeout_s=timeout_s)
+        reply = await rpc.call(url, AGENT_STATUS, Empty(), timeout_s=timeout_s)
     except RealmError as error:
         return AgentView(url, None, str(error) or type(error).__name__)
-    if not isinstance(reply, AgentStatus):
-        return AgentView(url, None, f"unexpected reply {type(reply).__name__}")
     return AgentView(url, reply)
 
 

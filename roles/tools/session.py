@@ -20,7 +20,9 @@ from typing import Any, Final, NoReturn, TypeVar
 import click
 
 from juicebox_hsm.errors import LocalError, RealmError
-from juicebox_hsm.wire.rpc import MANAGER_METHODS, Empty, PeerRole, Refusal, Refused, RpcCode
+from juicebox_hsm.ports.rpc import RpcCaller
+from juicebox_hsm.wire.methods import MANAGER_STATUS, Method, Reply, Request
+from juicebox_hsm.wire.rpc import Empty, PeerRole, Refusal, Refused, RpcCode
 from roles.options import ENVIRONMENT_PREFIX
 from roles.store_options import NAMES as BIGTABLE_NAMES
 from roles.store_options import STORE_HELP, VARIABLES, bigtable_flags, store_url_of
@@ -211,7 +213,7 @@ class Session:
     """An opened store and a pool of streams to agents and managers; `certificate_end` is that of our certificate."""
 
     store: Any
-    rpc: Any
+    rpc: RpcCaller
     certificate_end: dt.datetime | None = None
 
     @staticmethod
@@ -285,7 +287,9 @@ def for_operator(problem: BaseException) -> BaseException:
     return problem
 
 
-async def call_manager(session: Session, url: str | None, method: str, body: Any, *, timeout_s: float) -> Any:
+async def call_manager(
+    session: Session, url: str | None, method: Method[Request, Reply], body: Request, *, timeout_s: float
+) -> Reply:
     """Call a manager: the given one, else those in discovery in random order until one answers.
 
     A manager must say its status within 5 s; only then is it asked to work, which may take `timeout_s`.
@@ -307,7 +311,7 @@ async def call_manager(session: Session, url: str | None, method: str, body: Any
     for candidate in urls:
         try:
             await _greet(session, candidate)
-            return await session.rpc.call(candidate, MANAGER_METHODS[method], body, timeout_s=timeout_s)
+            return await session.rpc.call(candidate, method, body, timeout_s=timeout_s)
         except RpcFailed as error:
             if error.code is not RpcCode.SHUTTING_DOWN:
                 raise ToolFailure(f"manager {candidate}: {error}", _code_of(error.code)) from None
@@ -322,7 +326,7 @@ async def _greet(session: Session, url: str) -> None:
     from juicebox_hsm.adapters.rpc import RpcFailed, RpcUnreachable
 
     try:
-        await session.rpc.call(url, MANAGER_METHODS["status"], Empty(), timeout_s=STATUS_TIMEOUT_S)
+        await session.rpc.call(url, MANAGER_STATUS, Empty(), timeout_s=STATUS_TIMEOUT_S)
     except RpcFailed as error:
         if error.code is not RpcCode.DEADLINE_EXCEEDED:
             raise

@@ -17,8 +17,8 @@ import trio
 from juicebox_hsm.adapters.faults.switch import ENVIRONMENT, Faults
 from juicebox_hsm.adapters.hsm_directory.hsm_host import generate_keys, init_hsm_dir
 from juicebox_hsm.adapters.rpc import RpcPool, RpcUnreachable
+from juicebox_hsm.wire.methods import AGENT_METHODS
 from juicebox_hsm.wire.rpc import (
-    AGENT_METHODS,
     AgentStatus,
     BecomeLeaderCall,
     Done,

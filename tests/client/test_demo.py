@@ -21,7 +21,8 @@ from click.testing import CliRunner
 from juicebox_hsm.adapters.hsm_directory.hsm_host import init_hsm_dir
 from juicebox_hsm.adapters.tls.certificates import issue
 from juicebox_hsm.client import Client, Configuration, HttpTransport, InvalidPin
-from juicebox_hsm.wire.rpc import MANAGER_METHODS, Empty, ManagerStatus, PeerRole
+from juicebox_hsm.wire.methods import MANAGER_STATUS
+from juicebox_hsm.wire.rpc import Empty, ManagerStatus, PeerRole
 from roles.cli import cli
 from roles.survey.overview import ask_agents
 from roles.tools.demo.launch import Cluster, launch
@@ -187,7 +188,7 @@ async def test_three_agents_lose_their_leader(tmp_path: Path) -> None:
 async def _leaders_looked_at_ms(cluster: Cluster) -> int:
     """Return when the manager last looked at all leaders, 0 before it did."""
     manager = cluster.process("manager1").service
-    status = await cluster.session.rpc.call(manager.url, MANAGER_METHODS["status"], Empty(), timeout_s=5)
+    status = await cluster.session.rpc.call(manager.url, MANAGER_STATUS, Empty(), timeout_s=5)
     assert isinstance(status, ManagerStatus)
     return int(json.loads(status.json)["loops"].get("leaders", {"at_ms": 0})["at_ms"])
 

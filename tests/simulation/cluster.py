@@ -47,9 +47,9 @@ from juicebox_hsm.wire.client import (
     encode_client_response,
     encode_noise_request,
 )
+from juicebox_hsm.wire.methods import LEADER_LOST, LEADER_STEPDOWN, AnyMethod
 from juicebox_hsm.wire.requests import Register1, encode_secrets_request
 from juicebox_hsm.wire.rpc import (
-    MANAGER_METHODS,
     App,
     AppOk,
     BecomeLeaderCall,
@@ -59,7 +59,6 @@ from juicebox_hsm.wire.rpc import (
     GroupCreated,
     GroupJoin,
     GroupNew,
-    Method,
     PartitionInfo,
     Prepared,
     Range,
@@ -217,13 +216,13 @@ class FakeManager:
         self.hints: list[tuple[bytes, int]] = []
         self.appoints = True
 
-    async def call(self, method: Method, body: Any) -> Any:
-        if method is MANAGER_METHODS["leader_lost"]:
+    async def call(self, method: AnyMethod, body: Any) -> Any:
+        if method is LEADER_LOST:
             self.hints.append((body.group, body.starting))
             if self.appoints and not self._sim.is_led(GroupId(body.group), body.starting):
                 await self._sim.appoint(GroupId(body.group))
             return Done()
-        if method is MANAGER_METHODS["leader_stepdown"]:
+        if method is LEADER_STEPDOWN:
             await self._sim.hand_over(HsmId(body.hsm))
             return Done()
         return Refused(Refusal.RPC_ERROR)
@@ -337,7 +336,7 @@ class NetworkOf:
         self._sim = sim
         self._source = source
 
-    async def call(self, url: str, method: Method, body: Any, *, timeout_s: float) -> Any:
+    async def call(self, url: str, method: AnyMethod, body: Any, *, timeout_s: float, **_options: object) -> Any:
         with trio.move_on_after(timeout_s):
             await trio.lowlevel.checkpoint()
             if url == self._sim.manager_url:

@@ -4,7 +4,7 @@ from juicebox_hsm.adapters.rpc.client import RpcConnection
 from juicebox_hsm.adapters.rpc.errors import RpcError, RpcFailed, RpcUnreachable
 from juicebox_hsm.adapters.rpc.frames import FrameError, FrameTooLarge
 from juicebox_hsm.adapters.rpc.pool import RpcPool
-from juicebox_hsm.adapters.rpc.server import Caller, Handler, RpcServer, serve_rpc
+from juicebox_hsm.adapters.rpc.server import Caller, Handler, RpcServer, handles, serve_rpc
 
 __all__ = [
     "Caller",
@@ -17,5 +17,6 @@ __all__ = [
     "RpcPool",
     "RpcServer",
     "RpcUnreachable",
+    "handles",
     "serve_rpc",
 ]

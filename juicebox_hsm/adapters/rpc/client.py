@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 import trio
@@ -20,7 +20,8 @@ from juicebox_hsm.adapters.rpc.errors import RpcError, RpcFailed, RpcUnreachable
 from juicebox_hsm.adapters.rpc.streams import QUEUE_BYTES_HIGH, FramedStream
 from juicebox_hsm.adapters.tls.streams import ByteStream
 from juicebox_hsm.errors import DecodingError
-from juicebox_hsm.wire.rpc import Method, PeerRole, RpcCode
+from juicebox_hsm.wire.methods import Method, Reply, Request
+from juicebox_hsm.wire.rpc import PeerRole, RpcCode
 
 IN_FLIGHT_MAX: Final = 1024  # agent.md 2: per stream; more callers wait
 
@@ -69,7 +70,9 @@ class RpcConnection:
                 self._resume(call, self._lost(maybe_delivered=not self.stream.withdraw(call.number)))
             self._calls.clear()
 
-    async def call(self, method: Method, body: object, *, timeout_s: float, trace: str | None = None) -> Any:
+    async def call(
+        self, method: Method[Request, Reply], body: Request, *, timeout_s: float, trace: str | None = None
+    ) -> Reply:
         """Call `method` and return its reply, an instance of `method.reply`.
 
         Raises `RpcFailed` with the peer's code or, after `timeout_s`, `DEADLINE_EXCEEDED`; `RpcUnreachable` when the
@@ -104,10 +107,11 @@ class RpcConnection:
         if decode is None:
             decode = self._decoders[method.name] = frames.BodyDecoder(method.reply)
         try:
-            return decode(call.reply)  # type: ignore[arg-type]  # set whenever error is not
+            reply: Reply = decode(call.reply)  # type: ignore[arg-type]  # set whenever error is not
         except DecodingError as error:
             stream.stop(f"reply of {method.name}: {error}")
             raise self._lost(maybe_delivered=True) from None
+        return reply
 
     def on_hello(self, hello: frames.Hello) -> None:  # noqa: ARG002  # the build is for people who read the log
         """Let callers begin."""

@@ -10,7 +10,7 @@ import random
 import ssl
 import time
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 from urllib.parse import urlsplit
 
 import trio
@@ -26,7 +26,8 @@ from juicebox_hsm.adapters.tls.cluster_tls import ClusterTls, peer_identity
 from juicebox_hsm.adapters.tls.streams import SocketStream, TlsStream
 from juicebox_hsm.errors import PeerError
 from juicebox_hsm.host.retry import RetryProfile
-from juicebox_hsm.wire.rpc import Method, PeerRole
+from juicebox_hsm.wire.methods import Method, Reply, Request
+from juicebox_hsm.wire.rpc import PeerRole
 
 HTTP_OK: Final = 200  # how a metric that was made for HTTP calls success
 CONNECT_S: Final = 2.0  # own: name, TCP and TLS; and again for the hello
@@ -81,13 +82,13 @@ class RpcPool:
     async def call(
         self,
         url: str,
-        method: Method,
-        body: object,
+        method: Method[Request, Reply],
+        body: Request,
         *,
         timeout_s: float,
         server: PeerRole | None = None,
         trace: str | None = None,
-    ) -> Any:
+    ) -> Reply:
         """Call `method` at `url` and return its reply, an instance of `method.reply`. Never sends twice.
 
         `timeout_s` covers connecting too. `server` demands that role of the peer's certificate (any that serves by

@@ -29,7 +29,8 @@ from juicebox_hsm.adapters.tls.cluster_tls import ClusterTls, PeerIdentity, peer
 from juicebox_hsm.adapters.tls.streams import ByteStream, SocketStream, TlsStream
 from juicebox_hsm.errors import DecodingError, LocalError, PeerError, RealmError
 from juicebox_hsm.ports.errors import HsmGone
-from juicebox_hsm.wire.rpc import Method, PeerRole, RpcCode
+from juicebox_hsm.wire.methods import AnyMethod, Method, Reply, Request
+from juicebox_hsm.wire.rpc import PeerRole, RpcCode
 
 IN_FLIGHT_MAX: Final = 1024  # agent.md 2: per stream
 BODIES_MAX: Final = 8192  # own: eight full streams; about 10 kB each
@@ -51,7 +52,15 @@ class Caller:
     closed: trio.Event = field(default_factory=trio.Event)
 
 
-Handler = Callable[[Any, Caller], Awaitable[Any]]
+Handler = Callable[[Any, Any], Awaitable[Any]]
+"""A handler as it is found by name; `handles` is where its types are known."""
+
+
+def handles(
+    method: Method[Request, Reply], handler: Callable[[Request, Caller], Awaitable[Reply]]
+) -> tuple[str, Handler]:
+    """Return an entry of a server's `handlers`, for a handler of the method's types."""
+    return method.name, handler
 
 
 class _Route:
@@ -59,7 +68,7 @@ class _Route:
 
     __slots__ = ("callers", "decode", "handler", "name", "timers")
 
-    def __init__(self, method: Method, handler: Handler, metrics: Metrics) -> None:
+    def __init__(self, method: AnyMethod, handler: Handler, metrics: Metrics) -> None:
         self.name = method.name
         self.handler = handler
         self.callers = method.callers
@@ -151,7 +160,7 @@ class RpcServer:
         nursery: trio.Nursery,
         *,
         tls: ClusterTls | None,
-        methods: Mapping[str, Method],
+        methods: Mapping[str, AnyMethod],
         handlers: Mapping[str, Handler],
         build: str = "",
         metrics: Metrics | None = None,
@@ -326,7 +335,7 @@ async def serve_rpc(
     listen: tuple[str, int],
     *,
     tls: ClusterTls | None,
-    methods: Mapping[str, Method],
+    methods: Mapping[str, AnyMethod],
     handlers: Mapping[str, Handler],
     build: str = "",
     metrics: Metrics | None = None,
@@ -371,7 +380,7 @@ async def serve_rpc(
             streams.cancel_scope.cancel()
 
 
-def _check_handlers(methods: Mapping[str, Method], handlers: Mapping[str, Handler]) -> None:
+def _check_handlers(methods: Mapping[str, AnyMethod], handlers: Mapping[str, Handler]) -> None:
     unknown = set(handlers) - set(methods)
     if unknown:
         raise LocalError(f"handlers without a method: {', '.join(sorted(unknown))}")

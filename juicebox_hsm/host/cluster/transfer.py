@@ -14,11 +14,22 @@ from __future__ import annotations
 import enum
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final, Generic
 
 from juicebox_hsm.host.cluster.progress import Step, TransferProgress
 from juicebox_hsm.host.cluster.view import ClusterView, Member, owned_range, wire_range
 from juicebox_hsm.ids import GroupId, OwnedRange, RealmId, RecordId
+from juicebox_hsm.wire.methods import (
+    TRANSFER_ARRIVED,
+    TRANSFER_CANCEL_PREPARE,
+    TRANSFER_COMPLETE,
+    TRANSFER_IN,
+    TRANSFER_OUT,
+    TRANSFER_OWNS,
+    TRANSFER_PREPARE,
+    Method,
+    Request,
+)
 from juicebox_hsm.wire.rpc import (
     ArrivedCall,
     Direction,
@@ -107,16 +118,16 @@ class Leaders:
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
-    """One step to ask of an agent: `method` of `AGENT_METHODS` at `member`; it belongs to `step`."""
+class Call(Generic[Request]):
+    """One step to ask of an agent, `member`; it belongs to `step`."""
 
     member: Member
-    method: str
-    body: object
+    method: Method[Request, Any]
+    body: Request
     step: Step
 
 
-Calls = Generator[Call, object, "int | Refused"]
+Calls = Generator[Call[Any], object, "int | Refused"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +176,7 @@ def move_range(request: TransferRequest, leaders: Leaders) -> Calls:
         arrived = yield ask_arrived(request, leaders.destination, left_at)
         if arrival_of(arrived) is Arrival.YES:  # an earlier attempt got it across: only *complete* is missing
             return left_at
-    prepared = yield Call(leaders.destination, "transfer/prepare", request.to_wire(), Step.PREPARE)
+    prepared = yield Call(leaders.destination, TRANSFER_PREPARE, request.to_wire(), Step.PREPARE)
     if not isinstance(prepared, Prepared):
         return refusal_of(prepared)
     out_call = TransferOutCall(
@@ -176,7 +187,7 @@ def move_range(request: TransferRequest, leaders: Leaders) -> Calls:
         prepared.nonce,
         prepared.statement,
     )
-    out = yield Call(leaders.source, "transfer/out", out_call, Step.OUT)
+    out = yield Call(leaders.source, TRANSFER_OUT, out_call, Step.OUT)
     if not isinstance(out, TransferredOut):
         return (yield from _out_refused(request, leaders, refusal_of(out)))
     in_call = TransferInCall(
@@ -188,7 +199,7 @@ def move_range(request: TransferRequest, leaders: Leaders) -> Calls:
         prepared.nonce,
         out.statement,
     )
-    taken = yield Call(leaders.destination, "transfer/in", in_call, Step.IN)
+    taken = yield Call(leaders.destination, TRANSFER_IN, in_call, Step.IN)
     return out.at if isinstance(taken, Done) else refusal_of(taken)
 
 
@@ -201,11 +212,11 @@ def _out_refused(request: TransferRequest, leaders: Leaders, refusal: Refused) -
     """
     if refusal.outcome is Refusal.NOT_OWNER:
         body = OwnsCall(request.realm, request.source, wire_range(request.range))
-        owns = yield Call(leaders.source, "transfer/owns", body, Step.OUT)
+        owns = yield Call(leaders.source, TRANSFER_OWNS, body, Step.OUT)
         if isinstance(owns, Refused) and owns.outcome is Refusal.NOT_OWNED:
             refusal = Refused(Refusal.UNACCEPTABLE_RANGE, detail="the source does not own the range")
     if refusal.outcome in CANCELS:
-        yield Call(leaders.destination, "transfer/cancel_prepare", request.to_wire(), Step.OUT)
+        yield Call(leaders.destination, TRANSFER_CANCEL_PREPARE, request.to_wire(), Step.OUT)
     return refusal
 
 
@@ -217,10 +228,10 @@ def _leaving_at(request: TransferRequest, source: Member) -> int | None:
     return marker.at if owned_range(marker.range) == request.range else None
 
 
-def ask_arrived(request: TransferRequest, destination: Member, at: int) -> Call:
+def ask_arrived(request: TransferRequest, destination: Member, at: int) -> Call[ArrivedCall]:
     """Ask whether a committed entry of the destination consumed the source's transfer `at` (manager.md 6.3)."""
     body = ArrivedCall(request.realm, request.source, request.destination, at)
-    return Call(destination, "transfer/arrived", body, Step.PREPARE)
+    return Call(destination, TRANSFER_ARRIVED, body, Step.PREPARE)
 
 
 def arrival_of(reply: object) -> Arrival:
@@ -241,7 +252,7 @@ def complete(request: TransferRequest, source: Member, at: int) -> Calls:
     out, here or after a delay on the way, the same range may be leaving the same source again.
     """
     body = TransferComplete(request.realm, request.source, request.destination, wire_range(request.range), at)
-    reply = yield Call(source, "transfer/complete", body, Step.COMPLETE)
+    reply = yield Call(source, TRANSFER_COMPLETE, body, Step.COMPLETE)
     if isinstance(reply, Done):
         return at
     refusal = refusal_of(reply)

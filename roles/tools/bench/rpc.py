@@ -13,7 +13,8 @@ import trio
 from juicebox_hsm.adapters.rpc import Caller, RpcPool, RpcServer, serve_rpc
 from juicebox_hsm.adapters.tls.certificates import init_ca, issue
 from juicebox_hsm.adapters.tls.cluster_tls import ClusterTls
-from juicebox_hsm.wire.rpc import App, AppOk, Method, PeerRole
+from juicebox_hsm.wire.methods import Method
+from juicebox_hsm.wire.rpc import App, AppOk, PeerRole
 
 _ECHO = Method("echo", App, AppOk, frozenset(PeerRole))
 

@@ -17,15 +17,21 @@ from juicebox_hsm.adapters.faults.switch import LOOK_S, NO_FAULTS, Faults
 from juicebox_hsm.errors import RealmError
 from juicebox_hsm.host.cluster.view import ClusterView, GroupKey, GroupView, wire_range
 from juicebox_hsm.ids import OwnedRange, RecordId
+from juicebox_hsm.wire.methods import (
+    BECOME_LEADER,
+    LEADER_LOST,
+    LEADER_STEPDOWN,
+    REBALANCE,
+    STEPDOWN,
+    TRANSFER,
+    AnyMethod,
+)
 from juicebox_hsm.wire.rpc import (
-    AGENT_METHODS,
-    MANAGER_METHODS,
     BecomeLeaderCall,
     Done,
     Empty,
     GroupCall,
     LeaderLost,
-    Method,
     PeerRole,
     Rebalanced,
     Refused,
@@ -346,21 +352,19 @@ class Chaos:
         group = random.choice(groups)
         named = GroupCall(group.realm, group.id)
         order = StepdownOrder(realm=group.realm, group=group.id)
-        stepdown = MANAGER_METHODS["leader_stepdown"]
         match action.kind:
             case Kind.STEPDOWN_MANAGER:
-                return await self._ask(self._url(action.target), stepdown, order)
+                return await self._ask(self._url(action.target), LEADER_STEPDOWN, order)
             case Kind.STEPDOWN_DIRECT:
                 if group.leader is None:
                     return "nobody leads"
-                return await self._ask(group.leader.url, AGENT_METHODS["stepdown"], named)
+                return await self._ask(group.leader.url, STEPDOWN, named)
             case Kind.BOTH_MANAGERS:
-                other = random.choice(["rebalance", "leader_stepdown"])
-                body = Empty() if other == "rebalance" else order
+                others: list[tuple[AnyMethod, Any]] = [(REBALANCE, Empty()), (LEADER_STEPDOWN, order)]
                 return await self._ask_all(
                     [
-                        (self._url(action.target), stepdown, order),
-                        (self._url(action.other), MANAGER_METHODS[other], body),
+                        (self._url(action.target), LEADER_STEPDOWN, order),
+                        (self._url(action.other), *random.choice(others)),
                     ]
                 )
         leader = group.leader
@@ -368,7 +372,7 @@ class Chaos:
         if action.target == "one witness" and witnesses:
             witnesses = [random.choice(witnesses)]
         become = BecomeLeaderCall(group.realm, group.id)
-        return await self._ask_all([(url, AGENT_METHODS["become_leader"], become) for url in witnesses])
+        return await self._ask_all([(url, BECOME_LEADER, become) for url in witnesses])
 
     async def _rival_managers(self, action: Action) -> str:
         """Let two managers without leases choose a group's next leader at the same moment, from opposite ends."""
@@ -384,12 +388,12 @@ class Chaos:
             for name in managers:
                 self._change_faults(name, ignores_leases=True, reversed_candidates=name == action.other)
             await trio.sleep(2 * LOOK_S)
-            told = await self._ask(leader.url, AGENT_METHODS["stepdown"], GroupCall(group.realm, group.id))
+            told = await self._ask(leader.url, STEPDOWN, GroupCall(group.realm, group.id))
             lost = LeaderLost(group.realm, group.id, leader.starting)
             led_at_once: set[str] = set()
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._watch_rivals, group.key, action.for_s, led_at_once)
-                await self._ask_all([(self._url(name), MANAGER_METHODS["leader_lost"], lost) for name in managers])
+                await self._ask_all([(self._url(name), LEADER_LOST, lost) for name in managers])
         finally:
             for name in managers:
                 self._change_faults(name, ignores_leases=False, reversed_candidates=False)
@@ -412,13 +416,13 @@ class Chaos:
             return "no two groups to move a range between"
         source, destination, moved = chosen
         body = TransferPrepare(source.realm, source.id, destination.id, wire_range(moved))
-        reply = await self._ask(self._url(action.target), MANAGER_METHODS["transfer"], body, TRANSFER_S)
+        reply = await self._ask(self._url(action.target), TRANSFER, body, TRANSFER_S)
         return f"{source.id.hex()[:8]} to {destination.id.hex()[:8]}: {reply}"
 
     def _url(self, name: str) -> str:
         return self._cluster.process(name).service.url
 
-    async def _ask(self, url: str, method: Method, body: Any, timeout_s: float = ORDER_S) -> str:
+    async def _ask(self, url: str, method: AnyMethod, body: Any, timeout_s: float = ORDER_S) -> str:
         caller = _CALLERS.get(method.name)
         pool = self._cluster.session.rpc if caller is None else self._pools[caller]
         try:
@@ -434,11 +438,11 @@ class Chaos:
                 return "done"
         return type(reply).__name__
 
-    async def _ask_all(self, calls: list[tuple[str, Method, Any]]) -> str:
+    async def _ask_all(self, calls: list[tuple[str, AnyMethod, Any]]) -> str:
         """Ask several at the same moment."""
         replies = ["" for _ in calls]
 
-        async def ask(position: int, url: str, method: Method, body: Any) -> None:
+        async def ask(position: int, url: str, method: AnyMethod, body: Any) -> None:
             replies[position] = f"{method.name}: {await self._ask(url, method, body)}"
 
         async with trio.open_nursery() as nursery:

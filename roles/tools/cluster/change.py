@@ -9,6 +9,7 @@ import click
 from juicebox_hsm.host.cluster.planning import Owner, plan
 from juicebox_hsm.host.cluster.view import ClusterView, wire_range
 from juicebox_hsm.ids import GroupId, OwnedRange, RealmId, RecordId
+from juicebox_hsm.wire.methods import TRANSFER
 from juicebox_hsm.wire.rpc import Refusal, Refused, TransferPrepare
 from roles.lazy import LazyCommand, LazyGroup
 from roles.manager.verdict import describe_transfer
@@ -137,7 +138,7 @@ async def transfer_range(
 ) -> None:
     """Ask a manager to move a range; returns when the destination serves it. Raises `ToolFailure`."""
     body = TransferPrepare(realm, source, destination, wire_range(wanted))
-    reply = await call_manager(session, url, "transfer", body, timeout_s=TRANSFER_TIMEOUT_S)
+    reply = await call_manager(session, url, TRANSFER, body, timeout_s=TRANSFER_TIMEOUT_S)
     if isinstance(reply, Refused):
         raise refused(reply, TRANSFER_TEXTS, "transfer refused: ")
 

@@ -15,7 +15,8 @@ from juicebox_hsm.host.cluster.view import ClusterView
 from juicebox_hsm.host.services import ServiceKind, TenantLimits
 from juicebox_hsm.ids import RealmId, parse_id
 from juicebox_hsm.tenant_keys import is_tenant_name, is_test_tenant
-from juicebox_hsm.wire.rpc import AGENT_METHODS, Empty, TenantsReloaded
+from juicebox_hsm.wire.methods import TENANTS_RELOAD
+from juicebox_hsm.wire.rpc import Empty, TenantsReloaded
 from roles.cloud_options import SecretsOptions, secrets_options
 from roles.lazy import LazyCommand, LazyGroup
 from roles.tools.cluster.show import read_view, with_session
@@ -52,7 +53,7 @@ async def reload_tenants(session: Session) -> list[tuple[str, str]]:
 
     async def ask(url: str) -> None:
         try:
-            reply = await session.rpc.call(url, AGENT_METHODS["tenants/reload"], Empty(), timeout_s=STATUS_TIMEOUT_S)
+            reply = await session.rpc.call(url, TENANTS_RELOAD, Empty(), timeout_s=STATUS_TIMEOUT_S)
         except RealmError as error:
             said.append((url, f"did not reload, it will within 5 s: {error}"))
             return

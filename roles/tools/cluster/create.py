@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Final
 
 import trio
 
@@ -11,18 +11,8 @@ from juicebox_hsm.consensus.types import GROUP_MEMBERS_MAX, GROUPS_PER_HSM_MAX
 from juicebox_hsm.errors import RealmError
 from juicebox_hsm.host.cluster.view import ClusterView, HsmView
 from juicebox_hsm.ids import GroupId, HsmId, RealmId
-from juicebox_hsm.wire.rpc import (
-    AGENT_METHODS,
-    Done,
-    Empty,
-    GroupCreated,
-    GroupJoin,
-    GroupNew,
-    RealmCreated,
-    RealmJoin,
-    RealmJoined,
-    Refused,
-)
+from juicebox_hsm.wire.methods import GROUP_JOIN, GROUP_NEW, REALM_JOIN, REALM_NEW, Method, Reply, Request
+from juicebox_hsm.wire.rpc import Empty, GroupJoin, GroupNew, RealmJoin, Refused
 from roles.survey.overview import ask_agents
 from roles.tools.session import (
     COMMAND_TIMEOUT_S,
@@ -49,12 +39,12 @@ TEXTS: Final = {
 }
 
 
-async def _call(session: Session, url: str, method: str, body: Any) -> Any:
+async def _call(session: Session, url: str, method: Method[Request, Reply | Refused], body: Request) -> Reply:
     """Call an agent; trouble and refusals become a `ToolFailure` naming the agent."""
     try:
-        reply = await session.rpc.call(url, AGENT_METHODS[method], body, timeout_s=COMMAND_TIMEOUT_S)
+        reply = await session.rpc.call(url, method, body, timeout_s=COMMAND_TIMEOUT_S)
     except RealmError as error:
-        raise ToolFailure(f"{method}: {error}", ExitCode.UNREACHABLE) from None
+        raise ToolFailure(f"{method.name}: {error}", ExitCode.UNREACHABLE) from None
     if isinstance(reply, Refused):
         raise ToolFailure(f"{url}: {refusal_text(reply, TEXTS)}")
     return reply
@@ -97,9 +87,7 @@ async def check_new_realm(session: Session, url: str) -> None:
 async def new_realm(session: Session, url: str) -> tuple[RealmId, GroupId]:
     """Create a realm at one agent, with a group of this HSM alone that owns everything."""
     await check_new_realm(session, url)
-    created = await _call(session, url, "realm/new", Empty())
-    if not isinstance(created, RealmCreated):
-        raise ToolFailure(f"{url}: unexpected reply {type(created).__name__}")
+    created = await _call(session, url, REALM_NEW, Empty())
     realm, group = RealmId(created.realm), GroupId(created.group)
     await wait_first_commit(session, url, realm, group)
     return realm, group
@@ -131,12 +119,9 @@ async def join_realm(session: Session, realm: RealmId, urls: Sequence[str], view
 
     async def join(url: str) -> None:
         try:
-            reply = await _call(session, url, "realm/join", RealmJoin(realm, peer.id, peer.statement))
+            await _call(session, url, REALM_JOIN, RealmJoin(realm, peer.id, peer.statement))
         except ToolFailure as problem:
             problems.append(problem)
-            return
-        if not isinstance(reply, RealmJoined):
-            problems.append(ToolFailure(f"{url}: unexpected reply {type(reply).__name__}"))
 
     async with trio.open_nursery() as nursery:
         for url in urls:
@@ -166,21 +151,16 @@ async def check_new_group(session: Session, realm: RealmId, urls: Sequence[str])
 async def new_group(session: Session, realm: RealmId, urls: Sequence[str]) -> GroupId:
     """Create a group without a range over the HSMs behind `urls`; the first one leads it."""
     members = await check_new_group(session, realm, urls)
-    created = await _call(session, urls[0], "group/new", GroupNew(realm, [(hsm, proof) for hsm, proof in members]))
-    if not isinstance(created, GroupCreated):
-        raise ToolFailure(f"{urls[0]}: unexpected reply {type(created).__name__}")
+    created = await _call(session, urls[0], GROUP_NEW, GroupNew(realm, [(hsm, proof) for hsm, proof in members]))
     group = GroupId(created.group)
     call = GroupJoin(realm, group, [hsm for hsm, _ in members], created.statement)
     problems: list[str] = []
 
     async def join(url: str) -> None:
         try:
-            reply = await _call(session, url, "group/join", call)
+            await _call(session, url, GROUP_JOIN, call)
         except ToolFailure as problem:
             problems.append(problem.message)
-            return
-        if not isinstance(reply, Done):
-            problems.append(f"{url}: unexpected reply {type(reply).__name__}")
 
     async with trio.open_nursery() as nursery:
         for url in urls[1:]:

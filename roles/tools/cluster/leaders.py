@@ -15,7 +15,8 @@ from juicebox_hsm.host.cluster.balance import loads, next_move
 from juicebox_hsm.host.cluster.settings import DRAIN_PREFIX, PAUSED, drain_setting, drained_hsms
 from juicebox_hsm.host.cluster.view import ClusterView, GroupView
 from juicebox_hsm.ids import HsmId
-from juicebox_hsm.wire.rpc import Empty, Rebalanced, Refusal, Refused, StepdownOrder
+from juicebox_hsm.wire.methods import LEADER_STEPDOWN, REBALANCE
+from juicebox_hsm.wire.rpc import Empty, Refusal, Refused, StepdownOrder
 from roles.survey.overview import IDS_TIMEOUT_S, read_overview
 from roles.tools.cluster.show import with_session
 from roles.tools.ids import resolve_id
@@ -92,7 +93,7 @@ def stepdown(connection: Connection, manager: str | None, kind: str | None, id_t
                 raise ToolFailure(f"{subject}: nobody else could lead {', '.join(stuck)}")
             click.echo(f"would hand over {subject}")
             return
-        reply = await call_manager(session, manager, "leader_stepdown", order, timeout_s=COMMAND_TIMEOUT_S)
+        reply = await call_manager(session, manager, LEADER_STEPDOWN, order, timeout_s=COMMAND_TIMEOUT_S)
         if isinstance(reply, Refused):
             raise refused(reply, TEXTS, f"{subject}: ")
         click.echo(f"Leadership handed over: {subject}")
@@ -127,10 +128,10 @@ def rebalance(
             click.echo("Periodic rebalancing resumed.")
             return
         for _ in range(MOVES_MAX if full else 1):
-            reply = await call_manager(session, manager, "rebalance", Empty(), timeout_s=COMMAND_TIMEOUT_S)
+            reply = await call_manager(session, manager, REBALANCE, Empty(), timeout_s=COMMAND_TIMEOUT_S)
             if isinstance(reply, Refused):
                 raise refused(reply, TEXTS, "rebalancing: ")
-            if not isinstance(reply, Rebalanced) or not reply.group:
+            if not reply.group:
                 click.echo("Already balanced.")
                 return
             click.echo(f"Moved group {reply.group.hex()} from {reply.source.hex()} to {reply.destination.hex()}")
@@ -206,7 +207,7 @@ def drain(connection: Connection, manager: str | None, agent: str, *, dry_run: b
 
 async def _hand_over_drained(session: Session, manager: str | None, hsm: HsmId, order: StepdownOrder) -> None:
     """Hand over what a drained HSM leads; that it leads nothing or does not run is what was wanted."""
-    reply = await call_manager(session, manager, "leader_stepdown", order, timeout_s=COMMAND_TIMEOUT_S)
+    reply = await call_manager(session, manager, LEADER_STEPDOWN, order, timeout_s=COMMAND_TIMEOUT_S)
     if isinstance(reply, Refused) and reply.outcome not in (Refusal.NOT_LEADER, Refusal.INVALID_HSM):
         raise refused(reply, TEXTS, f"HSM {hsm.hex()} is marked as drained, but: ")
 

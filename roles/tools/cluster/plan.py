@@ -12,7 +12,8 @@ from juicebox_hsm.host.cluster.layout import Layout, advice, choose_hsms, comman
 from juicebox_hsm.host.cluster.planning import spread
 from juicebox_hsm.host.cluster.view import ClusterView
 from juicebox_hsm.ids import RealmId
-from juicebox_hsm.wire.rpc import Empty, Rebalanced
+from juicebox_hsm.wire.methods import REBALANCE
+from juicebox_hsm.wire.rpc import Empty, Refused
 from roles.survey.overview import read_overview
 from roles.tools.cluster.change import transfer_shown
 from roles.tools.cluster.create import join_realm, new_group, new_realm
@@ -81,8 +82,8 @@ async def apply_layout(session: Session, manager: str | None, layout: Layout) ->
         await transfer_shown(session, manager, realm, step.source, step.destination, step.range)
         click.echo(f"Moved {show_range(step.range)} from {step.source.hex()} to {step.destination.hex()}")
     for _ in range(MOVES_MAX):
-        reply = await call_manager(session, manager, "rebalance", Empty(), timeout_s=COMMAND_TIMEOUT_S)
-        if not isinstance(reply, Rebalanced) or not reply.group:
+        reply = await call_manager(session, manager, REBALANCE, Empty(), timeout_s=COMMAND_TIMEOUT_S)
+        if isinstance(reply, Refused) or not reply.group:
             break  # balanced, or another manager is at it: the periodic pass goes on
         click.echo(f"Group {reply.group.hex()} is led by {reply.destination.hex()} now")
     click.echo(f"Realm {realm.hex()}: {len(serving)} groups share the key space")

@@ -14,7 +14,8 @@ from juicebox_hsm.errors import RealmError
 from juicebox_hsm.host.cluster.progress import describe
 from juicebox_hsm.host.cluster.view import owned_range
 from juicebox_hsm.host.services import ServiceKind
-from juicebox_hsm.wire.rpc import MANAGER_METHODS, Empty, ManagerStatus, TransferPrepare
+from juicebox_hsm.wire.methods import MANAGER_STATUS
+from juicebox_hsm.wire.rpc import Empty, TransferPrepare
 from roles.tools.ids import show_range
 from roles.tools.session import Session
 
@@ -74,8 +75,8 @@ async def watch(session: Session, url: str | None, wanted: TransferPrepare, show
 async def _ask(session: Session, url: str, wanted: TransferPrepare) -> str:
     """Return what a manager says of a transfer; "" if it runs none like it or cannot be understood."""
     try:
-        reply = await session.rpc.call(url, MANAGER_METHODS["status"], Empty(), timeout_s=ASK_S)
-        document = json.loads(reply.json) if isinstance(reply, ManagerStatus) else {}
+        reply = await session.rpc.call(url, MANAGER_STATUS, Empty(), timeout_s=ASK_S)
+        document = json.loads(reply.json)
         return next((describe(entry) for entry in document.get("transfers", ()) if _is_same(entry, wanted)), "")
     except RealmError:
         return ""

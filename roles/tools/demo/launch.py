@@ -35,7 +35,8 @@ from juicebox_hsm.wire.client import (
     decode_client_response,
     encode_client_request,
 )
-from juicebox_hsm.wire.rpc import Empty, Rebalanced
+from juicebox_hsm.wire.methods import REBALANCE
+from juicebox_hsm.wire.rpc import Empty, Refused
 from roles.survey.overview import ask_agents
 from roles.tools.cluster.change import transfer_range
 from roles.tools.cluster.clients import client_configuration
@@ -248,8 +249,8 @@ class Cluster:
         """Spread leaderships evenly where there are several groups; an uneven cluster works too."""
         manager = self.of_role("manager")[0].service.url
         for _ in range(MOVES_MAX):
-            reply = await call_manager(self.session, manager, "rebalance", Empty(), timeout_s=COMMAND_TIMEOUT_S)
-            if not isinstance(reply, Rebalanced) or not reply.group:
+            reply = await call_manager(self.session, manager, REBALANCE, Empty(), timeout_s=COMMAND_TIMEOUT_S)
+            if isinstance(reply, Refused) or not reply.group:
                 return
 
     def _write_client_json(self) -> None:

@@ -30,7 +30,8 @@ from juicebox_hsm.adapters.observation.tracing import (
 )
 from juicebox_hsm.adapters.rpc import RpcPool, serve_rpc
 from juicebox_hsm.errors import LocalError
-from juicebox_hsm.wire.rpc import MANAGER_METHODS, Empty, ManagerStatus
+from juicebox_hsm.wire.methods import MANAGER_METHODS, MANAGER_STATUS
+from juicebox_hsm.wire.rpc import Empty, ManagerStatus
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 SAMPLED = f"00-{TRACE}-b7ad6b7169203331-01"
@@ -134,11 +135,11 @@ async def test_spans_cross_an_rpc(traces: Traces, nursery: trio.Nursery) -> None
     server = await nursery.start(serve)
     pool = RpcPool(nursery, None, passes_trace=True)
     url = f"tcp://127.0.0.1:{server.port}"
-    await pool.call(url, MANAGER_METHODS["status"], Empty(), timeout_s=5)
+    await pool.call(url, MANAGER_STATUS, Empty(), timeout_s=5)
     span = traces.background("x", 1.0)
     assert span is not None
     with active(span):
-        await pool.call(url, MANAGER_METHODS["status"], Empty(), timeout_s=5)
+        await pool.call(url, MANAGER_STATUS, Empty(), timeout_s=5)
     assert seen[0] is None
     assert seen[1] is not None
     assert seen[1].split("-")[1] == span.traceparent.split("-")[1]

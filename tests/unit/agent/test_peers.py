@@ -11,7 +11,8 @@ import trio.testing
 from juicebox_hsm.adapters.rpc import RpcFailed
 from juicebox_hsm.host.services import ServiceAddress, ServiceKind
 from juicebox_hsm.ids import HsmId
-from juicebox_hsm.wire.rpc import AgentStatus, HsmInfo, Method, RpcCode
+from juicebox_hsm.wire.methods import AnyMethod
+from juicebox_hsm.wire.rpc import AgentStatus, HsmInfo, RpcCode
 from roles.agent.peers import Peers
 
 HERE, THERE = "tls://here", "tls://there"
@@ -43,7 +44,9 @@ class World:
         await trio.lowlevel.checkpoint()
         return self.addresses
 
-    async def call(self, url: str, method: Method, body: object, *, timeout_s: float) -> AgentStatus:
+    async def call(
+        self, url: str, method: AnyMethod, body: object, *, timeout_s: float, **_options: object
+    ) -> AgentStatus:
         assert url == THERE
         self.asked += 1
         if not self.answers:

@@ -27,6 +27,7 @@ from juicebox_hsm.wire.client import (
     encode_client_request,
     encode_noise_response,
 )
+from juicebox_hsm.wire.methods import AnyMethod
 from juicebox_hsm.wire.rpc import (
     AgentStatus,
     App,
@@ -35,7 +36,6 @@ from juicebox_hsm.wire.rpc import (
     GroupRole,
     HsmInfo,
     LeaderInfo,
-    Method,
     PeerRole,
     Range,
     RealmInfo,
@@ -131,7 +131,7 @@ class FakeRpc:
     async def call(
         self,
         url: str,
-        method: Method,
+        method: AnyMethod,
         body: object,
         *,
         timeout_s: float,

@@ -15,6 +15,7 @@ from juicebox_hsm.host.services import Lease, ServiceAddress, ServiceKind
 from juicebox_hsm.ids import GroupId, OwnedRange, RecordId
 from juicebox_hsm.ports.errors import StoreUnavailable
 from juicebox_hsm.wire import rpc
+from juicebox_hsm.wire.methods import AnyMethod
 from roles.manager.context import ManagerContext
 from roles.manager.recovery import Recovery
 from tests.host.cluster.agents import FakeAgent, FakeGroup, subtract
@@ -31,7 +32,7 @@ class FakeRpc:
         )  # (realm, source, destination, at) of ranges taken in
         self.on_call: Callable[[str, str], None] = lambda _url, _method: None
 
-    async def call(self, url: str, method: rpc.Method, body: Any, *, timeout_s: float) -> Any:
+    async def call(self, url: str, method: AnyMethod, body: Any, *, timeout_s: float, **_options: object) -> Any:
         self.calls.append((url, method.name))
         self.on_call(url, method.name)
         agent = self.agents[url]

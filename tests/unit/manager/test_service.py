@@ -11,8 +11,8 @@ from contextlib import asynccontextmanager
 import trio
 import trio.testing
 
+from juicebox_hsm.wire.methods import MANAGER_METHODS
 from juicebox_hsm.wire.rpc import (
-    MANAGER_METHODS,
     Done,
     Empty,
     GroupRole,

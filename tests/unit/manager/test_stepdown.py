@@ -117,7 +117,7 @@ async def test_lost_lease_stops_the_hand_over(autojump_clock: trio.testing.MockC
     assert isinstance(leases, FakeLeases)
     original = rpc.call
 
-    async def slow(url: str, method: object, body: object, *, timeout_s: float) -> object:
+    async def slow(url: str, method: object, body: object, *, timeout_s: float, **_: object) -> object:
         if getattr(method, "name", "") == "stepdown":
             leases.broken = True
             await trio.sleep(30)

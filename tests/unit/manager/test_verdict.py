@@ -288,4 +288,3 @@ def test_reading_a_managers_status() -> None:
     assert found == ManagerReport("tls://m", version="1", pending={(REALM, group(1)): 2.5})
     for text in ("{", "[]", '{"pending": [{}]}', '{"pending": [{"realm": "x"}]}'):
         assert read_manager_status("tls://m", rpc.ManagerStatus(text)).error
-    assert read_manager_status("tls://m", rpc.Done()).error

@@ -9,7 +9,8 @@ import trio
 import trio.testing
 
 from juicebox_hsm.adapters.rpc import Handler, RpcConnection, RpcServer, frames
-from juicebox_hsm.wire.rpc import AppOk, GroupCall, Method, PeerRole
+from juicebox_hsm.wire.methods import AnyMethod, Method
+from juicebox_hsm.wire.rpc import AppOk, GroupCall, PeerRole
 
 ECHO = Method("echo", GroupCall, AppOk, frozenset({PeerRole.AGENT}))
 WAIT = Method("wait", GroupCall, AppOk, frozenset({PeerRole.AGENT}))
@@ -76,7 +77,7 @@ class RawPeer:
 
 @asynccontextmanager
 async def a_server(
-    handlers: Mapping[str, Handler], methods: Mapping[str, Method] = METHODS, **options: object
+    handlers: Mapping[str, Handler], methods: Mapping[str, AnyMethod] = METHODS, **options: object
 ) -> AsyncIterator[tuple[RpcServer, trio.Nursery]]:
     """Run a server without a listener; its bodies and streams end with the block."""
     async with trio.open_nursery() as nursery:
@@ -87,7 +88,7 @@ async def a_server(
 @asynccontextmanager
 async def connected(
     handlers: Mapping[str, Handler],
-    methods: Mapping[str, Method] = METHODS,
+    methods: Mapping[str, AnyMethod] = METHODS,
     role: PeerRole | None = PeerRole.AGENT,
     **options: object,
 ) -> AsyncIterator[tuple[RpcServer, RpcConnection]]:

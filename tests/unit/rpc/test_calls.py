@@ -16,19 +16,8 @@ from juicebox_hsm.adapters.rpc import server as server_module
 from juicebox_hsm.adapters.rpc.client import IN_FLIGHT_MAX
 from juicebox_hsm.errors import InvariantViolation, RealmError
 from juicebox_hsm.ports.errors import HsmGone
-from juicebox_hsm.wire.rpc import (
-    AGENT_METHODS,
-    MANAGER_METHODS,
-    AppOk,
-    Done,
-    Empty,
-    GroupCall,
-    Method,
-    PartitionInfo,
-    PeerRole,
-    Range,
-    RpcCode,
-)
+from juicebox_hsm.wire.methods import AGENT_METHODS, MANAGER_METHODS, AnyMethod, Method
+from juicebox_hsm.wire.rpc import AppOk, Done, Empty, GroupCall, PartitionInfo, PeerRole, Range, RpcCode
 
 from .harness import ECHO, METHODS, WAIT, Gate, a_server, body, connect, connected, echo, raw_client, raw_server
 
@@ -141,7 +130,7 @@ async def test_roles(role: PeerRole, autojump_clock: trio.testing.MockClock) -> 
                 assert not reached
 
 
-def _sample(method: Method) -> object:
+def _sample(method: AnyMethod) -> object:
     """Return some body of the method's request type."""
     span = Range(b"", b"")
     known: dict[object, object] = {
@@ -169,7 +158,7 @@ def _sample(method: Method) -> object:
     ],
 )
 async def test_refusals(
-    method: Method, request_body: object, code: RpcCode, autojump_clock: trio.testing.MockClock
+    method: AnyMethod, request_body: object, code: RpcCode, autojump_clock: trio.testing.MockClock
 ) -> None:
     """Unknown methods and bad bodies are answered with their code; the stream goes on."""
     async with connected({"echo": echo}) as (_, client):
@@ -369,7 +358,8 @@ async def test_shutdown_drains(autojump_clock: trio.testing.MockClock) -> None:
         replies: list[object] = []
 
         async def call() -> None:
-            replies.append(await client.call(WAIT, body(), timeout_s=60))
+            reply = await client.call(WAIT, body(), timeout_s=60)
+            replies.append(reply)
 
         async def shut_down() -> None:
             replies.append(await server.shutdown(10))

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from juicebox_hsm.adapters.rpc import frames
 from juicebox_hsm.errors import DecodingError
-from juicebox_hsm.wire.rpc import AGENT_METHODS, FRAME_BYTES_MAX, MANAGER_METHODS, GroupCall, RpcCode
+from juicebox_hsm.wire.methods import AGENT_METHODS, MANAGER_METHODS
+from juicebox_hsm.wire.rpc import FRAME_BYTES_MAX, GroupCall, RpcCode
 
 HELLO = frames.encode_hello("b")
 METHODS = list(AGENT_METHODS.values()) + list(MANAGER_METHODS.values())

@@ -16,7 +16,8 @@ from juicebox_hsm.adapters.rpc import server as server_module
 from juicebox_hsm.adapters.tls.certificates import init_ca, issue
 from juicebox_hsm.adapters.tls.cluster_tls import ClusterTls
 from juicebox_hsm.errors import LocalError
-from juicebox_hsm.wire.rpc import AppOk, Method, PeerRole, RpcCode
+from juicebox_hsm.wire.methods import Method
+from juicebox_hsm.wire.rpc import AppOk, PeerRole, RpcCode
 
 from .harness import ECHO, METHODS, WAIT, Gate, body, echo
 

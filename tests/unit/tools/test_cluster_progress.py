@@ -15,6 +15,7 @@ from juicebox_hsm.adapters.rpc import RpcUnreachable
 from juicebox_hsm.host.cluster.view import wire_range
 from juicebox_hsm.host.services import ServiceKind
 from juicebox_hsm.wire import rpc
+from juicebox_hsm.wire.methods import AnyMethod
 from roles.manager.appointment import Appointer
 from roles.manager.service import ManagerService
 from roles.tools.cluster.change import transfer_range, transfer_shown
@@ -35,7 +36,7 @@ class _Managers:
         self.handlers = service.handlers()
         self.calls: list[tuple[str, str]] = []
 
-    async def call(self, url: str, method: rpc.Method, body: Any, *, timeout_s: float) -> Any:
+    async def call(self, url: str, method: AnyMethod, body: Any, *, timeout_s: float, **_options: object) -> Any:
         self.calls.append((url, method.name))
         await trio.lowlevel.checkpoint()
         if url != MANAGER:
@@ -108,7 +109,7 @@ async def test_what_cannot_be_read_is_passed_over(autojump_clock: trio.testing.M
     """A manager of another build that tells transfers otherwise leaves the line as it was."""
 
     class Strange:
-        async def call(self, url: str, method: rpc.Method, body: Any, *, timeout_s: float) -> Any:
+        async def call(self, url: str, method: AnyMethod, body: Any, *, timeout_s: float, **_options: object) -> Any:
             await trio.lowlevel.checkpoint()
             return strange
 

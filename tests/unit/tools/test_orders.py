@@ -13,13 +13,13 @@ from juicebox_hsm.adapters.rpc import RpcFailed
 from juicebox_hsm.host.cluster.view import AgentView, ClusterView, build_view
 from juicebox_hsm.host.services import ServiceKind
 from juicebox_hsm.ids import FULL_RANGE, OwnedRange, RealmId
+from juicebox_hsm.wire.methods import REBALANCE, AnyMethod
 from juicebox_hsm.wire.rpc import (
     Direction,
     Done,
     Empty,
     GroupRole,
     ManagerStatus,
-    Method,
     Range,
     Refusal,
     Refused,
@@ -43,7 +43,7 @@ class _Managers:
         self.managers = managers
         self.worked: list[str] = []
 
-    async def call(self, url: str, method: Method, body: object, *, timeout_s: float) -> Any:
+    async def call(self, url: str, method: AnyMethod, body: object, *, timeout_s: float, **_options: object) -> Any:
         if not self.managers[url]:
             await trio.sleep(timeout_s)
             raise RpcFailed(RpcCode.DEADLINE_EXCEEDED, f"from {url}")
@@ -62,7 +62,7 @@ def _session(managers: dict[str, bool]) -> tuple[Session, _Managers]:
 
 
 async def _order(session: Session, url: str | None = None) -> Any:
-    return await call_manager(session, url, "rebalance", Empty(), timeout_s=COMMAND_TIMEOUT_S)
+    return await call_manager(session, url, REBALANCE, Empty(), timeout_s=COMMAND_TIMEOUT_S)
 
 
 async def test_a_silent_manager_costs_five_seconds(autojump_clock: trio.testing.MockClock) -> None:
