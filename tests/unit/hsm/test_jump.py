@@ -157,6 +157,53 @@ def h1_attack() -> tuple[World, GroupId, LogEntry, tuple[LogEntry, ...], tuple[C
     return world, group, honest, tuple(branch), statement
 
 
+def two_branches() -> tuple[World, GroupId, tuple[LogEntry, ...], tuple[LogEntry, ...], tuple[Captured, ...]]:
+    """Let {0, 2} commit two entries while 1, leading too, made a rival branch; then depose 0, the one to be swung.
+
+    Returns the committed branch, the rival branch, and statements of 1 for its first entry and 2 for its second.
+    """
+    world = World(3)
+    group = world.new_group([0, 1, 2])
+    world.move(world.first, 0, group, 0, FULL_RANGE)
+    world.lead(group, 1)
+    stored = list(world.logs[group])
+    rival = tuple(
+        world.app(group, 1, world.client(b"\1" * 32, ("b", number)), secrets.Register1()).entry for number in range(2)
+    )
+    expect(world.send(1, CaptureNext(world.realm, group, rival[:1])), RoleOk)
+    votes = world.persist(1, group)
+    world.logs[group] = stored
+    committed = tuple(
+        world.app(group, 0, world.client(b"\1" * 32, ("a", number)), secrets.Register1()).entry for number in range(2)
+    )
+    done = world.commit(group, 0, voters=[0, 2])
+    assert [mac for mac, _, _ in done.responses] == [entry.entry_mac for entry in committed]
+    expect(world.send(0, StepDown(world.realm, group, force=True)), StepDownOk)
+    return world, group, committed, rival, (*votes, *world.persist(2, group))
+
+
+def behind(world: World, number: int, group: GroupId, entry: LogEntry) -> None:
+    """Put an HSM back to just before `entry`, as if it never captured it."""
+    world.hsms[number]._state.captured[group] = (entry.index - 1, entry.prev_mac)
+
+
+def test_h1_m5_entries_of_two_branches_certify_neither() -> None:
+    """Consecutive and authentic is not enough: votes for a successor on another branch are no votes for this entry."""
+    world, group, committed, rival, votes = two_branches()
+    behind(world, 0, group, rival[0])
+    spliced = (rival[0], committed[1])
+    assert spliced[0].index + 1 == spliced[1].index
+    assert refused(world.hsms[0], CaptureJump(world.realm, group, spliced, votes)) is Outcome.INVALID_CHAIN
+
+
+def test_h1_m5_a_forged_link_certifies_nothing() -> None:
+    """Every entry's mac counts, not only the first one's: its predecessor is one of the fields a host could alter."""
+    world, group, committed, rival, votes = two_branches()
+    behind(world, 0, group, rival[0])
+    linked = replace(committed[1], prev_mac=rival[0].entry_mac)
+    assert refused(world.hsms[0], CaptureJump(world.realm, group, (rival[0], linked), votes)) is Outcome.INVALID_MAC
+
+
 def test_h1_m5_one_peers_statement_does_not_swing_a_witness() -> None:
     """The jump onto the rival branch is refused for lack of a quorum, and so the rival never commits."""
     world, group, honest, branch, statement = h1_attack()
