@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from juicebox_hsm.consensus.types import ZERO_MAC, Captured, LogEntry, TransferringIn, TransferringOut
@@ -195,18 +196,18 @@ class Adversary(World):
         user = chooser.choice(self.users)
         client = Client(user.public, user.record, (self.steps, user.record), chooser.randrange(3))
         client.version, client.tag, client.oprf_key = user.version, user.tag, user.oprf_key
-        requests: list[secrets.SecretsRequest] = [
-            secrets.Register1(),
-            client.register2(2),
-            secrets.Recover1(),
-            client.recover2(),
-            client.recover2(),
-            client.recover2(),
-            client.recover3(bytes(16)),
-            client.recover3(),
-            secrets.Delete(),
+        kinds: list[Callable[[], secrets.SecretsRequest]] = [  # made when chosen: a blinded input is not cheap
+            secrets.Register1,
+            lambda: client.register2(2),
+            secrets.Recover1,
+            client.recover2,
+            client.recover2,
+            client.recover2,
+            lambda: client.recover3(bytes(16)),
+            client.recover3,
+            secrets.Delete,
         ]
-        request = chooser.choice(requests)
+        request = chooser.choice(kinds)()
         shown = leader.log.last
         if chooser.random() < 0.2:
             shown = chooser.choice(self.path(group, shown, 6))
@@ -312,6 +313,37 @@ class Adversary(World):
         if chooser.random() < 0.2:
             votes = self.votes(chooser, group)
         self.send(number, m.CaptureJump(self.realm, group, entries, votes))
+
+    def act_splice(self, chooser: random.Random) -> None:
+        """Jump onto an entry with another branch's successor behind it, so that votes for that one seem to count.
+
+        Sometimes the successor's link is altered too: then its place is right and its mac is not.
+        """
+        splices = [splice for group in self.logs for splice in self._splices(group)]
+        if not splices:  # for want of branches
+            self.act_rival(chooser)
+            return
+        number, group, entry, other = chooser.choice(splices)
+        if chooser.random() < 0.5:
+            other = replace(other, prev_mac=entry.entry_mac)
+        if not isinstance(self.hsms[number]._state.groups[group].role, WitnessState):
+            self.send(number, m.StepDown(self.realm, group, force=True))
+        self.seen["spliced"] += 1
+        votes = tuple(self.ledger.captures[group])
+        self.send(number, m.CaptureJump(self.realm, group, (*self.path(group, entry, 2), other), votes))
+
+    def _splices(self, group: GroupId) -> list[tuple[int, GroupId, LogEntry, LogEntry]]:
+        """Return HSMs that captured less with two entries that are consecutive, not linked, and both voted for."""
+        voted = dict.fromkeys(vote.mac for vote in self.ledger.captures.get(group, [])[-32:])
+        known = [self.ledger.entries[group][mac] for mac in voted]
+        return [
+            (number, group, entry, other)
+            for entry in known
+            for other in known
+            if other.index == entry.index + 1 and other.prev_mac != entry.entry_mac
+            for number in self.members[group]
+            if entry.index > self.captured(number, group)
+        ]
 
     def act_crash(self, chooser: random.Random) -> None:
         """Crash an HSM between requests."""

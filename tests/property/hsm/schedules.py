@@ -20,6 +20,7 @@ ACTION_WEIGHTS: list[tuple[Action, int]] = [
     (Adversary.act_lead, 5),
     (Adversary.act_step_down, 2),
     (Adversary.act_jump, 3),
+    (Adversary.act_splice, 4),
     (Adversary.act_crash, 1),
     (Adversary.act_crash_in_write, 1),
     (Adversary.act_restore, 1),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import random
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -13,8 +14,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from juicebox_hsm.consensus.macs import Macs
+from juicebox_hsm.consensus.types import LogEntry
 from juicebox_hsm.hsm import capture, leadership, transfer
-from juicebox_hsm.hsm.messages import CaptureJump, Commit, CommitOk, NotLeader, Outcome
+from juicebox_hsm.hsm.messages import CaptureJump, CaptureJumpOk, Commit, CommitOk, NotLeader, NotWitness, Outcome
 from juicebox_hsm.hsm.state import GroupState, HsmState
 from tests.property.hsm.adversary import Adversary
 from tests.property.hsm.schedules import ACTIONS, MOVING_ACTIONS, UNALTERED_ACTIONS, Action, run
@@ -85,6 +87,11 @@ class MaliciousHost(RuleBasedStateMachine):
         self.act(Adversary.act_jump, seed)
 
     @rule(seed=seeds)
+    def splice(self, seed: int) -> None:
+        """Jump onto two branches at once."""
+        self.act(Adversary.act_splice, seed)
+
+    @rule(seed=seeds)
     def crash(self, seed: int) -> None:
         """Crash, in a write or not."""
         chosen = Adversary.act_crash if seed % 2 else Adversary.act_crash_in_write
@@ -130,7 +137,7 @@ def test_schedules_reach_deep_states() -> None:
     shapes = set()
     depth = 0
     for seed, (size, groups) in enumerate(itertools.product(range(1, 6), range(1, 4))):
-        for world in (run(seed + turn, 160, size=size, groups=groups) for turn in (0, 100, 200)):
+        for world in (run(seed + turn, 160, size=size, groups=groups) for turn in (0, 100, 200, 300)):
             shapes.add((len(world.hsms), len(world.ledger.configurations)))
             seen += world.seen
             seen["released"] += world.ledger.releases
@@ -141,6 +148,7 @@ def test_schedules_reach_deep_states() -> None:
     assert seen["forks"] > 30
     assert depth > 15
     assert seen["CaptureJump: CaptureJumpOk"] > 10
+    assert seen["spliced"] > 20
     assert seen["TransferIn: TransferInOk"] > 30
     assert seen["altered"] > 500
     assert seen["replayed"] > 150
@@ -183,6 +191,34 @@ def test_h1_is_found_in_a_core_without_it(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(capture, "certified_index", trusting)
     violation = first_violation(400, 200, 3, 2)
+    assert violation is not None
+    assert violation.startswith("I2")
+
+
+def test_a_jump_that_skips_the_link_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The search splices two branches: a jump that asks of its entries only that they are consecutive is seen."""
+
+    def unlinked(entries: Sequence[LogEntry]) -> Iterator[tuple[LogEntry, LogEntry]]:
+        return ((replace(one, entry_mac=other.prev_mac), other) for one, other in itertools.pairwise(entries))
+
+    monkeypatch.setattr(capture, "pairwise", unlinked)
+    violation = first_violation(200, 200, 3, 2)
+    assert violation is not None
+    assert violation.startswith("I2")
+
+
+def test_a_jump_that_verifies_only_its_first_entry_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The search forges the link between two branches: a jump that skips the macs of later entries is seen."""
+    real, verify = capture.capture_jump, Macs.verify_log_entry
+
+    def lenient(state: HsmState, request: CaptureJump) -> CaptureJumpOk | Outcome | NotWitness:
+        with monkeypatch.context() as patch:
+            later = request.entries[1:]
+            patch.setattr(Macs, "verify_log_entry", lambda macs, *of: of[2] in later or verify(macs, *of))
+            return real(state, request)
+
+    monkeypatch.setattr(capture, "capture_jump", lenient)
+    violation = first_violation(200, 200, 3, 2)
     assert violation is not None
     assert violation.startswith("I2")
 
