@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if dropped:
         config.hook.pytest_deselected(items=dropped)
         items[:] = kept
+
+
+@pytest.fixture(autouse=True)
+def _no_lines_held_back() -> None:
+    """Forget which places logged a moment ago: how many lines of one test appear must not depend on those before."""
+    logging = sys.modules.get("juicebox_hsm.adapters.observation.logging")
+    if logging is not None:
+        logging._limiter.__init__()
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
