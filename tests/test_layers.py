@@ -16,8 +16,6 @@ FORBIDDEN_IN_CORE = {
     "trio", "asyncio", "socket", "ssl", "os", "time", "random", "secrets", "threading", "subprocess", "logging",
     "structlog", "pathlib", "datetime", "http", "urllib", "select", "signal", "shutil", "tempfile", "uuid",
 }  # fmt: skip
-# the cffi library and the benchmark model load nothing at run time beyond their own shared object
-DYNAMIC_IMPORTS_ALLOWED: frozenset[str] = frozenset()
 
 
 def _imports(path: Path) -> set[str]:

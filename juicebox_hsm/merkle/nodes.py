@@ -1,7 +1,7 @@
 """Name the tree's public values and errors (merkle.md 2, 5, 8 and 11).
 
-Everything the executable model and the C kernel hand out is one of these types, so either can stand in
-for the other. Bit strings cross this boundary packed: most significant bit first in `ceil(n / 8)` bytes,
+Everything the C kernel and its oracle, the model of the tests, hand out is one of these types, so either can stand
+in for the other. Bit strings cross this boundary packed: most significant bit first in `ceil(n / 8)` bytes,
 unused low bits of the last byte zero, with their length in bits beside them.
 """
 
@@ -16,8 +16,14 @@ HASH_BYTES: Final = 32
 KEY_BYTES: Final = 32
 KEY_BITS: Final = 256
 VALUE_BYTES_MAX: Final = 65_535  # the leaf encoding has a 16-bit length (merkle.md 3.1)
-INTERIOR_BYTES_MAX: Final = 134  # version, kind and two full branches (merkle.md 3.1)
 CAPACITY_MAX: Final = 65_535  # `tree_overlay_size` is 1..65535 (hsm.md 2)
+
+# the first bytes of encodings (merkle.md 3)
+VERSION: Final = 1
+KIND_LEAF: Final = 0x10
+KIND_INTERIOR: Final = 0x20
+PROOF_HEADER: Final = b"\x01\x40"
+PROOF_PATH_AT: Final = len(PROOF_HEADER) + 4 * 32  # behind key, start, end and root hash
 
 
 class InvalidProof(RealmError, ValueError):
@@ -74,3 +80,13 @@ class DeltaRows:
 
     adds: list[tuple[bytes, bytes]]
     removes: list[bytes]
+
+
+def read_proof_shape(data: bytes) -> tuple[int, bool]:
+    """Return how many nodes the path of a well-formed read proof has, and whether it ends in a leaf."""
+    at = PROOF_PATH_AT
+    count = int.from_bytes(data[at : at + 2], "big")
+    at += 2
+    for _ in range(count):
+        at += 4 + int.from_bytes(data[at : at + 4], "big")
+    return count, data[at] == 1

@@ -13,8 +13,15 @@ from typing import Final, Protocol
 
 from juicebox_hsm.errors import RealmError, check
 from juicebox_hsm.ids import OwnedRange
-from juicebox_hsm.merkle.codec import KIND_INTERIOR, KIND_LEAF, PROOF_HEADER, VERSION
-from juicebox_hsm.merkle.nodes import HASH_BYTES, KEY_BITS, BadEncoding
+from juicebox_hsm.merkle.nodes import (
+    HASH_BYTES,
+    KEY_BITS,
+    KIND_INTERIOR,
+    KIND_LEAF,
+    PROOF_HEADER,
+    VERSION,
+    BadEncoding,
+)
 
 _GROUP_MASKS: Final = tuple((0x7F << (7 - bits)) & 0x7F for bits in range(8))
 _LAST_BYTES: Final = tuple(bytes((0x80 | bits,)) for bits in range(8))

@@ -56,7 +56,6 @@ class Refusal(enum.Enum):
     TIMEOUT = "Timeout"
     NOT_CAPTURED = "NotCaptured"
     NOT_LEADER = "NotLeader"
-    BEHIND = "Behind"
     BUSY = "Busy"
     INVALID_PROOF = "InvalidProof"
     MISSING_SESSION = "MissingSession"

@@ -23,7 +23,6 @@ from juicebox_hsm.adapters.stores.check import SLICES, Checkpoint, Report
 from juicebox_hsm.consensus.types import Partition, TransferringOut
 from juicebox_hsm.host.events import AccountingEvent, EventKind
 from juicebox_hsm.ids import FULL_RANGE, RealmId, RecordId
-from juicebox_hsm.merkle import codec as merkle_codec
 from juicebox_hsm.merkle.kernel import row_key
 from juicebox_hsm.ports.errors import StoreInvalid, StoreUnavailable
 from juicebox_hsm.ports.store import Store
@@ -40,6 +39,7 @@ from tests.emulator.realm_data import (
     event,
     random_record,
 )
+from tests.merkle_model import codec as merkle_codec
 
 RECORDS = 60
 

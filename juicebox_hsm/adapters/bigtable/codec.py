@@ -34,7 +34,6 @@ _CheckRequest: Final[Any] = _messages.CheckAndMutateRowRequest.pb()
 _CheckResponse: Final[Any] = _messages.CheckAndMutateRowResponse.pb()
 _PingRequest: Final[Any] = _messages.PingAndWarmRequest.pb()
 _Filter: Final[Any] = _data.RowFilter.pb()
-_MutationMessage: Final[Any] = _data.Mutation.pb()
 
 
 class Cell(NamedTuple):

@@ -60,7 +60,6 @@ TAIL_S: Final = 3_600.0
 FIXED_TIME: Final = 0
 """Time of cells that are overwritten in place."""
 TENANTS_PER_READ: Final = 1_000
-PARALLEL_READS: Final = 8
 
 _NEWEST: Final = Selection(family=EVENTS, cells_per_row=1)
 _NAMES: Final = Selection(cells_per_row=1, strip_values=True)

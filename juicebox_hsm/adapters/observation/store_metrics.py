@@ -16,7 +16,7 @@ from typing import Any, Final, cast
 from juicebox_hsm.adapters.observation.metrics import Metrics
 from juicebox_hsm.adapters.observation.retry_metrics import Family
 from juicebox_hsm.errors import RealmError
-from juicebox_hsm.merkle.codec import read_proof_shape
+from juicebox_hsm.merkle.nodes import read_proof_shape
 from juicebox_hsm.ports.store import Store
 
 NAMES: Final[Mapping[str, Mapping[str, str]]] = {

@@ -23,8 +23,8 @@ from juicebox_hsm.errors import check
 from juicebox_hsm.host.log import AppendOutcome, Intent
 from juicebox_hsm.ids import FULL_RANGE, GroupId, HsmId, RealmId, RecordId
 from juicebox_hsm.merkle.kernel import Tree, squash
-from juicebox_hsm.merkle.memory import MemoryTree
 from juicebox_hsm.ports.store import Store
+from roles.tools.bench.memory_tree import MemoryTree
 
 _REALM = RealmId(b"\x01" * 16)
 _GROUP = GroupId(b"\x02" * 16)

@@ -9,10 +9,11 @@ from typing import Any
 from hypothesis import strategies as st
 
 from juicebox_hsm.ids import FULL_RANGE, OwnedRange, RecordId
-from juicebox_hsm.merkle import kernel, model
-from juicebox_hsm.merkle.codec import Interior, Leaf, decode_node, unpack_bits
-from juicebox_hsm.merkle.memory import MemoryTree
+from juicebox_hsm.merkle import kernel
 from juicebox_hsm.merkle.nodes import KEY_BITS
+from roles.tools.bench.memory_tree import MemoryTree
+from tests.merkle_model import model
+from tests.merkle_model.codec import Interior, Leaf, decode_node, unpack_bits
 
 FORMS: tuple[ModuleType, ...] = (kernel, model)
 Records = dict[bytes, bytes]

@@ -12,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from juicebox_hsm.ids import FULL_RANGE, OwnedRange, RecordId
-from juicebox_hsm.merkle import kernel, model
-from juicebox_hsm.merkle.codec import Branch, Interior, Leaf, decode_bits_delta, decode_node, decode_proof
-from juicebox_hsm.merkle.memory import MemoryTree
+from juicebox_hsm.merkle import kernel
 from juicebox_hsm.merkle.nodes import BadEncoding
+from roles.tools.bench.memory_tree import MemoryTree
+from tests.merkle_model import model
+from tests.merkle_model.codec import Branch, Interior, Leaf, decode_bits_delta, decode_node, decode_proof
 from tests.property.merkle.forms import FORMS, fresh, keys, new_tree, outcome, records, values
 
 both = pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__.rpartition(".")[2])

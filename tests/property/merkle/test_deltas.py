@@ -6,10 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from juicebox_hsm.ids import FULL_RANGE
-from juicebox_hsm.merkle import kernel, model
-from juicebox_hsm.merkle.codec import BitsDelta, BitsKey, Branch, Interior, Leaf
-from juicebox_hsm.merkle.memory import MemoryTree
+from juicebox_hsm.merkle import kernel
 from juicebox_hsm.merkle.nodes import BadEncoding
+from roles.tools.bench.memory_tree import MemoryTree
+from tests.merkle_model import model
+from tests.merkle_model.codec import BitsDelta, BitsKey, Branch, Interior, Leaf
 from tests.property.merkle.forms import FORMS, fresh, keys, new_tree, number_key, outcome, values
 
 prefixes = st.text("01", max_size=9)

@@ -15,8 +15,8 @@ import pytest
 from juicebox_hsm.ids import FULL_RANGE
 from juicebox_hsm.merkle import kernel
 from juicebox_hsm.merkle._native import ffi, lib
-from juicebox_hsm.merkle.memory import MemoryTree
 from juicebox_hsm.merkle.walk import Side
+from roles.tools.bench.memory_tree import MemoryTree
 from tests.property.merkle.forms import number_key
 
 BOUNDS = bytes(32) + b"\xff" * 32

@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from juicebox_hsm.ids import FULL_RANGE, OwnedRange
-from juicebox_hsm.merkle import kernel, model
-from juicebox_hsm.merkle.codec import Branch, Interior, Leaf, Proof, decode_proof, unpack_bits
-from juicebox_hsm.merkle.memory import MemoryTree
+from juicebox_hsm.merkle import kernel
 from juicebox_hsm.merkle.nodes import BadEncoding, InvalidProof, StaleProof
+from roles.tools.bench.memory_tree import MemoryTree
+from tests.merkle_model import model
+from tests.merkle_model.codec import Branch, Interior, Leaf, Proof, decode_proof, unpack_bits
 from tests.property.merkle.forms import (
     FORMS,
     Records,

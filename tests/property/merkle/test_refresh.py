@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from juicebox_hsm.ids import FULL_RANGE
-from juicebox_hsm.merkle import kernel, model
-from juicebox_hsm.merkle.memory import MemoryTree
+from juicebox_hsm.merkle import kernel
 from juicebox_hsm.merkle.nodes import StaleProof
+from roles.tools.bench.memory_tree import MemoryTree
+from tests.merkle_model import model
 from tests.property.merkle.forms import FORMS, Records, keys, new_tree, number_key, outcome
 
 few_keys = st.one_of(st.integers(0, 1).map(number_key), st.integers(0, 5).map(number_key), keys)

@@ -6,10 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from juicebox_hsm.ids import FULL_RANGE
-from juicebox_hsm.merkle import kernel, model
-from juicebox_hsm.merkle.codec import base128, pack_bits, unpack_bits
-from juicebox_hsm.merkle.memory import MemoryTree
+from juicebox_hsm.merkle import kernel
 from juicebox_hsm.merkle.walk import PathWalk, row_prefix, scan_end
+from roles.tools.bench.memory_tree import MemoryTree
+from tests.merkle_model import model
+from tests.merkle_model.codec import base128, pack_bits, unpack_bits
 from tests.property.merkle.forms import FORMS, fresh, keys, outcome, records, unpack_row
 
 prefixes = st.text("01", max_size=256)

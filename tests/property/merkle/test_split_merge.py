@@ -10,9 +10,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from juicebox_hsm.ids import FULL_RANGE, OwnedRange, RecordId, prev_record_id
-from juicebox_hsm.merkle.memory import MemoryTree
 from juicebox_hsm.merkle.nodes import InvalidProof, NotAdjacent, StaleProof
 from juicebox_hsm.merkle.walk import Side
+from roles.tools.bench.memory_tree import MemoryTree
 from tests.property.merkle.forms import (
     FORMS,
     Records,

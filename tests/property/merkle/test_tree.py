@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from juicebox_hsm.ids import OwnedRange
-from juicebox_hsm.merkle.memory import MemoryTree
+from roles.tools.bench.memory_tree import MemoryTree
 from tests.property.merkle.forms import (
     FORMS,
     Records,

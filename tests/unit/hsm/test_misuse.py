@@ -18,11 +18,11 @@ from juicebox_hsm.hsm.messages import (
 )
 from juicebox_hsm.hsm.state import LeaderState
 from juicebox_hsm.ids import FULL_RANGE
-from juicebox_hsm.merkle import model
-from juicebox_hsm.merkle.codec import Branch, Interior, Proof
 from juicebox_hsm.merkle.kernel import Tree
 from juicebox_hsm.wire import requests as secrets
 from tests.fakes.hsm import World, expect, refused
+from tests.merkle_model import model
+from tests.merkle_model.codec import Branch, Interior, Proof
 
 RECORD = b"\x40" + bytes(31)
 BITS = format(int.from_bytes(RECORD, "big"), "0256b")

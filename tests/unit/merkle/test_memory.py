@@ -6,8 +6,8 @@ import pytest
 
 from juicebox_hsm.errors import InvariantViolation
 from juicebox_hsm.ids import FULL_RANGE, OwnedRange, RecordId
-from juicebox_hsm.merkle.memory import MemoryTree
 from juicebox_hsm.merkle.walk import MissingNode
+from roles.tools.bench.memory_tree import MemoryTree
 
 KEYS = [bytes((first,)) + bytes(31) for first in (0x00, 0x01, 0x80)]
 

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 
 from juicebox_hsm.ids import FULL_RANGE
-from juicebox_hsm.merkle import kernel, model
+from juicebox_hsm.merkle import kernel
 from juicebox_hsm.merkle._native import ffi, lib
-from juicebox_hsm.merkle.codec import Branch, Interior, Leaf, Proof
-from juicebox_hsm.merkle.memory import MemoryTree
 from juicebox_hsm.merkle.nodes import BadEncoding, InvalidProof, StaleProof
 from juicebox_hsm.merkle.walk import build_read_proof
+from roles.tools.bench.memory_tree import MemoryTree
+from tests.merkle_model import model
+from tests.merkle_model.codec import Branch, Interior, Leaf, Proof
 from tests.property.merkle.forms import FORMS, new_tree, number_key, outcome
 
 both = pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__.rpartition(".")[2])

@@ -11,10 +11,10 @@ import pytest
 from blake3 import blake3
 
 from juicebox_hsm.ids import FULL_RANGE, OwnedRange, RecordId
-from juicebox_hsm.merkle.codec import Interior, base128, decode_node, decode_proof, pack_bits
-from juicebox_hsm.merkle.memory import MemoryTree
 from juicebox_hsm.merkle.nodes import BadEncoding
 from juicebox_hsm.merkle.walk import Side, row_prefix
+from roles.tools.bench.memory_tree import MemoryTree
+from tests.merkle_model.codec import Interior, base128, decode_node, decode_proof, pack_bits
 from tests.property.merkle.forms import FORMS, new_tree
 
 VECTORS: dict[str, Any] = json.loads(

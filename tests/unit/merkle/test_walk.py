@@ -6,11 +6,11 @@ import pytest
 
 from juicebox_hsm.errors import InvariantViolation
 from juicebox_hsm.ids import FULL_RANGE, OwnedRange, RecordId
-from juicebox_hsm.merkle.codec import decode_proof
 from juicebox_hsm.merkle.kernel import Tree
-from juicebox_hsm.merkle.memory import MemoryTree
 from juicebox_hsm.merkle.nodes import BadEncoding
 from juicebox_hsm.merkle.walk import EdgeWalk, MissingNode, PathWalk, Side, Walk, build_read_proof, finish_walk
+from roles.tools.bench.memory_tree import MemoryTree
+from tests.merkle_model.codec import decode_proof
 
 HASH = b"\xaa" * 32
 LEAF = b"\x01\x10\x00\x01v"

@@ -16,9 +16,9 @@ from juicebox_hsm.adapters.sqlite.reads import fetch
 from juicebox_hsm.adapters.sqlite.schema import _TABLES
 from juicebox_hsm.ids import FULL_RANGE, RecordId
 from juicebox_hsm.merkle.kernel import Tree, decode_delta, empty_root, squash
-from juicebox_hsm.merkle.memory import MemoryTree
 from juicebox_hsm.merkle.nodes import BadEncoding
 from juicebox_hsm.merkle.walk import Side
+from roles.tools.bench.memory_tree import MemoryTree
 
 
 def database() -> apsw.Connection:

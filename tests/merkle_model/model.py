@@ -1,8 +1,8 @@
 """State the Merkle-radix tree in plain Python: the executable model (merkle.md 1 to 8).
 
-This is the oracle the C kernel is compared with, byte for byte, and the slow side of `bench tree`. It says
-each rule the way the specification does, with bit strings and dictionaries, and has the kernel's names and
-errors. A `Tree` remembers only its latest root and an overlay of recent deltas; records reach it as proofs.
+This is the oracle the C kernel is compared with, byte for byte. It says each rule the way the specification does,
+with bit strings and dictionaries, and has the kernel's names and errors. A `Tree` remembers only its latest root
+and an overlay of recent deltas; records reach it as proofs.
 
 Order of refusals, the same in both forms: malformed bytes, then an unknown root (cheap, before any hashing),
 then a foreign range, then whatever the proof fails to show.
@@ -19,7 +19,17 @@ from blake3 import blake3
 
 from juicebox_hsm.errors import check
 from juicebox_hsm.ids import OwnedRange, RecordId
-from juicebox_hsm.merkle.codec import (
+from juicebox_hsm.merkle.nodes import (
+    CAPACITY_MAX,
+    HASH_BYTES,
+    KEY_BITS,
+    KEY_BYTES,
+    BadEncoding,
+    InvalidProof,
+    NotAdjacent,
+    StaleProof,
+)
+from tests.merkle_model.codec import (
     BitsDelta,
     BitsKey,
     Branch,
@@ -38,16 +48,6 @@ from juicebox_hsm.merkle.codec import (
     row_key,
     squash,
     unpack_bits,
-)
-from juicebox_hsm.merkle.nodes import (
-    CAPACITY_MAX,
-    HASH_BYTES,
-    KEY_BITS,
-    KEY_BYTES,
-    BadEncoding,
-    InvalidProof,
-    NotAdjacent,
-    StaleProof,
 )
 
 __all__ = [
@@ -284,7 +284,7 @@ class Tree:
         the latest root, `BadEncoding` if the value exceeds 65535 bytes.
         """
         require_value(value)
-        verified = refreshed._verified  # noqa: SLF001 - the opaque half of our own handle
+        verified = refreshed._verified
         if verified.root != self.root:
             raise StaleProof("the tree has moved on since this proof was refreshed")
         if verified.leaf is not None and verified.leaf.value == value:

@@ -1,4 +1,4 @@
-"""Keep a whole tree's nodes in memory: the host's half for tests, simulation and benchmarks (own).
+"""Keep a whole tree's nodes in memory: the host's half for benchmarks and tests (own).
 
 `MemoryTree` is the smallest thing that serves proofs and takes deltas, so that code which needs "a store"
 needs no storage back end. `build` makes the canonical tree of a set of records from scratch without `Tree`,

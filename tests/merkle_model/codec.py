@@ -16,7 +16,11 @@ from juicebox_hsm.merkle.nodes import (
     HASH_BYTES,
     KEY_BITS,
     KEY_BYTES,
+    KIND_INTERIOR,
+    KIND_LEAF,
+    PROOF_HEADER,
     VALUE_BYTES_MAX,
+    VERSION,
     BadEncoding,
     Delta,
     DeltaRows,
@@ -24,13 +28,8 @@ from juicebox_hsm.merkle.nodes import (
     NodeKey,
 )
 
-VERSION: Final = 1
-KIND_LEAF: Final = 0x10
-KIND_INTERIOR: Final = 0x20
 FLAG_LEFT: Final = 1
 FLAG_RIGHT: Final = 2
-PROOF_HEADER: Final = b"\x01\x40"
-PROOF_PATH_AT: Final = len(PROOF_HEADER) + 4 * 32  # behind key, start, end and root hash
 DELTA_HEADER: Final = b"\x01\x50"
 PATH_NODES_MAX: Final = 256  # every step consumes at least one of 256 key bits
 
@@ -193,16 +192,6 @@ class Proof:
             encoded = self.leaf.encode()
             parts += [b"\x01", len(encoded).to_bytes(4, "big"), encoded]
         return b"".join(parts)
-
-
-def read_proof_shape(data: bytes) -> tuple[int, bool]:
-    """Return how many nodes the path of a well-formed read proof has, and whether it ends in a leaf."""
-    at = PROOF_PATH_AT
-    count = int.from_bytes(data[at : at + 2], "big")
-    at += 2
-    for _ in range(count):
-        at += 4 + int.from_bytes(data[at : at + 4], "big")
-    return count, data[at] == 1
 
 
 def decode_proof(data: bytes) -> Proof:
