@@ -28,8 +28,9 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add --slow."""
+    """Add --slow and --update-transcripts."""
     parser.addoption("--slow", action="store_true", help="also run soaks and long searches")
+    parser.addoption("--update-transcripts", action="store_true", help="write tests/host/transcripts anew")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

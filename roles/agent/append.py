@@ -1,71 +1,128 @@
-"""The producer: one loop per led group turns waiting requests into log entries and appends them (agent.md 5, 6).
-
-Everything is done per batch: one read of proofs, one run of the HSM over the requests, one store append with the
-squashed delta and the intents. While an append is in flight the next requests gather; that, not concurrency, is where
-throughput comes from. Only after the store acknowledged a batch do its entries go to HSMs, ours and the members'.
-"""
+"""The producing lane's work: log tail, proofs, the HSM, the append, and our own capture (agent.md 5, 6)."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import trio
 
 from juicebox_hsm.adapters.clock.retrying import retrying
-from juicebox_hsm.consensus.codec import encode_log_entry
 from juicebox_hsm.errors import RealmError
+from juicebox_hsm.host.leadership.effects import Append, AskHsm, Long, ReadProofs, ReadTail, ShowOwn, StepDown
+from juicebox_hsm.host.leadership.events import (
+    AppendFinished,
+    AppendResult,
+    HsmAnswered,
+    Lane,
+    OwnShown,
+    ProofsFailed,
+    ProofsRead,
+    SteppedDown,
+    TailFailed,
+    TailRead,
+)
 from juicebox_hsm.host.log import AppendOutcome
-from juicebox_hsm.merkle.kernel import squash
+from juicebox_hsm.hsm.messages import AppRequest, Outcome
 from juicebox_hsm.ports.errors import StoreAmbiguous
-from roles.agent.app import run_requests
-from roles.agent.state import RECENT_ENTRIES_MAX, GroupState, LeaderState, Queued
 
 if TYPE_CHECKING:
-    from roles.agent.context import Agent
+    from roles.agent.driver import Driver
 
-EMPTY_DELTA: Final = squash([])
+_RESULTS = {AppendOutcome.APPENDED: AppendResult.APPENDED, AppendOutcome.CONFLICT: AppendResult.CONFLICT}
 
 
-async def produce(agent: Agent, group: GroupState, leader: LeaderState) -> None:
+async def produce(driver: Driver) -> None:
     """Run requests and append their entries until the leadership ends."""
-    missing_since: float | None = None
-    while group.leader is leader:
-        if leader.incoming:
-            await run_requests(agent, group, leader)
-        if leader.next_index in leader.queue:
-            missing_since = None
-            await append_batch(agent, group, leader)
-        elif not leader.incoming and not leader.queue:
-            missing_since = None
-            await leader.work.wait()
-        elif not leader.incoming:
-            missing_since = await _wait_for_hole(agent, group, leader, missing_since)
+    producer = _Producer()
+    await driver.run_lane(Lane.PRODUCE, producer.carry_out)
 
 
-async def _wait_for_hole(
-    agent: Agent, group: GroupState, leader: LeaderState, missing_since: float | None
-) -> float | None:
-    """Wait for the entry at `next_index`; after 5 s without it the leadership cannot go on."""
-    now = trio.current_time()
-    began = now if missing_since is None else missing_since
-    left_s = began + agent.timings.hole_s - now
-    if left_s > 0:
-        await leader.work.wait_at_most(left_s)
-        return began
-    await give_up(agent, group, leader, f"index {leader.next_index} never arrived")
-    return None
+class _Producer:
+    """Carries out the lane's effects, and times batches."""
+
+    def __init__(self) -> None:
+        self._batch_began: float | None = None
+
+    async def carry_out(self, driver: Driver, effect: Long) -> Long | None:
+        """Do one thing; returns what follows it."""
+        match effect:
+            case AskHsm():
+                follows = await _ask(driver, effect)
+                if not isinstance(follows, AskHsm) and self._batch_began is not None:
+                    elapsed_s = trio.current_time() - self._batch_began
+                    driver.agent.metrics.timing("agent.start_app_request", int(elapsed_s * 1e9))
+                    self._batch_began = None
+                return follows
+            case ReadTail():
+                self._batch_began = trio.current_time()
+                return await _read_tail(driver)
+            case ReadProofs():
+                self._batch_began = trio.current_time()
+                return await _read_proofs(driver, effect)
+            case Append():
+                return await _append(driver, effect)
+            case ShowOwn(entries):
+                await driver.agent.follower(driver.group).push(entries)
+                return driver.step(OwnShown())
+            case StepDown():
+                await driver.step_down(effect)
+                return driver.step(SteppedDown())
+            case _:
+                raise TypeError(f"not of the producing lane: {effect}")
 
 
-async def append_batch(agent: Agent, group: GroupState, leader: LeaderState) -> None:
-    """Append the entries that continue the log, then feed and push them; handles every outcome."""
-    batch = leader.take_batch()
-    entries = [queued.entry for queued in batch]
-    intents = [queued.intent for queued in batch]
-    deltas = [queued.delta for queued in batch if len(queued.delta) > len(EMPTY_DELTA)]
-    delta = EMPTY_DELTA if not deltas else deltas[0] if len(deltas) == 1 else squash(deltas)
+async def _read_tail(driver: Driver) -> Long | None:
+    agent, group = driver.agent, driver.group
+    try:
+        last = await retrying(lambda: agent.store.log.read_last(group.realm, group.group))
+    except RealmError as error:
+        agent.log.warning("log tail not read", group=group.group.hex(), error=str(error))
+        return driver.step(TailFailed())
+    return driver.step(TailRead(last))
+
+
+async def _read_proofs(driver: Driver, effect: ReadProofs) -> Long | None:
+    agent, group = driver.agent, driver.group
+    records = [request.record_id for request in effect.requests]
+    try:
+        proofs = await agent.store.nodes.read_proofs(group.realm, effect.partition, records)
+    except RealmError as error:
+        agent.log.warning("proofs not read", group=group.group.hex(), error=str(error))
+        return driver.step(ProofsFailed())
+    missing = sum(proof is None for proof in proofs)
+    if missing:
+        agent.metrics.count("agent.start_app_request.missing_node", missing)
+    return driver.step(ProofsRead(proofs))
+
+
+async def _ask(driver: Driver, effect: AskHsm) -> Long | None:
+    """Ask the HSM. No checkpoint from its reply to the queue: a hole in the log would stall the group."""
+    agent, group, request = driver.agent, driver.group, effect.request
+    reply = await agent.hsm.send(
+        AppRequest(
+            group.realm,
+            group.group,
+            request.record_id,
+            request.session_id,
+            request.encrypted,
+            effect.proof,
+            effect.index,
+        )
+    )
+    if reply is Outcome.STALE_PROOF:
+        agent.metrics.count("agent.start_app_request.stale_proof")
+    answered = HsmAnswered(request, reply, agent.outbox_tails.get(request.tenant, 0) + 1)
+    # The leadership that made the entry: while we waited for the HSM, another may have begun.
+    current = agent.driver_of(group) or driver
+    follows = current.step(answered)
+    return follows if current is driver else None
+
+
+async def _append(driver: Driver, effect: Append) -> Long | None:
+    agent, group = driver.agent, driver.group
 
     async def append() -> AppendOutcome:
-        return await agent.store.log.append(group.realm, group.group, entries, intents, delta)
+        return await agent.store.log.append(group.realm, group.group, effect.entries, effect.intents, effect.delta)
 
     began = trio.current_time()
     try:
@@ -73,46 +130,14 @@ async def append_batch(agent: Agent, group: GroupState, leader: LeaderState) -> 
         with trio.CancelScope(shield=True):
             outcome = await retrying(append, on_retry=lambda _: agent.metrics.count("bigtable.append.retry"))
     except StoreAmbiguous as error:
-        await give_up(agent, group, leader, f"append of unknown outcome: {error}")
-        return
+        agent.metrics.count("agent.append.given_up")
+        return driver.step(AppendFinished(AppendResult.AMBIGUOUS, str(error)))
     except RealmError as error:
-        await give_up(agent, group, leader, f"append failed: {error}")
-        return
+        agent.metrics.count("agent.append.given_up")
+        return driver.step(AppendFinished(AppendResult.REFUSED, str(error)))
     agent.metrics.timing("bigtable.append.time", int((trio.current_time() - began) * 1e9))
-    agent.metrics.gauge("bigtable.append.batch.size", len(batch))
-    agent.metrics.gauge("bigtable.append.queue.size", len(leader.queue))
+    agent.metrics.gauge("bigtable.append.batch.size", len(effect.entries))
+    agent.metrics.gauge("bigtable.append.queue.size", driver.leader.queued)
     if outcome is AppendOutcome.CONFLICT:
-        await lose(agent, group, leader, entries[0].index)
-        return
-    await acknowledged(agent, group, leader, batch)
-
-
-async def acknowledged(agent: Agent, group: GroupState, leader: LeaderState, batch: list[Queued]) -> None:
-    """Note appended entries, wake the pushers, and let our own HSM capture them."""
-    entries = [queued.entry for queued in batch]
-    leader.appended(batch)
-    if leader.member_signals:
-        leader.recent.extend((entry.index, encode_log_entry(entry)) for entry in entries)
-        while len(leader.recent) > RECENT_ENTRIES_MAX:
-            leader.recent.popleft()
-        for signal in leader.member_signals.values():
-            signal.set()
-    await agent.follower(group).push(entries)
-
-
-async def lose(agent: Agent, group: GroupState, leader: LeaderState, index: int) -> None:
-    """Another leader wrote at `index`: nothing of ours can follow; step down and let capture sort it out."""
-    agent.metrics.count("agent.append.conflict")
-    first_notice = group.is_leader
-    leader.block_appends()
-    if first_notice and group.leader is leader:
-        await agent.step_down(group, force=False, why=f"another leader wrote index {index}")
-    agent.follower(group).wake.set()
-
-
-async def give_up(agent: Agent, group: GroupState, leader: LeaderState, why: str) -> None:
-    """Leadership cannot continue with an unknown log tail (agent.md 13): forced StepDown, queue and waiters dropped."""
-    agent.metrics.count("agent.append.given_up")
-    leader.block_appends()
-    if group.leader is leader:
-        await agent.step_down(group, force=True, why=why)
+        agent.metrics.count("agent.append.conflict")
+    return driver.step(AppendFinished(_RESULTS[outcome]))

@@ -1,80 +1,124 @@
-"""Log compaction by the leader, and what a new leadership does once its predecessors are quiet (agent.md 10, 11).
-
-Start: wait until all other members report Witness, or 60 s: former leaders may still need entries to release replies
-and to record their events. Then resolve unknown outcomes, list the older rows, and compact as the index advances.
-Before compacting up to X the capture statements that proved a commit at C > X are stored, so that one lagging witness
-and a leader can go on while the third member is dead for good.
-"""
+"""The house lane's work: waiting for former leaders, unknown outcomes, settled index, compaction (agent.md 10, 11)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
 from typing import TYPE_CHECKING
 
 import trio
 
-from juicebox_hsm.consensus.election import elect
-from juicebox_hsm.errors import RealmError, check
-from juicebox_hsm.host.log import LogRow
-from juicebox_hsm.host.retry import STORE_RETRY
+from juicebox_hsm.consensus.types import LogEntry
+from juicebox_hsm.errors import RealmError
+from juicebox_hsm.host.group import GroupState
+from juicebox_hsm.host.leadership.effects import (
+    CompactRows,
+    ListRows,
+    Long,
+    ReadUnsettled,
+    Rest,
+    WriteCertificate,
+    WriteSettled,
+    WriteUnknown,
+)
+from juicebox_hsm.host.leadership.events import (
+    CertificateWritten,
+    Event,
+    HouseFailed,
+    HouseRested,
+    Lane,
+    Leaving,
+    PredecessorsQuiet,
+    RowsCompacted,
+    RowsListed,
+    SettledWritten,
+    UnknownWritten,
+    UnsettledRead,
+)
+from juicebox_hsm.host.log import Intent
 from juicebox_hsm.ids import HsmId
 from juicebox_hsm.wire.rpc import GroupRole
-from roles.agent.outbox import resolve_unknown, settle
-from roles.agent.replicate import other_members
-from roles.agent.state import GroupState, LeaderState
+from roles.agent.outbox import PAGE_EVENTS, record_events
 
 if TYPE_CHECKING:
     from roles.agent.context import Agent
+    from roles.agent.driver import Driver
 
 
-def compactible_rows(starts: Sequence[int], index: int) -> int:
-    """Return how many leading rows have all their entries at or below `index`.
-
-    Only row starts are known, so row k counts iff row k+1 exists and starts at or below index + 1 (agent.md 10).
-    """
-    count = 0
-    while count + 1 < len(starts) and starts[count + 1] <= index + 1:
-        count += 1
-    return count
-
-
-def compaction_index(group: GroupState, leader: LeaderState) -> int:
-    """Return the highest index that may be compacted: below the last commit, captured by us, and settled."""
-    if leader.committed is None or group.captured is None or not leader.resolved:
-        return 0
-    return min(leader.committed - 1, group.captured.index, leader.settled)
-
-
-async def keep_house(agent: Agent, group: GroupState, leader: LeaderState) -> None:
+async def keep_house(driver: Driver) -> None:
     """Settle, resolve and compact until cancelled with the leadership."""
-    await wait_for_witnesses(agent, group)
-    while leader.committed is None or leader.committed < leader.starting - 1:
-        await leader.compactible.wait()
-    failures = 0
-    listed = False
-    trouble = f"compaction {group.group.hex()}"
-    while True:
-        try:
-            if not leader.resolved:
-                await resolve_unknown(agent, group, leader)
-            if not listed:
-                await _take_older_rows(agent, group, leader)
-                listed = True
-            await compact_once(agent, group, leader)
-        except RealmError as error:
-            failures += 1
-            agent.note_trouble(trouble, error)
-            await trio.sleep(STORE_RETRY.delay_s(failures))
-            continue
-        failures = 0
-        agent.clear_trouble(trouble)
-        await trio.sleep(agent.timings.compact_pause_s)
-        await leader.compactible.wait()
+    await wait_for_witnesses(driver.agent, driver.group, driver.members)
+    await driver.run_lane(Lane.HOUSE, _carry_out, first=PredecessorsQuiet())
 
 
-async def wait_for_witnesses(agent: Agent, group: GroupState) -> None:
+async def leave_house(driver: Driver) -> None:
+    """Write the settled index a last time."""
+    effect = driver.step(Leaving())
+    if effect is None:
+        return
+    try:
+        driver.step(await _do(driver, effect))
+    except RealmError as error:
+        # the next leader finds the rows by their sequence numbers; it only searches longer
+        group = driver.group.group
+        driver.agent.log.warning("settled index not written", group=group.hex(), error=str(error))
+
+
+async def _carry_out(driver: Driver, effect: Long) -> Long | None:
+    trouble = f"compaction {driver.group.group.hex()}"
+    try:
+        event = await _do(driver, effect)
+    except RealmError as error:
+        driver.agent.note_trouble(trouble, error)
+        return driver.step(HouseFailed())
+    return driver.step(event)
+
+
+async def _do(driver: Driver, effect: Long) -> Event:
+    """Do one thing and return the event that tells of it. Raises `RealmError`."""
+    agent, realm, group = driver.agent, driver.group.realm, driver.group.group
+    match effect:
+        case ReadUnsettled(last):
+            return await _read_unsettled(driver, last)
+        case WriteUnknown(events, settled):
+            await record_events(agent, realm, events, {group: settled})
+            if events:
+                agent.log.warning("requests of unconfirmed outcome", group=group.hex(), count=len(events))
+                agent.metrics.count("agent.outbox.unknown", len(events))
+            return UnknownWritten()
+        case ListRows(below):
+            return RowsListed(await agent.store.log.list_rows(realm, group, below))
+        case WriteSettled(index):
+            await record_events(agent, realm, [], {group: index})
+            return SettledWritten()
+        case WriteCertificate(certificate):
+            await agent.store.log.write_certificate(realm, group, certificate)
+            return CertificateWritten()
+        case CompactRows(rows, index):
+            await agent.store.log.compact(realm, group, rows)
+            agent.metrics.gauge("agent.compaction.compact_index", index)
+            return RowsCompacted()
+        case Rest(pause_s, failures):
+            if not failures:
+                _report(driver)
+            await trio.sleep(pause_s)
+            return HouseRested()
+        case _:
+            raise TypeError(f"not of the house lane: {effect}")
+
+
+def _report(driver: Driver) -> None:
+    """Say that a round went well, and what it left."""
+    agent, shown = driver.agent, driver.leader.snapshot(trio.current_time())
+    agent.metrics.gauge("agent.compaction.uncompacted_rows.count", shown.uncompacted_rows)
+    agent.metrics.gauge("agent.compaction.uncompacted_rows.first_index", shown.uncompacted_first)
+    agent.clear_trouble(f"compaction {driver.group.group.hex()}")
+
+
+# --- what earlier leaderships left -----------------------------------------------------------------------
+
+
+async def wait_for_witnesses(agent: Agent, group: GroupState, members: list[HsmId]) -> None:
     """Return when every other member's agent reports Witness and no answers due for this group, or after 60 s."""
-    members = other_members(agent, group)
     with trio.move_on_after(agent.timings.witness_grace_s):
         while members:
             members = [member for member in members if not await _is_witness(agent, group, member)]
@@ -98,37 +142,29 @@ async def _is_witness(agent: Agent, group: GroupState, member: HsmId) -> bool:
     )
 
 
-async def _take_older_rows(agent: Agent, group: GroupState, leader: LeaderState) -> None:
-    """Prepend the rows below `starting` that earlier leaderships left."""
-    rows = await agent.store.log.list_rows(group.realm, group.group, leader.starting)
-    check(all(row.first_index < leader.starting for row in rows), "listed rows start below the leadership")
-    check(
-        not leader.uncompacted or leader.uncompacted[0].first_index == leader.starting,
-        "our own first row starts the leadership",
-    )
-    leader.uncompacted.extendleft(reversed(rows))
+async def _read_unsettled(driver: Driver, last: int) -> UnsettledRead:
+    """Read the intents above the settled index, and which of them have rows from their tenant's lowest hint on."""
+    agent, realm, group = driver.agent, driver.group.realm, driver.group.group
+    settled = await agent.store.outbox.settled(realm, group)
+    left: list[tuple[LogEntry, Intent]] = []
+    recorded: set[tuple[int, bytes]] = set()
+    if settled < last:
+        left = await agent.store.log.read_intents(realm, group, settled + 1, last)
+    hints: dict[str, list[int]] = defaultdict(list)
+    for _, intent in left:
+        hints[intent.tenant].append(intent.hint)
+    for tenant, asked in hints.items():
+        recorded |= await _recorded(agent, driver.group, tenant, min(asked))
+    return UnsettledRead(settled, left, recorded, agent.now_ms())
 
 
-async def compact_once(agent: Agent, group: GroupState, leader: LeaderState) -> None:
-    """Raise `settled`, then certify and compact the rows that are ready. Raises `RealmError`."""
-    await settle(agent, group, leader)
-    index = compaction_index(group, leader)
-    count = compactible_rows([row.first_index for row in leader.uncompacted], index)
-    agent.metrics.gauge("agent.compaction.uncompacted_rows.count", len(leader.uncompacted))
-    first = leader.uncompacted[0].first_index if leader.uncompacted else 0
-    agent.metrics.gauge("agent.compaction.uncompacted_rows.first_index", first)
-    if count == 0:
-        return
-    certificate = leader.certificate
-    if certificate is None or certificate.index <= index:
-        return
-    votes = {captured.hsm: captured.index for captured in certificate.captures}
-    proven = elect(group.configuration, votes)
-    if proven is None or proven < certificate.index:
-        return
-    await agent.store.log.write_certificate(group.realm, group.group, certificate)
-    rows: list[LogRow] = [leader.uncompacted[at] for at in range(count)]
-    await agent.store.log.compact(group.realm, group.group, rows)
-    for _ in range(count):
-        leader.uncompacted.popleft()
-    agent.metrics.gauge("agent.compaction.compact_index", index)
+async def _recorded(agent: Agent, group: GroupState, tenant: str, hint: int) -> set[tuple[int, bytes]]:
+    """Return (index, mac) of this group's rows in the tenant's outbox from sequence `hint` on."""
+    found: set[tuple[int, bytes]] = set()
+    after = max(0, hint - 1)
+    while True:
+        page = await agent.store.outbox.read(group.realm, tenant, after, PAGE_EVENTS)
+        found |= {(row.new.index, row.new.mac) for row in page if row.new.group == group.group}
+        if len(page) < PAGE_EVENTS:
+            return found
+        after = page[-1].seq

@@ -18,14 +18,18 @@ from juicebox_hsm.adapters.observation.logging import bind_context
 from juicebox_hsm.consensus.types import RoleStatus, Witness
 from juicebox_hsm.errors import RealmError, check
 from juicebox_hsm.host.events import EVENT_KEPT_MS
+from juicebox_hsm.host.group import Groups, GroupState
+from juicebox_hsm.host.leadership.events import Event, RoleAdopted
+from juicebox_hsm.host.leadership.machine import Claim, Leadership
+from juicebox_hsm.host.leadership.state import Limits
 from juicebox_hsm.hsm.messages import NotLeader, Outcome, StepDown, StepDownOk
 from juicebox_hsm.ids import GroupId, HsmId, RealmId
 from juicebox_hsm.ports.hsm_transport import HsmTransport
 from juicebox_hsm.ports.rpc import RpcCaller
 from juicebox_hsm.ports.store import Store
+from roles.agent.driver import Driver
 from roles.agent.peers import Peers
 from roles.agent.ratelimit import Limiters
-from roles.agent.state import Claim, Groups, GroupState, LeaderState
 from roles.agent.watch import Follower, Persister
 
 
@@ -126,7 +130,7 @@ class AgentConfig:
 
 
 WATCHDOG_CHECKS: Final = 5
-LeadershipRunner = Callable[["Agent", GroupState, LeaderState], Awaitable[None]]
+LeadershipRunner = Callable[["Agent", GroupState, Leadership], Awaitable[None]]
 
 
 class Agent:
@@ -162,8 +166,8 @@ class Agent:
         self.hsm_id: HsmId | None = None
         self.registered = False
         self.stopping = False
-        self.releasing = 0
-        """Committed batches whose answers are not out yet."""
+        self.drivers: dict[Leadership, Driver] = {}
+        """The drivers of leaderships whose lanes have not ended."""
         self.leaderships = 0
         """Leadership tasks that have not ended yet."""
         self.outbox_tails: dict[str, int] = {}
@@ -185,7 +189,7 @@ class Agent:
 
     def add_group(self, realm: RealmId, group: GroupId, members: tuple[HsmId, ...], position: int) -> GroupState:
         """Insert a group as Witness at clock 0 and start its log watcher at index `position`."""
-        state = GroupState(realm, group, members, RoleStatus(Witness(), 0), position)
+        state = GroupState(realm, group, members, RoleStatus(Witness(), 0), position, limits=self._limits())
         self.groups.add(state)
         follower = Follower(self, state)
         self.followers[realm, group] = follower
@@ -202,9 +206,12 @@ class Agent:
         about: dict[str, object] = {"realm": group.realm.hex(), "group": group.group.hex()}
         if change.stale:
             self.log.warning("stale role dropped", **about, at=status.at, have=group.role.at)
+        if change.started is not None:
+            self.drivers[change.started] = Driver(self, group, change.started)
         if change.ended is not None:
+            self.drivers[change.ended].end()
             self.log.info("leadership ended", **about, starting=change.ended.starting)
-            if not change.ended.asked_to_leave and not self.stopping:
+            if not change.ended.was_asked_to_leave and not self.stopping:
                 self.lost_hints[group.realm, group.group] = change.ended.claim
         if change.started is not None:
             self.log.info("leadership began", **about, starting=change.started.starting)
@@ -212,13 +219,29 @@ class Agent:
             self.leaderships += 1
             self.nursery.start_soon(self._lead, group, change.started, name=f"lead {group.group.hex()}")
             self.persister.request()
+        elif not change.stale:
+            self.tell(group, RoleAdopted(group.role))
 
-    async def _lead(self, group: GroupState, leader: LeaderState) -> None:
+    def driver_of(self, group: GroupState) -> Driver | None:
+        """Return the driver of the group's leadership, None for a witness."""
+        return None if group.leader is None else self.drivers[group.leader]
+
+    def tell(self, group: GroupState, event: Event) -> None:
+        """Tell the group's leadership, if there is one, an event that no lane of its own brings."""
+        driver = self.driver_of(group)
+        if driver is not None:
+            driver.step(event)
+
+    def _limits(self) -> Limits:
+        return Limits(hole_s=self.timings.hole_s, compact_pause_s=self.timings.compact_pause_s)
+
+    async def _lead(self, group: GroupState, leader: Leadership) -> None:
         bind_context(realm=group.realm.hex(), group=group.group.hex())  # once for all tasks of the leadership
         try:
             await self._run_leadership(self, group, leader)
         finally:
             self.leaderships -= 1
+            del self.drivers[leader]
 
     async def step_down(self, group: GroupState, *, force: bool, why: str) -> StepDownOk | None:
         """Ask the HSM to leave leadership of `group`; None when it does not lead."""

@@ -1,4 +1,4 @@
-"""Leadership: taking it on request, leaving it, and handing it over at shutdown (agent.md 9, 13).
+"""Leadership: running its lanes, taking it on request, leaving it, and handing it over (agent.md 9, 13).
 
 There is no self-election: an agent leads when a manager says so or when it created the group. Several leaders may
 exist at once; the conditional append on the log decides.
@@ -6,55 +6,67 @@ exist at once; the conditional append on the log decides.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import trio
 
-from juicebox_hsm.consensus.types import LogEntry
-from juicebox_hsm.errors import RealmError, check
-from juicebox_hsm.hsm.messages import BecomeLeader, NotCaptured, Outcome, RoleOk
+from juicebox_hsm.errors import RealmError
+from juicebox_hsm.host.candidacy import Obstacle, ObstacleCode, judge_refusal, judge_tail
+from juicebox_hsm.host.group import GroupState
+from juicebox_hsm.host.leadership.effects import StepDown
+from juicebox_hsm.host.leadership.events import HandoverAsked, Inherited
+from juicebox_hsm.host.leadership.machine import Leadership
+from juicebox_hsm.hsm.messages import BecomeLeader, RoleOk, StepDownOk
 from juicebox_hsm.wire.methods import LEADER_STEPDOWN
 from juicebox_hsm.wire.rpc import BecomeLeaderCall, Done, GroupCall, Refusal, Refused, StepdownOrder, SteppedDown
 from roles.agent.append import produce
 from roles.agent.commit import commit_loop
-from roles.agent.compact import keep_house
-from roles.agent.outbox import learn_tails, settle
-from roles.agent.replicate import prepare_members, push_to_member
-from roles.agent.state import UNCOMMITTED_MAX, GroupState, LeaderState
+from roles.agent.compact import keep_house, leave_house
+from roles.agent.outbox import learn_tails
+from roles.agent.replicate import push_to_member
 from roles.agent.watch import LogRefused
 
 if TYPE_CHECKING:
     from roles.agent.context import Agent
+    from roles.agent.driver import Driver
 
-TRAILING_CAPTURE_MAX = UNCOMMITTED_MAX
-"""A candidate this close behind the log's end is waited for; further behind it is refused at once."""
 POLL_FIRST_S = 0.002
 POLL_MAX_S = 0.05
 HAND_OVER_TIMEOUT_S = 10.0
 DRAIN_POLL_S = 0.02
 
+_REFUSALS: Final = {
+    ObstacleCode.LOG_NOT_READ: (Refusal.NO_STORE, ""),
+    ObstacleCode.LOG_EMPTY: (Refusal.INVALID_GROUP, "the log is empty"),
+    ObstacleCode.LOG_SHORTER: (Refusal.FUTURE_INDEX, ""),
+    ObstacleCode.LOG_LONGER: (Refusal.STALE_INDEX, ""),
+    ObstacleCode.CATCHING_UP: (Refusal.NOT_CAPTURED, ""),
+    ObstacleCode.FAR_BEHIND: (Refusal.NOT_CAPTURED, "too far behind the log"),
+    ObstacleCode.STEPPING_DOWN: (Refusal.STEPDOWN_IN_PROGRESS, ""),
+    ObstacleCode.INVALID_REALM: (Refusal.INVALID_REALM, ""),
+    ObstacleCode.INVALID_GROUP: (Refusal.INVALID_GROUP, ""),
+    ObstacleCode.STOPPING: (Refusal.TIMEOUT, "this agent is stopping"),
+}
+"""The refusal on the wire, and words for a person."""
 
-async def lead(agent: Agent, group: GroupState, leader: LeaderState) -> None:
-    """Run the tasks of one leadership until it ends.
 
-    Producer and committer end by themselves (an append or a record in flight is never cancelled); the others are
+async def lead(agent: Agent, group: GroupState, leader: Leadership) -> None:
+    """Run the lanes of one leadership until it ends.
+
+    Producing and committing end by themselves (an append or a record in flight is never cancelled); the others are
     cancelled after them.
     """
-    members = prepare_members(agent, group, leader)
+    driver = agent.drivers[leader]
     await learn_tails(agent, group.realm)
     async with trio.open_nursery() as helpers:
-        helpers.start_soon(keep_house, agent, group, leader)
-        for member in members:
-            helpers.start_soon(push_to_member, agent, group, leader, member)
+        helpers.start_soon(keep_house, driver)
+        for member in driver.members:
+            helpers.start_soon(push_to_member, driver, member)
         async with trio.open_nursery() as workers:
-            workers.start_soon(produce, agent, group, leader)
-            workers.start_soon(commit_loop, agent, group, leader)
+            workers.start_soon(produce, driver)
+            workers.start_soon(commit_loop, driver)
         helpers.cancel_scope.cancel()
-    try:
-        await settle(agent, group, leader)
-    except RealmError as error:
-        # the next leader finds the rows by their sequence numbers; it only searches longer
-        agent.log.warning("settled index not written", group=group.group.hex(), error=str(error))
+    await leave_house(driver)
 
 
 async def handle_become_leader(agent: Agent, body: BecomeLeaderCall) -> Done | Refused:
@@ -65,67 +77,50 @@ async def handle_become_leader(agent: Agent, body: BecomeLeaderCall) -> Done | R
     if isinstance(group, Refusal):
         return Refused(group)
     if agent.stopping:
-        return Refused(Refusal.TIMEOUT, detail="this agent is stopping")
+        return _refused(Obstacle(ObstacleCode.STOPPING))
     deadline = trio.current_time() + agent.timings.become_leader_s
     pause_s = POLL_FIRST_S
     while True:
         agent.follower(group).wake.set()
-        refused = await _try_to_lead(agent, group, body.last)
-        if refused is None:
+        obstacle = await _try_to_lead(agent, group, body.last)
+        if obstacle is None:
             return Done()
-        if refused.outcome not in (Refusal.FUTURE_INDEX, Refusal.NOT_CAPTURED, Refusal.NO_STORE) or refused.detail:
-            return refused
-        if trio.current_time() + pause_s >= deadline:
-            return refused
+        if not obstacle.may_pass or trio.current_time() + pause_s >= deadline:
+            return _refused(obstacle)
         await trio.sleep(pause_s)
         pause_s = min(2 * pause_s, POLL_MAX_S)
 
 
-async def _try_to_lead(agent: Agent, group: GroupState, asked_last: int | None) -> Refused | None:
-    """Try once; None on success. Refusals without `detail` may pass and are tried again."""
+async def _try_to_lead(agent: Agent, group: GroupState, asked_last: int | None) -> Obstacle | None:
+    """Try once; None on success."""
     began = trio.current_time()
     try:
         last = await agent.store.log.read_last(group.realm, group.group)
     except RealmError as error:
         agent.log.warning("log tail not read", group=group.group.hex(), error=str(error))
-        return Refused(Refusal.NO_STORE)
+        return Obstacle(ObstacleCode.LOG_NOT_READ)
     read = trio.current_time()
     agent.metrics.timing("agent.handle_become_leader.read_log_entry", int((read - began) * 1e9))
-    if last is None:
-        return Refused(Refusal.INVALID_GROUP, detail="the log is empty")
-    if asked_last is not None and last.index < asked_last:
-        return Refused(Refusal.FUTURE_INDEX, index=last.index)
-    if asked_last is not None and last.index > asked_last:
-        return Refused(Refusal.STALE_INDEX, index=last.index)
-    if group.position <= last.index:
-        return _behind(group.position - 1, last)
+    obstacle = judge_tail(last, asked_last, group.position)
+    if obstacle is not None or last is None:
+        return obstacle
     reply = await agent.hsm.send(BecomeLeader(group.realm, group.group, last))
     agent.metrics.timing("agent.handle_become_leader.hsm_request", int((trio.current_time() - read) * 1e9))
-    match reply:
-        case RoleOk(role=role):
-            agent.adopt(group, role)
-            if group.leader is not None:
-                group.leader.inherit(last)
-            # the HSM persisted its captures; only PersistState signs them
-            agent.persister.request()
-            return None
-        case NotCaptured(have=have):
-            return _behind(have or 0, last)
-        case Outcome.STEPDOWN_IN_PROGRESS:
-            return Refused(Refusal.STEPDOWN_IN_PROGRESS)
-        case Outcome.INVALID_REALM:
-            return Refused(Refusal.INVALID_REALM)
-        case Outcome.INVALID_GROUP:
-            return Refused(Refusal.INVALID_GROUP)
-        case Outcome.INVALID_MAC:
-            raise LogRefused(f"group {group.group.hex()}: the HSM refuses the MAC of stored entry {last.index}")
-    check(condition=False, must_hold="BecomeLeader answers as specified")
-    return None
+    if isinstance(reply, RoleOk):
+        agent.adopt(group, reply.role)
+        agent.tell(group, Inherited(last))
+        # the HSM persisted its captures; only PersistState signs them
+        agent.persister.request()
+        return None
+    obstacle = judge_refusal(reply, last)
+    if obstacle.code is ObstacleCode.LOG_REFUSED:
+        raise LogRefused(f"group {group.group.hex()}: the HSM refuses the MAC of stored entry {last.index}")
+    return obstacle
 
 
-def _behind(have: int, last: LogEntry) -> Refused:
-    near = have + TRAILING_CAPTURE_MAX >= last.index
-    return Refused(Refusal.NOT_CAPTURED, index=have or None, detail="" if near else "too far behind the log")
+def _refused(obstacle: Obstacle) -> Refused:
+    refusal, detail = _REFUSALS[obstacle.code]
+    return Refused(refusal, index=obstacle.index, detail=detail)
 
 
 async def handle_stepdown(agent: Agent, body: GroupCall) -> SteppedDown | Refused:
@@ -133,15 +128,14 @@ async def handle_stepdown(agent: Agent, body: GroupCall) -> SteppedDown | Refuse
     group = agent.groups.find(body.realm, body.group)
     if isinstance(group, Refusal):
         return Refused(group)
-    leader = group.leader
-    if leader is None:
-        return Refused(Refusal.NOT_LEADER)
-    leader.asked_to_leave = True
-    done = await agent.step_down(group, force=False, why="asked to")
-    if done is None:
-        return Refused(Refusal.NOT_LEADER)
-    leader.work.set()
-    return SteppedDown(done.last)
+    driver = agent.driver_of(group)
+    done = None if driver is None else await _leave(driver, by_others=True)
+    return Refused(Refusal.NOT_LEADER) if done is None else SteppedDown(done.last)
+
+
+async def _leave(driver: Driver, *, by_others: bool) -> StepDownOk | None:
+    order = driver.step(HandoverAsked(by_others))
+    return await driver.step_down(order) if isinstance(order, StepDown) else None
 
 
 async def hand_over(agent: Agent) -> None:
@@ -158,11 +152,17 @@ async def hand_over(agent: Agent) -> None:
                 break
             agent.log.warning("manager refused to take leadership over", url=url, answer=str(reply))
     for group in agent.groups:
-        if group.is_leader:
-            await agent.step_down(group, force=False, why="shutting down")
-    while _leads(agent) or agent.releasing or agent.leaderships:  # noqa: ASYNC110 - three conditions, three owners
+        driver = agent.driver_of(group)
+        if driver is not None and group.is_leader:
+            await _leave(driver, by_others=False)
+    while any(_is_busy(group) for group in agent.groups) or agent.leaderships:  # noqa: ASYNC110 - two owners
         await trio.sleep(DRAIN_POLL_S)
 
 
 def _leads(agent: Agent) -> bool:
     return any(group.leader is not None for group in agent.groups)
+
+
+def _is_busy(group: GroupState) -> bool:
+    """Tell whether a group is still led, or rows are being written for answers that are due."""
+    return group.leader is not None or group.releasing > 0

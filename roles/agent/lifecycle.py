@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Final
 from juicebox_hsm.adapters.clock.retrying import retrying
 from juicebox_hsm.consensus.types import LogEntry, Witness
 from juicebox_hsm.errors import RealmError, check
+from juicebox_hsm.host.leadership.events import Inherited
+from juicebox_hsm.host.leadership.produce import EMPTY_DELTA
 from juicebox_hsm.host.log import AppendOutcome
 from juicebox_hsm.host.retry import HSM_RETRY, STORE_RETRY
 from juicebox_hsm.hsm.messages import (
@@ -35,8 +37,6 @@ from juicebox_hsm.wire.rpc import (
     Refusal,
     Refused,
 )
-from roles.agent.append import EMPTY_DELTA
-from roles.agent.state import GroupState
 
 if TYPE_CHECKING:
     from roles.agent.context import Agent
@@ -106,7 +106,7 @@ async def handle_realm_new(agent: Agent) -> RealmCreated | Refused:
         return refused
     group = agent.add_group(reply.realm, reply.group, members, 1)
     agent.adopt(group, reply.role)
-    _begin(group, reply.entry)
+    agent.tell(group, Inherited(reply.entry))
     return RealmCreated(reply.realm, reply.group)
 
 
@@ -124,14 +124,8 @@ async def handle_group_new(agent: Agent, body: GroupNew) -> GroupCreated | Refus
         return refused
     group = agent.add_group(realm, reply.group, tuple(member for member, _ in members), 1)
     agent.adopt(group, reply.role)
-    _begin(group, reply.entry)
+    agent.tell(group, Inherited(reply.entry))
     return GroupCreated(reply.group, reply.statement)
-
-
-def _begin(group: GroupState, entry: LogEntry) -> None:
-    """Tell the new leadership of entry 1, which was appended outside its queue."""
-    if group.leader is not None:
-        group.leader.inherit(entry)
 
 
 async def _append_first(agent: Agent, realm: RealmId, group: GroupId, entry: LogEntry, delta: bytes) -> Refused | None:

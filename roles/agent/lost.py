@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Protocol
 import trio
 
 from juicebox_hsm.errors import RealmError
+from juicebox_hsm.host.group import GroupState
+from juicebox_hsm.host.leadership.machine import Claim
 from juicebox_hsm.ids import GroupId, RealmId
 from juicebox_hsm.wire.methods import LEADER_LOST
 from juicebox_hsm.wire.rpc import LeaderLost
-from roles.agent.state import Claim, GroupState
 
 if TYPE_CHECKING:
     from roles.agent.context import Agent

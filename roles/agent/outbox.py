@@ -1,14 +1,12 @@
-"""Tenant events: written after commit and before the answer leaves, settled, and dispatched (agent.md 11).
+"""Tenant events: rows on their way into the outbox, and the dispatcher that publishes them (agent.md 11).
 
-With each append go the *intents* of its client entries; after commit one *row* per request is recorded. `settled` is
-the index at or below which every intent has its row. A new leader resolves what its predecessors left: intents
-without a row become `unknown`, so an auditor sees "one request of unconfirmed outcome", never silence.
+Which rows, and when, is the leadership's decision (`juicebox_hsm.host.leadership`).
 """
 
 from __future__ import annotations
 
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
@@ -17,21 +15,15 @@ import trio
 
 from juicebox_hsm.adapters.clock.retrying import retrying
 from juicebox_hsm.adapters.observation.logging import bind_context
-from juicebox_hsm.consensus.types import LogEntry
 from juicebox_hsm.errors import RealmError
-from juicebox_hsm.host.events import EVENT_KEPT_MS, AccountingEvent, EventKind, NewEvent, OutboxEvent, TenantCursor
-from juicebox_hsm.host.log import Intent
+from juicebox_hsm.host.events import EVENT_KEPT_MS, AccountingEvent, NewEvent, OutboxEvent, TenantCursor
+from juicebox_hsm.host.outbox import is_full, is_long
 from juicebox_hsm.host.services import Lease
-from juicebox_hsm.hsm.messages import ResultKind, ResultType
 from juicebox_hsm.ids import GroupId, RealmId
-from roles.agent.state import GroupState, LeaderState, PendingRequest
 
 if TYPE_CHECKING:
     from roles.agent.context import Agent
 
-BACKLOG_WARN_ROWS: Final = 100_000
-BACKLOG_WARN_S: Final = 60.0
-BACKLOG_BOUND_ROWS: Final = 10_000_000
 LEASE_MS: Final = 3000
 LEASE_MARGIN_MS: Final = 1000
 """A dispatcher renews when less than this is left."""
@@ -39,44 +31,6 @@ PAGE_EVENTS: Final = 1000
 REMOVE_ROWS: Final = 5000
 LATE_MS: Final = 3_600_000
 """Own: events published within this time of their own keep the usual date of removal, which has this much to spare."""
-
-_KINDS: Final = {kind: EventKind(kind.value.lower()) for kind in ResultKind}
-
-
-def client_event(group: GroupId, index: int, mac: bytes, request: PendingRequest, result: ResultType) -> NewEvent:
-    """Return the outbox row of a released request."""
-    accounting = None
-    if request.wrote and result.kind is ResultKind.REGISTER2:
-        accounting = "registered"
-    elif request.wrote and result.kind is ResultKind.DELETE:
-        accounting = "deleted"
-    return NewEvent(
-        tenant=request.tenant,
-        group=group,
-        index=index,
-        mac=mac,
-        record_id=request.record_id,
-        user=request.user,
-        kind=_KINDS[result.kind],
-        event=tenant_event(result),
-        accounting=accounting,
-        when_ms=request.when_ms,
-    )
-
-
-def tenant_event(result: ResultType) -> Mapping[str, str | int] | None:
-    """Return the tenant's event without the user, None for requests that publish nothing (agent.md 11)."""
-    match result.kind:
-        case ResultKind.REGISTER2:
-            return {"event": "registered"}
-        case ResultKind.RECOVER2 if result.num_guesses is not None and result.guess_count is not None:
-            return {"event": "guess_used", "num_guesses": result.num_guesses, "guess_count": result.guess_count}
-        case ResultKind.RECOVER3 if result.recovered:
-            return {"event": "share_recovered"}
-        case ResultKind.DELETE:
-            return {"event": "deleted"}
-        case _:
-            return None
 
 
 async def record_events(
@@ -93,14 +47,6 @@ async def record_events(
             agent.outbox_tails[tenant] = tail
 
 
-async def settle(agent: Agent, group: GroupState, leader: LeaderState) -> None:
-    """Write the group's settled index if it lags behind what is recorded. Raises `RealmError`."""
-    if leader.resolved and leader.recorded > leader.settled:
-        recorded = leader.recorded
-        await record_events(agent, group.realm, [], {group.group: recorded})
-        leader.settled = max(leader.settled, recorded)
-
-
 async def learn_tails(agent: Agent, realm: RealmId) -> None:
     """Read each tenant's outbox tail, so that hints need not begin at 1. Trouble only costs a longer search later."""
     try:
@@ -111,67 +57,6 @@ async def learn_tails(agent: Agent, realm: RealmId) -> None:
     for cursor in cursors:
         if cursor.tail > agent.outbox_tails.get(cursor.tenant, 0):
             agent.outbox_tails[cursor.tenant] = cursor.tail
-
-
-async def resolve_unknown(agent: Agent, group: GroupState, leader: LeaderState) -> int:
-    """Give every intent of earlier leaderships its row; returns how many became `unknown`.
-
-    MUST run only once the entries below `starting` are committed and the former leaders had their time to record
-    (agent.md 10: all members report Witness, or 60 s). Raises `RealmError`; running it again is harmless.
-    """
-    store = agent.store
-    settled = await store.outbox.settled(group.realm, group.group)
-    last = leader.starting - 1
-    events: list[NewEvent] = []
-    if settled < last:
-        left = await store.log.read_intents(group.realm, group.group, settled + 1, last)
-        by_tenant: dict[str, list[tuple[LogEntry, Intent]]] = defaultdict(list)
-        for entry, intent in left:
-            by_tenant[intent.tenant].append((entry, intent))
-        for tenant, asked in by_tenant.items():
-            recorded = await _recorded(agent, group, tenant, min(intent.hint for _, intent in asked))
-            events += [
-                _unknown(group.group, entry, intent, agent.now_ms())
-                for entry, intent in asked
-                if (entry.index, entry.entry_mac) not in recorded
-            ]
-    settled_now = max(last, leader.recorded)
-    events.sort(key=lambda event: event.index)
-    if events or settled < settled_now:
-        await record_events(agent, group.realm, events, {group.group: settled_now})
-    leader.settled = max(leader.settled, settled_now)
-    leader.resolved = True
-    if events:
-        agent.log.warning("requests of unconfirmed outcome", group=group.group.hex(), count=len(events))
-        agent.metrics.count("agent.outbox.unknown", len(events))
-    return len(events)
-
-
-async def _recorded(agent: Agent, group: GroupState, tenant: str, hint: int) -> set[tuple[int, bytes]]:
-    """Return (index, mac) of this group's rows in the tenant's outbox from sequence `hint` on."""
-    found: set[tuple[int, bytes]] = set()
-    after = max(0, hint - 1)
-    while True:
-        page = await agent.store.outbox.read(group.realm, tenant, after, PAGE_EVENTS)
-        found |= {(row.new.index, row.new.mac) for row in page if row.new.group == group.group}
-        if len(page) < PAGE_EVENTS:
-            return found
-        after = page[-1].seq
-
-
-def _unknown(group: GroupId, entry: LogEntry, intent: Intent, now_ms: int) -> NewEvent:
-    return NewEvent(
-        tenant=intent.tenant,
-        group=group,
-        index=entry.index,
-        mac=entry.entry_mac,
-        record_id=intent.record_id,
-        user=intent.user,
-        kind=EventKind.UNKNOWN,
-        event={"event": "unknown"},
-        accounting=None,
-        when_ms=now_ms,
-    )
 
 
 # --- dispatcher ----------------------------------------------------------------------------------------
@@ -195,10 +80,10 @@ async def watch_backlog(agent: Agent) -> None:
 def note_backlog(agent: Agent, rows: int, age_s: float) -> None:
     """Adopt backlog figures: warn at 100 000 rows or 60 s, refuse requests at 10 000 000 rows."""
     agent.outbox_rows, agent.outbox_oldest_s = rows, age_s
-    agent.outbox_full = rows >= BACKLOG_BOUND_ROWS
+    agent.outbox_full = is_full(rows)
     agent.metrics.gauge("agent.outbox.backlog", rows)
     warning = ""
-    if rows >= BACKLOG_WARN_ROWS or age_s >= BACKLOG_WARN_S:
+    if is_long(rows, age_s):
         warning = f"{rows} tenant events wait for publication, the oldest for {age_s:.0f} s"
     if warning and not agent.outbox_warning:
         agent.log.warning("outbox backlog", rows=rows, oldest_s=age_s)

@@ -13,20 +13,22 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from juicebox_hsm.consensus.codec import decode_captured, decode_log_entry, encode_captured
+from juicebox_hsm.consensus.types import Captured
 from juicebox_hsm.errors import DecodingError, RealmError
+from juicebox_hsm.host.group import GroupState
+from juicebox_hsm.host.leadership.effects import Long, Pause, Pausing, Push
+from juicebox_hsm.host.leadership.events import MemberTurn, PushAnswered, PushFailed
+from juicebox_hsm.host.leadership.push import PUSH_ENTRIES_MAX
 from juicebox_hsm.ids import HsmId
 from juicebox_hsm.wire.methods import REPLICATE
 from juicebox_hsm.wire.rpc import CapturedReply, GroupCall, Refusal, Refused, Replicate
-from roles.agent.oneshot import Signal
-from roles.agent.state import GroupState, LeaderState
 
 if TYPE_CHECKING:
     from roles.agent.context import Agent
+    from roles.agent.driver import Driver
 
-REPLICATE_ENTRIES_MAX: Final = 200
-UNREACHABLE_PAUSE_S: Final = 0.1
-BEHIND_PAUSE_S: Final = 0.05
-"""Between pushes to a member that reads the log and has not come closer: asking again at once would only delay it."""
+_PAUSES_S: Final = {Pausing.UNREACHABLE: 0.1, Pausing.BEHIND: 0.05}
+"""Pauses of a pusher, a heartbeat at most; after a refusal just that."""
 
 
 def encoded_capture(group: GroupState) -> bytes | None:
@@ -34,77 +36,57 @@ def encoded_capture(group: GroupState) -> bytes | None:
     return None if group.captured is None else encode_captured(group.captured)
 
 
-def other_members(agent: Agent, group: GroupState) -> list[HsmId]:
-    """Return the members without our own HSM."""
-    return [member for member in group.configuration if member != agent.hsm_id]
-
-
 # --- leader's side ---------------------------------------------------------------------------------------
 
 
-async def push_to_member(agent: Agent, group: GroupState, leader: LeaderState, member: HsmId) -> None:
+async def push_to_member(driver: Driver, member: HsmId) -> None:
     """Keep one member supplied until the leadership ends."""
-    signal = leader.member_signals[member]
-    next_index = leader.next_index
-    while group.leader is leader:
-        url = agent.peers.url_of(member)
-        if url is None:
-            agent.peers.suspect()
-            await signal.wait_at_most(agent.timings.heartbeat_s)
-            await trio.sleep(min(UNREACHABLE_PAUSE_S, agent.timings.heartbeat_s))
-            continue
-        if next_index >= leader.next_index:
-            await signal.wait_at_most(agent.timings.heartbeat_s)
-            if group.leader is not leader:
-                return
-        next_index = await _push_once(agent, group, leader, member, url, next_index)
+    effect = driver.step(MemberTurn(member))
+    while not driver.leader.has_ended:
+        if effect is None:
+            woken = await driver.wait(member, driver.agent.timings.heartbeat_s)
+            effect = driver.step(MemberTurn(member, heartbeat=not woken))
+        else:
+            effect = await _carry_out(driver, effect) or driver.step(MemberTurn(member))
 
 
-async def _push_once(
-    agent: Agent, group: GroupState, leader: LeaderState, member: HsmId, url: str, next_index: int
-) -> int:
-    """Send what the member may lack, count its vote, and return the next index to send."""
-    asked = next_index
-    entries = leader.recent_from(next_index, REPLICATE_ENTRIES_MAX)
-    if entries is None:
-        # further behind than what is kept: it reads the log, and we go on with what comes
-        next_index, entries = leader.next_index, []
-    last = next_index + len(entries) - 1
-    body = Replicate(group.realm, group.group, leader.starting, entries, last)
+async def _carry_out(driver: Driver, effect: Long) -> Long | None:
+    match effect:
+        case Push():
+            return driver.step(await _push(driver, effect))
+        case Pause(_, why):
+            timings = driver.agent.timings
+            await trio.sleep(min(_PAUSES_S.get(why, timings.heartbeat_s), timings.heartbeat_s))
+            return None
+        case _:
+            raise TypeError(f"not of a pusher: {effect}")
+
+
+async def _push(driver: Driver, push: Push) -> PushAnswered | PushFailed:
+    """Send what the member may lack; tells its answer."""
+    agent, group, member = driver.agent, driver.group, push.member
+    url = agent.peers.url_of(member)
+    if url is None:
+        agent.peers.suspect()
+        return PushFailed(member, reached=False)
+    body = Replicate(group.realm, group.group, driver.leader.starting, list(push.entries), push.last)
     try:
         reply = await agent.rpc.call(url, REPLICATE, body, timeout_s=agent.timings.replicate_timeout_s)
     except RealmError:
         agent.metrics.count("agent.replicate", result="unreachable")
         agent.peers.suspect()
-        await trio.sleep(min(UNREACHABLE_PAUSE_S, agent.timings.heartbeat_s))
-        return next_index
+        return PushFailed(member, reached=False)
     if not isinstance(reply, CapturedReply):
         agent.metrics.count("agent.replicate", result="refused")
-        await trio.sleep(agent.timings.heartbeat_s)
-        return next_index
+        return PushFailed(member, reached=True)
     agent.metrics.count("agent.replicate", result="behind" if reply.behind else "ok")
+    captured: Captured | None = None
     if reply.captured is not None:
         try:
             captured = decode_captured(reply.captured)
         except DecodingError:
             agent.metrics.count("agent.replicate.undecodable")
-            return last + 1
-        if captured.hsm == member and captured.realm == group.realm and captured.group == group.group:
-            leader.vote(captured)
-            if reply.behind:
-                wanted = max(captured.index + 1, leader.starting)
-                if wanted == asked:
-                    await trio.sleep(min(BEHIND_PAUSE_S, agent.timings.heartbeat_s))
-                return wanted
-    return last + 1
-
-
-def prepare_members(agent: Agent, group: GroupState, leader: LeaderState) -> list[HsmId]:
-    """Create the wake-up signals of the other members' pushers; returns those members."""
-    members = other_members(agent, group)
-    for member in members:
-        leader.member_signals.setdefault(member, Signal())
-    return members
+    return PushAnswered(member, captured, behind=reply.behind)
 
 
 # --- member's side ---------------------------------------------------------------------------------------
@@ -120,7 +102,7 @@ async def handle_replicate(agent: Agent, body: Replicate) -> CapturedReply | Ref
         if body.last >= group.position:
             follower.wake.set()
         return CapturedReply(encoded_capture(group), behind=body.last >= group.position)
-    if len(body.entries) > REPLICATE_ENTRIES_MAX:
+    if len(body.entries) > PUSH_ENTRIES_MAX:
         return CapturedReply(encoded_capture(group), behind=True)
     try:
         entries = [decode_log_entry(encoded) for encoded in body.entries]

@@ -18,6 +18,7 @@ from juicebox_hsm.adapters.tls.certificate_end import to_unix_ms
 from juicebox_hsm.consensus.types import Leader as LeaderRole
 from juicebox_hsm.consensus.types import RoleStatus, SteppingDown, Transferring, TransferringOut, Witness
 from juicebox_hsm.errors import RealmError
+from juicebox_hsm.host.leadership.machine import Claim
 from juicebox_hsm.hsm.messages import GroupStatus, LeaderStatus, Status, StatusOk
 from juicebox_hsm.ids import OwnedRange
 from juicebox_hsm.ports.errors import HsmGone
@@ -83,7 +84,6 @@ from roles.agent.lost import Connection, LeaderWatch
 from roles.agent.outbox import Dispatcher, watch_backlog
 from roles.agent.ratelimit import gossip, keep_tenants, refresh_tenants
 from roles.agent.replicate import handle_captured, handle_replicate
-from roles.agent.state import Claim
 from roles.agent.transfer import (
     handle_arrived,
     handle_cancel_prepare,
@@ -240,17 +240,18 @@ def _group_infos(agent: Agent) -> list[AgentGroupInfo]:
             role = role_info(group.role)
             infos.append(AgentGroupInfo(group.realm, group.group, role, False, waiting_clients=group.releasing))
             continue
-        last = leader.last_appended
+        shown = leader.snapshot(now)
+        last = shown.last_appended
         infos.append(
             AgentGroupInfo(
                 group.realm,
                 group.group,
                 role_info(group.role),
                 leading=True,
-                waiting_clients=len(leader.waiters) + len(leader.incoming),
+                waiting_clients=shown.waiting,
                 last_appended=None if last is None else (last.index, last.entry_mac),
-                append_queue_len=len(leader.queue),
-                requests_per_s=leader.meter.per_second(now),
+                append_queue_len=shown.queued,
+                requests_per_s=shown.requests_per_s,
             )
         )
     return infos

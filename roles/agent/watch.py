@@ -17,6 +17,8 @@ from juicebox_hsm.adapters.observation.logging import bind_context
 from juicebox_hsm.consensus.codec import decode_captured
 from juicebox_hsm.consensus.types import Captured, LogEntry
 from juicebox_hsm.errors import RealmError, check
+from juicebox_hsm.host.group import GroupState
+from juicebox_hsm.host.leadership.events import CaptureHeard
 from juicebox_hsm.host.log import Compacted
 from juicebox_hsm.host.retry import STORE_RETRY
 from juicebox_hsm.hsm.messages import (
@@ -34,7 +36,6 @@ from juicebox_hsm.ports.errors import HsmGone
 from juicebox_hsm.wire.methods import CAPTURED
 from juicebox_hsm.wire.rpc import CapturedReply, GroupCall
 from roles.agent.oneshot import Signal
-from roles.agent.state import GroupState
 
 if TYPE_CHECKING:
     from roles.agent.context import Agent
@@ -89,8 +90,7 @@ class Persister:
             if group is None:
                 continue
             group.captured = captured
-            if group.leader is not None:
-                group.leader.vote(captured)
+            self._agent.tell(group, CaptureHeard(captured))
 
 
 class Follower:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,10 @@ import pytest
 import trio
 import trio.testing
 
-import roles.agent.app as app_module
 from juicebox_hsm.consensus.codec import decode_captured, encode_log_entry
 from juicebox_hsm.consensus.types import Partition
 from juicebox_hsm.crypto.noise import Initiator
+from juicebox_hsm.host.leadership.state import Limits
 from juicebox_hsm.host.retry import RetryProfile
 from juicebox_hsm.host.services import TenantLimits
 from juicebox_hsm.host.tree import TreeSide
@@ -75,7 +76,7 @@ async def test_become_leader_minds_the_asked_end(tmp_path: Path) -> None:
 
 async def test_become_leader_refuses_who_is_far_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A candidate near the end is waited for; one too far behind is refused at once with what it has."""
-    monkeypatch.setattr("roles.agent.leader.TRAILING_CAPTURE_MAX", 1)
+    monkeypatch.setattr("juicebox_hsm.host.candidacy.TRAILING_CAPTURE_MAX", 1)
     async with simulation(tmp_path) as sim:
         group = await sim.new_realm(3)
         await all_at_end(sim, group)
@@ -94,7 +95,7 @@ async def test_become_leader_refuses_who_is_far_behind(tmp_path: Path, monkeypat
         refused = await sim.become_leader(witness, group)
         assert (refusal(refused), refused.index) == (Refusal.NOT_CAPTURED, have)
         assert trio.current_time() - began < QUICK.become_leader_s
-        monkeypatch.setattr("roles.agent.leader.TRAILING_CAPTURE_MAX", 1000)
+        monkeypatch.setattr("juicebox_hsm.host.candidacy.TRAILING_CAPTURE_MAX", 1000)
 
         async def soon() -> None:
             await trio.sleep(0.1)
@@ -277,7 +278,8 @@ async def test_requests_wait_for_their_proofs(tmp_path: Path, error: bool) -> No
 
 async def test_requests_without_proofs_end_with_no_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """When the retries are used up the answer is NoStore with the message unused, and the agent lives."""
-    monkeypatch.setattr(app_module, "STORE_RETRY", RetryProfile(0.001, 0.001, 3, 30.0))
+    few = partial(Limits, retry=RetryProfile(0.001, 0.001, 3, 30.0))
+    monkeypatch.setattr("roles.agent.context.Limits", few)
     async with simulation(tmp_path) as sim:
         group = await sim.new_realm(1)
         agent = sim.agents[0]

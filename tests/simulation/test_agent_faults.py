@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -15,6 +16,7 @@ from juicebox_hsm.adapters.hsm_directory.nvram import NvramFailed
 from juicebox_hsm.adapters.process.supervision import ExitCode, exit_code_of
 from juicebox_hsm.consensus.types import LogEntry
 from juicebox_hsm.host.events import EventKind
+from juicebox_hsm.host.leadership.state import Limits
 from juicebox_hsm.host.log import AppendOutcome, Compacted
 from juicebox_hsm.hsm.messages import AppRequest, Outcome, Request, Response
 from juicebox_hsm.ids import GroupId, RealmId
@@ -137,7 +139,7 @@ async def test_client_that_leaves_before_the_append_stalls_nobody(tmp_path: Path
 
 async def test_busy_beyond_the_uncommitted_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With too many uncommitted entries a request is refused as Busy before the HSM sees it."""
-    monkeypatch.setattr(app_module, "UNCOMMITTED_MAX", 5)
+    monkeypatch.setattr("roles.agent.context.Limits", partial(Limits, uncommitted_max=5))
     async with simulation(tmp_path) as sim:
         group = await sim.new_realm(1)
         agent = sim.agents[0]
@@ -303,7 +305,7 @@ async def test_shutdown_without_managers_answers_everybody(tmp_path: Path) -> No
         async with trio.open_nursery() as nursery:
             for number in range(5):
                 nursery.start_soon(ask, sim.register1(group, f"user{number}"))
-            await until(lambda: len(agent.group(group).leader.waiters) == 5)
+            await until(lambda: agent.group(group).leader.snapshot(trio.current_time()).waiting == 5)
             agent.agent.stopping = True
             nursery.start_soon(hand_over, agent.agent)
             await until(lambda: not agent.group(group).is_leader)
@@ -324,7 +326,7 @@ async def test_watchdog_regains_a_forgotten_leadership(tmp_path: Path) -> None:
         assert isinstance(await agent.call("app", sim.register1(group, "alice")), AppOk)
         forgotten = agent.group(group).leader
         agent.group(group).leader = None
-        forgotten.wake_all()
+        agent.agent.drivers[forgotten].end()
         await until(lambda: agent.group(group).leader is not None)
         await serves_again(sim, group)
 

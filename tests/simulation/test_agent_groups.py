@@ -327,10 +327,10 @@ async def test_rows_on_their_way_are_not_unknown(tmp_path: Path) -> None:
             leader = new.group(group).leader
             await until(lambda: leader.committed == leader.starting - 1)
             await trio.sleep(0.3)
-            early = leader.resolved
+            early = leader.snapshot(0.0).resolved
             proceed.set()
         assert not early
         assert isinstance(replies[0], AppOk)
-        await until(lambda: leader.resolved)
+        await until(lambda: leader.snapshot(0.0).resolved)
         events = await sim.store.outbox.read(sim.realm, TENANT, 0, 10)
         assert [event.new.kind for event in events] == [EventKind.REGISTER1]

@@ -11,6 +11,7 @@ import pytest
 import trio
 
 from juicebox_hsm.adapters.clock.retrying import retrying
+from juicebox_hsm.host.leadership.machine import Claim
 from juicebox_hsm.host.log import AppendOutcome
 from juicebox_hsm.host.retry import RetryProfile
 from juicebox_hsm.hsm.messages import BecomeLeader, NotCaptured, Outcome, Request, Response
@@ -19,7 +20,6 @@ from juicebox_hsm.ports.errors import StoreAmbiguous, StoreUnavailable
 from juicebox_hsm.wire.rpc import AppOk, BecomeLeaderCall, Done, GroupCall, Refusal, Refused, SteppedDown
 from roles.agent.leader import handle_become_leader
 from roles.agent.lost import LEADERSHIPS_MAX, LeaderWatch
-from roles.agent.state import Claim
 from roles.agent.watch import LogRefused
 from tests.simulation.cluster import QUICK, Caller, SimAgent, Simulation, simulation, until
 from tests.simulation.test_agent_groups import all_at_end

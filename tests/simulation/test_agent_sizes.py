@@ -39,7 +39,7 @@ async def test_five_members_survive_two_and_wait_for_the_third(tmp_path: Path) -
         assert await client.recover(b"1234", b"info") == b"secret"
         await all_at_end(sim, group)
         await lose(third)
-        state = leader.group(group).leader
+        state = leader.group(group).leader._state
         await until(lambda: state.committed == state.next_index - 1)
         committed = state.committed
         replies: list[object] = []

@@ -11,56 +11,21 @@ import trio
 
 from juicebox_hsm.adapters.observation.dogstatsd import send_metrics
 from juicebox_hsm.adapters.observation.metrics import Metrics
-from juicebox_hsm.consensus.types import Captured, Leader, RoleStatus, SteppingDown, Witness
+from juicebox_hsm.consensus.types import Leader, RoleStatus, Witness
 from juicebox_hsm.host.events import EventKind, NewEvent, OutboxEvent
+from juicebox_hsm.host.group import Groups, GroupState
+from juicebox_hsm.host.leadership.effects import Answer
+from juicebox_hsm.host.leadership.events import ClientRequest
+from juicebox_hsm.host.outbox import client_event, tenant_event
 from juicebox_hsm.hsm.messages import GroupStatus, RealmStatus, ResultKind, ResultType, StatusOk
 from juicebox_hsm.ids import GroupId, HsmId, RealmId, RecordId
 from juicebox_hsm.ports.errors import HsmGone
-from juicebox_hsm.wire.client import TransportRequest
-from roles.agent.compact import compactible_rows, compaction_index
+from juicebox_hsm.wire.client import TransportRequest, TransportResponse
 from roles.agent.context import Agent, Timings
-from roles.agent.outbox import by_day, client_event, note_backlog, tenant_event
-from roles.agent.state import Groups, GroupState, LeaderState, PendingRequest
-from roles.agent.transfer import still_ours
+from roles.agent.outbox import by_day, note_backlog
 from roles.agent.watchdog import suspects, watchdog
 
 REALM, GROUP, HSM = RealmId(b"r" * 16), GroupId(b"g" * 16), HsmId(b"h" * 16)
-
-
-@pytest.mark.parametrize(
-    ("starts", "index", "compacted"),
-    [
-        ([1], 1, []),
-        ([1, 3], 2, [1]),
-        ([1, 3, 5], 3, [1]),
-        ([1, 3, 5], 4, [1, 3]),
-        ([1, 3, 10], 6, [1]),
-        ([1, 3, 10], 9, [1, 3]),
-        ([], 5, []),
-        ([1, 3], 1, []),
-        ([1, 3], 100, [1]),
-    ],
-)
-def test_compactible_prefix(starts: list[int], index: int, compacted: list[int]) -> None:
-    """A row is compacted only if all its entries are at or below the index; the last row never is."""
-    assert starts[: compactible_rows(starts, index)] == compacted
-
-
-def test_compaction_waits_for_commit_capture_and_settling() -> None:
-    """The last committed entry, what our own HSM has not persisted and what is not settled stay in the log."""
-    group = GroupState(REALM, GROUP, (HSM,), RoleStatus(Witness(), 0))
-    leader = LeaderState(2)
-    assert compaction_index(group, leader) == 0
-    leader.committed, leader.settled, leader.resolved = 10, 8, True
-    assert compaction_index(group, leader) == 0
-    group.captured = Captured(HSM, REALM, GROUP, 7, bytes(32), bytes(32))
-    assert compaction_index(group, leader) == 7
-    group.captured = Captured(HSM, REALM, GROUP, 12, bytes(32), bytes(32))
-    assert compaction_index(group, leader) == 8
-    leader.settled = 10
-    assert compaction_index(group, leader) == 9
-    leader.resolved = False
-    assert compaction_index(group, leader) == 0
 
 
 @pytest.mark.parametrize(
@@ -92,9 +57,9 @@ def test_published_events(result: ResultType, event: dict[str, str | int] | None
 )
 def test_accounting_needs_a_change(kind: ResultKind, wrote: bool, accounting: str | None) -> None:
     """Deleting what does not exist is not accounted, though its event is published."""
-    request = PendingRequest(RecordId(bytes(32)), 1, TransportRequest(b""), "acme", "u" * 64, 42)
-    request.wrote = wrote
-    event = client_event(GROUP, 3, bytes(32), request, ResultType(kind))
+    request = ClientRequest(RecordId(bytes(32)), 1, TransportRequest(b""), "acme", "u" * 64, 42, lambda _answer: None)
+    answer = Answer(request, 3, bytes(32), TransportResponse(b""), ResultType(kind), wrote)
+    event = client_event(GROUP, answer)
     assert event.accounting == accounting
     assert (event.tenant, event.user, event.index, event.when_ms) == ("acme", "u" * 64, 3, 42)
 
@@ -148,25 +113,6 @@ def test_backlog_bounds(rows: int, age_s: float, warns: bool, full: bool) -> Non
     assert (bool(agent.outbox_warning), agent.outbox_full) == (warns, full)
     note_backlog(cast("Agent", agent), 0, 0.0)
     assert (agent.outbox_warning, agent.outbox_full) == ("", False)
-
-
-@pytest.mark.parametrize(
-    ("role", "at", "ours"),
-    [
-        (Leader(2), 5, True),
-        (SteppingDown(2), 6, True),
-        (SteppingDown(2), 5, False),
-        (Witness(), 6, False),
-        (Leader(9), 7, False),
-        (SteppingDown(2), 7, False),
-        (Leader(2), 4, False),
-    ],
-)
-def test_commits_speak_of_our_entry_only_at_its_clock(
-    role: Leader | SteppingDown | Witness, at: int, ours: bool
-) -> None:
-    """A commit is about an entry of clock c only while the clock is c, or c + 1 and stepping down (hsm.md 6.3)."""
-    assert still_ours(RoleStatus(role, at), 5) is ours
 
 
 def status_of(role: Leader | Witness, captured: int) -> StatusOk:

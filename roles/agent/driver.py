@@ -1,0 +1,156 @@
+"""The driver of one leadership: it carries out what the machine decides, and decides nothing itself.
+
+The contract is in `juicebox_hsm.host.leadership.machine`. Quick effects are done in `step`, on the spot; a long one is
+returned to the lane that told the event, which carries it out and tells what came of it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from juicebox_hsm.host.group import GroupState
+from juicebox_hsm.host.leadership.effects import (
+    Adopt,
+    Answer,
+    Long,
+    Note,
+    Noted,
+    ReadLog,
+    Refuse,
+    Release,
+    RetryLater,
+    SetDeadline,
+    StepDown,
+    StepDownCode,
+    WaitOver,
+    Wake,
+)
+from juicebox_hsm.host.leadership.events import Ended, Event, Lane, RetryDue, Turn
+from juicebox_hsm.host.leadership.machine import Leadership
+from juicebox_hsm.hsm.messages import ResultKind, StepDownOk
+from juicebox_hsm.ids import HsmId
+from juicebox_hsm.wire.client import encode_noise_response
+from juicebox_hsm.wire.rpc import AppOk, Refused
+from roles.agent.oneshot import Signal
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from roles.agent.context import Agent
+
+_RESERVING: Final = frozenset({ResultKind.REGISTER1, ResultKind.RECOVER1, ResultKind.RECOVER2})
+_WHY: Final = {
+    StepDownCode.ASKED: "asked to",
+    StepDownCode.SHUTTING_DOWN: "shutting down",
+    StepDownCode.LOST_DUEL: "another leader wrote index {index}",
+    StepDownCode.HOLE: "index {index} never arrived",
+    StepDownCode.APPEND_AMBIGUOUS: "append of unknown outcome: {why}",
+    StepDownCode.APPEND_REFUSED: "append failed: {why}",
+    StepDownCode.OUTBOX_FAILED: "outbox not written: {why}",
+}
+
+
+class Driver:
+    """Signals, deadlines and tasks of one leadership."""
+
+    def __init__(self, agent: Agent, group: GroupState, leader: Leadership) -> None:
+        self.agent = agent
+        self.group = group
+        self.leader = leader
+        self.members = [member for member in group.configuration if member != agent.hsm_id]
+        self._signals: dict[Lane | HsmId, Signal] = {lane: Signal() for lane in (*Lane, *self.members)}
+        self._deadline_s: float | None = None
+
+    def step(self, event: Event) -> Long | None:
+        """Tell the machine an event and do what it wants at once; returns the long effect for the caller's lane."""
+        long: Long | None = None
+        for effect in self.leader.step(event, trio.current_time()):
+            match effect:
+                case Wake(lane):
+                    self._signals[lane].set()
+                case Release(answers):
+                    self._answer(answers)
+                case Refuse(request, refusal, consumed):
+                    request.reply(Refused(refusal, consumed=consumed))
+                case Adopt(role):
+                    self.agent.adopt(self.group, role)
+                case RetryLater(request, delay_s):
+                    self.agent.nursery.start_soon(self._later, RetryDue(request), delay_s)
+                case SetDeadline(at_s):
+                    self._deadline_s = at_s
+                case WaitOver(wait, refusal_or_none):
+                    wait.reply(refusal_or_none)
+                case ReadLog():
+                    self.agent.follower(self.group).wake.set()
+                case Note(what):
+                    self._note(what)
+                case _:
+                    long = effect
+        return long
+
+    async def run_lane(
+        self, lane: Lane, carry_out: Callable[[Driver, Long], Awaitable[Long | None]], first: Event | None = None
+    ) -> None:
+        """Take turns and carry out what they bring until the leadership ends; what was begun is finished."""
+        effect = self.step(first or Turn(lane))
+        while effect is not None or not self.leader.has_ended:
+            if effect is None:
+                await self._sleep(lane)
+            else:
+                effect = await carry_out(self, effect)
+            if effect is None:
+                effect = self.step(Turn(lane))
+
+    async def wait(self, member: HsmId, seconds: float) -> bool:
+        """Wait until a member's pusher is woken, or for `seconds`; tell which."""
+        return await self._signals[member].wait_at_most(seconds)
+
+    def end(self) -> None:
+        """Tell the machine its end, and every lane."""
+        self.step(Ended())
+        for signal in self._signals.values():
+            signal.set()
+
+    async def step_down(self, order: StepDown) -> StepDownOk | None:
+        """Carry out a `StepDown`; the HSM's role is adopted when this returns."""
+        if order.code is StepDownCode.HOLE:
+            self.agent.metrics.count("agent.append.given_up")
+        why = _WHY[order.code].format(index=order.index, why=order.why)
+        return await self.agent.step_down(self.group, force=order.forced, why=why)
+
+    async def _sleep(self, lane: Lane) -> None:
+        deadline_s, self._deadline_s = (self._deadline_s, None) if lane is Lane.PRODUCE else (None, self._deadline_s)
+        if deadline_s is None:
+            await self._signals[lane].wait()
+        else:
+            await self._signals[lane].wait_at_most(max(0.0, deadline_s - trio.current_time()))
+
+    async def _later(self, event: Event, delay_s: float) -> None:
+        await trio.sleep(delay_s)
+        self.step(event)
+
+    def _note(self, what: Noted) -> None:
+        match what:
+            case Noted.RETRIES_EXHAUSTED:
+                self.agent.metrics.count("agent.start_app_request.exhausted")
+            case Noted.REPLY_UNASKED:
+                self.agent.log.error("released a reply nobody asked for", group=self.group.group.hex())
+
+    def _answer(self, answers: Sequence[Answer]) -> None:
+        agent = self.agent
+        counts: Counter[tuple[str, ResultKind]] = Counter()
+        now_ms = agent.now_ms()
+        agent.metrics.timing("agent.commit.latency", (now_ms - answers[0].request.when_ms) * 1_000_000)
+        for answer in answers:
+            request, kind = answer.request, answer.result.kind
+            if kind in _RESERVING:
+                agent.limiters.of(request.tenant).reserve(request.record_id, now_ms)
+            counts[request.tenant, kind] += 1
+            request.reply(AppOk(encode_noise_response(answer.noise)))
+        realm = self.group.realm.hex()
+        for (tenant, kind), count in counts.items():
+            agent.metrics.count("realm.request.count", count, realm=realm, tenant=tenant, type=kind.value.lower())
