@@ -118,6 +118,10 @@ class Judge:
         """Take in a call of a client that has ended, or never will."""
         self._calls.append(call)
 
+    def answered(self, reply: bytes) -> None:
+        """Take in the encoded NoiseResponse of an `app` request that an agent answers (handshakes alone excepted)."""
+        self.check(lambda: self.events.answered(reply))
+
     def barrier(self) -> None:
         """Take in that every process of the realm is dead at this moment."""
         self._barriers.append(self._now())

@@ -15,6 +15,7 @@ from juicebox_hsm.hsm.messages import ResultKind
 from juicebox_hsm.hsm.records import NOT_REGISTERED, Record, Registered
 from juicebox_hsm.hsm.state import WitnessState
 from juicebox_hsm.ids import GroupId, HsmId, OwnedRange, RecordId
+from juicebox_hsm.wire.client import encode_noise_response
 from roles.tools.simulate.judge_ledger import Leadership, Ledger, state_of
 from roles.tools.simulate.judge_rules import require
 
@@ -28,6 +29,8 @@ class Commits:
         self.heads: dict[GroupId, LogEntry] = {}
         self.histories: dict[RecordId, list[bytes]] = {}
         self.current: dict[RecordId, Record] = {}
+        self.replies: dict[bytes, tuple[GroupId, int, bytes]] = {}
+        """Released replies as they travel, and the entries that they belong to."""
         self._spent: dict[RecordId, int] = {}
 
     def observe(self, name: str, hsm: Hsm, request: m.Commit, response: m.CommitOk) -> list[LogEntry]:
@@ -44,8 +47,9 @@ class Commits:
         head = self._head(hsm, request, response, configuration)
         fresh = self._extend(group, head)
         self._check_ownership()
-        for mac, _, result in response.responses:
+        for mac, reply, result in response.responses:
             self._check_release(name, leadership, mac, result, request, configuration)
+            self.replies[encode_noise_response(reply)] = (group, ledger.entries[group][mac].index, mac)
         self._check_abandoned(name, group, leadership, response, fresh)
         return fresh
 

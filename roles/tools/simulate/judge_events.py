@@ -82,6 +82,15 @@ class EventsJudge:
             if key in self._logs.intents:
                 require("events", self._has_row(key), f"entry {at} of {group.hex()} is settled and has no row")
 
+    def answered(self, reply: bytes) -> None:
+        """Check an answer that leaves an agent: an HSM released it, and its true row is written (agent.md 11)."""
+        key = self._commits.replies.get(reply)
+        if key is None:
+            require("I3", condition=False, detail="an agent answered with a reply that no HSM released")
+        else:
+            told = (key, False) in self._known
+            require("events", told, f"the answer to entry {key[1]} of {key[0].hex()} left before its row was written")
+
     def _has_row(self, key: _Key) -> bool:
         return (key, False) in self._known or (key, True) in self._known
 

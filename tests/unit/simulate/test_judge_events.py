@@ -106,6 +106,18 @@ def test_a_row_that_is_not_true(world: JudgedWorld, history: History, change: di
     broken("events", lambda: record(world, false))
 
 
+def test_an_answer_before_its_row(world: JudgedWorld, history: History) -> None:
+    """events, I3: an answer that leaves an agent while its row is not written, or that no HSM released."""
+    group, entries = history
+    replies = {key[2]: reply for reply, key in world.judge.commits.replies.items()}
+    world.record_events(group, entries[0])
+    world.judge.answered(replies[entries[0].entry_mac])
+    broken("events", lambda: world.judge.answered(replies[entries[1].entry_mac]))
+    record(world, unknown(world.event(group, entries[1])))
+    broken("events", lambda: world.judge.answered(replies[entries[1].entry_mac]))
+    broken("I3", lambda: world.judge.answered(b"invented"))
+
+
 def test_rows_out_of_order(world: JudgedWorld, history: History) -> None:
     """events: true rows of one record in another order than that of its history."""
     group, entries = history
