@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Final
 
+from juicebox_hsm.consensus.types import ZERO_MAC, LogEntry
+from juicebox_hsm.errors import check
 from juicebox_hsm.ids import RecordId
+
+BATCH_ENTRIES_MAX: Final = 100
+"""Entries of one append (storage.md 2.1)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,3 +49,16 @@ class LogRow:
 
     first_index: int
     is_tombstone: bool
+
+
+def check_batch(entries: Sequence[LogEntry], intents: Sequence[Intent | None], index_max: int) -> None:
+    """Check what the caller of an append promises; `index_max` is the highest index that the store can keep."""
+    check(0 < len(entries) <= BATCH_ENTRIES_MAX, "a log batch has 1..100 entries")
+    check(len(intents) == len(entries), "intents are parallel to entries")
+    check(entries[0].index > 1 or entries[0].prev_mac == ZERO_MAC, "the first entry of a log follows the zero mac")
+    check(entries[0].index > 0 and entries[-1].index <= index_max, "log indexes are within what the store keeps")
+    for before, after in pairwise(entries):
+        check(
+            after.index == before.index + 1 and after.prev_mac == before.entry_mac,
+            "the entries of a batch follow each other",
+        )

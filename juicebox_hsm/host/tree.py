@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import enum
+from juicebox_hsm.merkle.walk import Side as TreeSide
 
-
-class TreeSide(enum.Enum):
-    """Which edge of a tree to walk."""
-
-    LEFT = "left"
-    RIGHT = "right"
+__all__ = ["TreeSide"]

@@ -24,11 +24,12 @@ from juicebox_hsm.merkle.nodes import (
 )
 
 _GROUP_MASKS: Final = tuple((0x7F << (7 - bits)) & 0x7F for bits in range(8))
+_BRANCH_END_MIN: Final = 2 + 2 + 1 + HASH_BYTES  # version and kind, length, a prefix of one byte, hash
 _LAST_BYTES: Final = tuple(bytes((0x80 | bits,)) for bits in range(8))
 
 
 class MissingNode(RealmError):
-    """A node of the path is not in the store: the reader was slower than deferred deletion; read again."""
+    """A node of the asked tree is not in the store: the root moved on. Read the log tail and try again."""
 
     retryable = True
 
@@ -70,15 +71,25 @@ def build_read_proof(key: bytes, bounds: OwnedRange, root: bytes, path: Sequence
 
 
 def _branch(node: bytes, side: int) -> tuple[int, int, bytes] | None:
-    """Return (bits, prefix, child hash) of one branch of a stored interior node, None if it has none there."""
+    """Return (bits, prefix, child hash) of one branch of a stored interior node, None if it has none there.
+
+    The hot loop of every read.
+    """
     if len(node) < 2 or node[0] != VERSION or not KIND_INTERIOR <= node[1] <= KIND_INTERIOR + 3:
         raise BadEncoding("stored node is not an interior node")
-    if not node[1] & (1 << side):
+    kind = node[1]
+    if not kind & (1 << side):
         return None
+    if len(node) < _BRANCH_END_MIN:
+        raise BadEncoding("stored node is cut short")
     at = 2
-    if side and node[1] & 1:
-        at += 2 + HASH_BYTES + ((int.from_bytes(node[2:4], "big") + 7) >> 3)
-    nbits = int.from_bytes(node[at : at + 2], "big")
+    if side and kind & 1:
+        at += 2 + HASH_BYTES + (((node[2] << 8 | node[3]) + 7) >> 3)
+        if len(node) < at + _BRANCH_END_MIN - 2:
+            raise BadEncoding("stored node is cut short")
+    nbits = node[at] << 8 | node[at + 1]
+    if nbits == 1:  # most branches
+        return 1, node[at + 2] >> 7, node[at + 3 : at + 3 + HASH_BYTES]
     middle = at + 2 + ((nbits + 7) >> 3)
     child = node[middle : middle + HASH_BYTES]
     if not 0 < nbits <= KEY_BITS or len(child) != HASH_BYTES:
@@ -106,6 +117,10 @@ class Walk(Protocol):
     def depth(self) -> int:
         """Return the length in bits of the next node's full prefix."""
 
+    @property
+    def aim(self) -> int:
+        """Return a key of 256 bits below the next node's prefix: the likeliest to be walked to."""
+
     def feed(self, node: bytes) -> None:
         """Take the encoding of the wanted node; raises `BadEncoding` if it cannot be it."""
 
@@ -116,11 +131,11 @@ class Walk(Protocol):
 class PathWalk:
     """Walk towards a record id; the proof shows its leaf, or that there is none (merkle.md 4)."""
 
-    __slots__ = ("_bounds", "_groups", "_key", "_key_number", "_leaf", "_path", "_root", "depth", "wanted")
+    __slots__ = ("_bounds", "_groups", "_key", "_leaf", "_path", "_root", "aim", "depth", "wanted")
 
     def __init__(self, key: bytes, bounds: OwnedRange, root: bytes) -> None:
         self._key = key
-        self._key_number = int.from_bytes(key, "big")
+        self.aim = int.from_bytes(key, "big")
         self._groups = b""
         self._bounds = bounds
         self._root = root
@@ -136,7 +151,7 @@ class PathWalk:
         check(wanted is not None, "a completed walk wants nothing")
         groups = self._groups
         if not groups:
-            groups = self._groups = row_prefix(self._key_number, KEY_BITS)
+            groups = self._groups = row_prefix(self.aim, KEY_BITS)
         full, rest = divmod(self.depth, 7)
         if rest:
             head = groups[:full] + bytes((groups[full] & _GROUP_MASKS[rest], 0x80 | rest))
@@ -153,7 +168,7 @@ class PathWalk:
             self.wanted = None
             return
         remaining = KEY_BITS - depth
-        branch = _branch(node, (self._key_number >> (remaining - 1)) & 1)
+        branch = _branch(node, (self.aim >> (remaining - 1)) & 1)
         self._path.append(node)
         self.wanted = None
         if branch is None:
@@ -161,7 +176,7 @@ class PathWalk:
         nbits, prefix, child = branch
         if nbits > remaining:
             raise BadEncoding("stored branch reaches beyond the key")
-        if (self._key_number >> (remaining - nbits)) & ((1 << nbits) - 1) == prefix:
+        if (self.aim >> (remaining - nbits)) & ((1 << nbits) - 1) == prefix:
             self.depth = depth + nbits
             self.wanted = child
 
@@ -191,6 +206,12 @@ class EdgeWalk:
         """Return the row key of the next node; only while something is wanted."""
         check(self.wanted is not None, "a completed walk wants nothing")
         return row_prefix(self._prefix, self.depth) + (self.wanted or b"")
+
+    @property
+    def aim(self) -> int:
+        """Return the outermost key below the next node's prefix."""
+        rest = KEY_BITS - self.depth
+        return self._prefix << rest | ((1 << rest) - 1 if self._side is Side.RIGHT else 0)
 
     def feed(self, node: bytes) -> None:
         """Take the encoding of the wanted node; raises `BadEncoding` if it cannot be it."""

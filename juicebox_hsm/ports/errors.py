@@ -6,6 +6,9 @@ Every method of a port may raise `StoreUnavailable` (nothing was applied, or the
 from __future__ import annotations
 
 from juicebox_hsm.errors import RealmError
+from juicebox_hsm.merkle.walk import MissingNode
+
+__all__ = ["HsmGone", "MissingNode", "StoreAmbiguous", "StoreInvalid", "StoreUnavailable"]
 
 
 class StoreUnavailable(RealmError):
@@ -20,12 +23,6 @@ class StoreAmbiguous(RealmError):
 
 class StoreInvalid(RealmError):
     """The store's content or version is not ours: the message says what and where."""
-
-
-class MissingNode(RealmError):
-    """A node of the asked tree is not in the store: the root moved on. Read the log tail and try again."""
-
-    retryable = True
 
 
 class HsmGone(RealmError):

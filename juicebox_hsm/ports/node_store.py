@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from juicebox_hsm.consensus.types import Partition
-from juicebox_hsm.host.tree import TreeSide
 from juicebox_hsm.ids import RealmId, RecordId
+from juicebox_hsm.merkle.walk import Side
 
 
 class NodeStore(Protocol):
@@ -22,6 +22,6 @@ class NodeStore(Protocol):
         """
         ...
 
-    async def read_edge_proof(self, realm: RealmId, partition: Partition, side: TreeSide) -> bytes:
+    async def read_edge_proof(self, realm: RealmId, partition: Partition, side: Side) -> bytes:
         """Return the encoded edge proof (merkle.md 4.2). Raises `MissingNode`."""
         ...

@@ -17,8 +17,8 @@ import trio
 from juicebox_hsm.consensus.types import LogEntry, Partition, TransferringIn, TransferringOut
 from juicebox_hsm.host.log import AppendOutcome, Compacted, LogRow
 from juicebox_hsm.host.services import ServiceAddress, ServiceKind, TenantLimits
-from juicebox_hsm.host.tree import TreeSide
 from juicebox_hsm.ids import FULL_RANGE, GroupId, HsmId, OwnedRange, RealmId, RecordId
+from juicebox_hsm.merkle.walk import Side
 from juicebox_hsm.ports.errors import MissingNode
 from juicebox_hsm.ports.store import Store
 from tests.emulator.realm_data import (
@@ -232,8 +232,8 @@ class NodeContract:
         """An empty tree proves absence and has edge proofs whose key is the end of the range."""
         grown = await Grown.start(store, MIDDLE)
         await grown.check([MIDDLE.start, RecordId(b"\x80" + bytes(31)), MIDDLE.end])
-        left = await store.nodes.read_edge_proof(REALM, grown.partition, TreeSide.LEFT)
-        right = await store.nodes.read_edge_proof(REALM, grown.partition, TreeSide.RIGHT)
+        left = await store.nodes.read_edge_proof(REALM, grown.partition, Side.LEFT)
+        right = await store.nodes.read_edge_proof(REALM, grown.partition, Side.RIGHT)
         assert left[2:34] == MIDDLE.start
         assert right[2:34] == MIDDLE.end
         assert grown.tree.latest(left).leaf is None
@@ -255,7 +255,7 @@ class NodeContract:
         grown, rng = await Grown.start(store), random.Random(6)
         for _ in range(12):
             await grown.write({random_record(rng): b"v" for _ in range(2)})
-            for side, key in ((TreeSide.LEFT, min(grown.values)), (TreeSide.RIGHT, max(grown.values))):
+            for side, key in ((Side.LEFT, min(grown.values)), (Side.RIGHT, max(grown.values))):
                 proof = await store.nodes.read_edge_proof(REALM, grown.partition, side)
                 assert proof[2:34] == key
                 assert grown.tree.latest(proof).leaf == b"v"
@@ -265,7 +265,7 @@ class NodeContract:
         for group, key in ((GROUP, bytes(31) + b"\x05"), (OTHER_GROUP, b"\xff" * 32)):
             grown = await Grown.start(store, group=group)
             await grown.write({RecordId(key): b"v"})
-            for side in TreeSide:
+            for side in Side:
                 assert (await store.nodes.read_edge_proof(REALM, grown.partition, side))[2:34] == key
 
     async def test_a_root_that_never_was(self, store: Store) -> None:
@@ -275,7 +275,7 @@ class NodeContract:
         unknown = Partition(FULL_RANGE, b"\x13" * 32)
         assert await store.nodes.read_proofs(REALM, unknown, [RecordId(b"\x50" * 32)] * 2) == [None, None]
         with pytest.raises(MissingNode):
-            await store.nodes.read_edge_proof(REALM, unknown, TreeSide.LEFT)
+            await store.nodes.read_edge_proof(REALM, unknown, Side.LEFT)
 
     async def test_a_root_that_moved(self, backend: Backend, store: Store) -> None:
         """A former root gives proofs that are right, or none; never a mixture of two trees."""
@@ -312,8 +312,8 @@ class NodeContract:
             await source.write({random_record_in(rng, left_range): b"more"})
             await source.check()
             await moved.check()
-            own = await store.nodes.read_edge_proof(REALM, source.partition, TreeSide.RIGHT)
-            other = await store.nodes.read_edge_proof(REALM, moved.partition, TreeSide.LEFT)
+            own = await store.nodes.read_edge_proof(REALM, source.partition, Side.RIGHT)
+            other = await store.nodes.read_edge_proof(REALM, moved.partition, Side.LEFT)
             joined, root, delta = source.tree.merge(own, other, moved.tree.root, right_range)
             source.tree = type(source.tree)(root, joined.start, joined.end, 1024)
             await source.commit(delta)

@@ -18,9 +18,9 @@ from juicebox_hsm.crypto.noise import Initiator
 from juicebox_hsm.host.leadership.state import Limits
 from juicebox_hsm.host.retry import RetryProfile
 from juicebox_hsm.host.services import TenantLimits
-from juicebox_hsm.host.tree import TreeSide
 from juicebox_hsm.hsm.messages import CaptureNext, PersistState, Request, Response
 from juicebox_hsm.ids import GroupId, RealmId, RecordId
+from juicebox_hsm.merkle.walk import Side
 from juicebox_hsm.ports.errors import StoreUnavailable
 from juicebox_hsm.wire.client import HandshakeRequest, encode_noise_request
 from juicebox_hsm.wire.rpc import (
@@ -259,7 +259,7 @@ class MissingProofs:
         proofs: list[bytes | None] = await self._inner.read_proofs(realm, partition, records)
         return proofs
 
-    async def read_edge_proof(self, realm: RealmId, partition: Partition, side: TreeSide) -> bytes:
+    async def read_edge_proof(self, realm: RealmId, partition: Partition, side: Side) -> bytes:
         proof: bytes = await self._inner.read_edge_proof(realm, partition, side)
         return proof
 

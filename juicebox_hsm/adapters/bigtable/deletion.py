@@ -90,7 +90,7 @@ class DeferredDeletion:
                 self._leak(len(removals), str(error))
                 continue
             for key, instance in removals:
-                self._nodes.cache.purge(key, instance)
+                self._nodes.forget(key, instance)
 
     def close(self) -> None:
         """Take no more; `run` ends once everything queued is done, delays included."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Final
 
 import trio
@@ -27,14 +26,13 @@ from juicebox_hsm.adapters.bigtable.table import Table
 from juicebox_hsm.adapters.observation.metrics import Metrics
 from juicebox_hsm.adapters.observation.retry_metrics import Family
 from juicebox_hsm.consensus.codec import decode_certificate, encode_certificate
-from juicebox_hsm.consensus.types import ZERO_MAC, Certificate, LogEntry
-from juicebox_hsm.errors import DecodingError, check
-from juicebox_hsm.host.log import AppendOutcome, Compacted, Intent, LogRow
+from juicebox_hsm.consensus.types import Certificate, LogEntry
+from juicebox_hsm.errors import DecodingError
+from juicebox_hsm.host.log import AppendOutcome, Compacted, Intent, LogRow, check_batch
 from juicebox_hsm.ids import ID_BYTES, GroupId, RealmId
 from juicebox_hsm.merkle.kernel import delta_rows
 from juicebox_hsm.ports.errors import StoreAmbiguous, StoreInvalid, StoreUnavailable
 
-BATCH_ENTRIES_MAX: Final = 100
 WINDOW_ROWS: Final = 100
 """Rows listed or replaced at a time. The window in which gaps, tombstones and entries may mix: never change it on
 live data (storage.md 2.1)."""
@@ -44,19 +42,6 @@ FRESH_S: Final = 60.0
 
 _NAMES: Final = Selection(cells_per_row=1, strip_values=True)
 _NEWEST: Final = Selection(cells_per_row=1)
-
-
-def check_batch(entries: Sequence[LogEntry], intents: Sequence[Intent | None]) -> None:
-    """Check what the caller of an append promises."""
-    check(0 < len(entries) <= BATCH_ENTRIES_MAX, "a log batch has 1..100 entries")
-    check(len(intents) == len(entries), "intents are parallel to entries")
-    check(entries[0].index > 1 or entries[0].prev_mac == ZERO_MAC, "the first entry of a log follows the zero mac")
-    check(entries[0].index > 0 and entries[-1].index <= INDEX_MAX, "log indexes are within 1..2^63-1")
-    for before, after in pairwise(entries):
-        check(
-            after.index == before.index + 1 and after.prev_mac == before.entry_mac,
-            "the entries of a batch follow each other",
-        )
 
 
 class _FreshNodes:
@@ -114,7 +99,7 @@ class BigtableLog:
         Not cancelled half-way: one retry budget for all its calls, and their deadlines, bound it. One caller at a time
         per group.
         """
-        check_batch(entries, intents)
+        check_batch(entries, intents, INDEX_MAX)
         changes = delta_rows(delta)
         tail = (realm, group)
         with trio.CancelScope(shield=True), self._table(realm).budget():

@@ -12,26 +12,22 @@ the root on, each kill under load made the next leader's first read 0.25 s slowe
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import Final, Protocol
 
 import trio
 
 from juicebox_hsm.adapters.bigtable import keys
 from juicebox_hsm.adapters.bigtable.codec import KeyRange, Row, RowSet, Selection, SetCell
 from juicebox_hsm.adapters.bigtable.table import Endpoint, Table
+from juicebox_hsm.adapters.stores.node_cache import NodeCache
 from juicebox_hsm.adapters.stores.node_tuning import DEFAULT_NODE_TUNING, NodeTuning
 from juicebox_hsm.consensus.types import Partition
 from juicebox_hsm.errors import DecodingError
-from juicebox_hsm.host.tree import TreeSide
 from juicebox_hsm.ids import RealmId, RecordId
 from juicebox_hsm.merkle.kernel import EdgeWalk, PathWalk, Side, Walk, path_scan_starts, scan_end
 from juicebox_hsm.ports.errors import MissingNode, StoreInvalid, StoreUnavailable
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
 
 LARGE_READ_WAIT_S: Final = 3.0
 UPPER_BITS: Final = 6
@@ -44,46 +40,6 @@ _FIRST_CELL: Final = Selection(cells_per_row=1)
 _FIRST_NAME: Final = Selection(cells_per_row=1, strip_values=True)
 
 Stored = tuple[bytes, bytes]  # node encoding, instance id
-
-
-class NodeCache:
-    """A least-recently-used cache in two generations, row key -> (node, instance id); at most about `size` nodes."""
-
-    __slots__ = ("_half", "_old", "_young", "limit", "rotations")
-
-    def __init__(self, size: int) -> None:
-        self._half = max(1, size // 2)
-        self.limit = size
-        self.rotations = 0
-        """How often the older half was dropped."""
-        self._young: dict[bytes, Stored] = {}
-        self._old: dict[bytes, Stored] = {}
-
-    def __len__(self) -> int:
-        """Return how many nodes are held, counting one in both halves twice."""
-        return len(self._young) + len(self._old)
-
-    def get(self, key: bytes) -> Stored | None:
-        """Return the node, if remembered, and keep it for longer."""
-        found = self._young.get(key)
-        if found is None:
-            found = self._old.get(key)
-            if found is not None:
-                self.put(key, found)
-        return found
-
-    def put(self, key: bytes, stored: Stored) -> None:
-        """Remember a node."""
-        if len(self._young) >= self._half:
-            self._old, self._young = self._young, {}
-            self.rotations += 1
-        self._young[key] = stored
-
-    def purge(self, key: bytes, instance: bytes) -> None:
-        """Forget a node unless it was written again since."""
-        for half in (self._young, self._old):
-            if key in half and half[key][1] == instance:
-                del half[key]
 
 
 class Deletion(Protocol):
@@ -100,7 +56,7 @@ class TreeNodes:
         self._endpoint = endpoint
         self._tuning = tuning
         self._tables: dict[RealmId, Table] = {}
-        self.cache = NodeCache(tuning.cache_nodes)
+        self.cache: NodeCache[Stored] = NodeCache(tuning.cache_nodes)
         self._writer = os.urandom(16)
         self._written = 0
         self._large_reads = trio.CapacityLimiter(tuning.large_read_permits)
@@ -131,8 +87,11 @@ class TreeNodes:
 
     def remember(self, stored: dict[bytes, Stored]) -> None:
         """Take the nodes of an acknowledged append into the cache."""
-        for key, value in stored.items():
-            self.cache.put(key, value)
+        self.cache.put_all(stored)
+
+    def forget(self, key: bytes, instance: bytes) -> None:
+        """Take a deleted write out of the cache, unless the node was written again since."""
+        self.cache.purge(key, lambda stored: stored[1] == instance)
 
     async def instances(self, realm: RealmId, wanted: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
         """Return (row key, instance id) of the current writes of nodes; those that are gone already are left out.
@@ -245,24 +204,27 @@ class TreeNodes:
         """
         cache = self.cache
         used = 0
-        while walk.wanted is not None:
-            key = walk.wanted_row
-            stored = cache.get(key)
-            if stored is None:
-                stored = found.get(key)
+        try:
+            while walk.wanted is not None:
+                key = walk.wanted_row
+                stored = cache.get(key)
                 if stored is None:
-                    return used
-                cache.put(key, stored)
-                used += 1
-            _feed(walk, stored[0])
+                    stored = found.get(key)
+                    if stored is None:
+                        return used
+                    cache.put(key, stored)
+                    used += 1
+                walk.feed(stored[0])
+        except DecodingError as error:
+            raise StoreInvalid(f"a stored tree node is damaged: {error}") from None
         return used
 
-    async def read_edge_proof(self, realm: RealmId, partition: Partition, side: TreeSide) -> bytes:
+    async def read_edge_proof(self, realm: RealmId, partition: Partition, side: Side) -> bytes:
         """Return the proof of the partition's outermost record on `side`; one read per unknown node of the path.
 
         Where the path leads is known only node by node. Raises `MissingNode` if the root is no longer current.
         """
-        walk = EdgeWalk(Side.LEFT if side is TreeSide.LEFT else Side.RIGHT, partition.range, partition.root_hash)
+        walk = EdgeWalk(side, partition.range, partition.root_hash)
         table = self.table(realm)
         self._follow(walk, {})
         while walk.wanted is not None:
@@ -275,10 +237,3 @@ class TreeNodes:
 
 def _stored(rows: Sequence[Row]) -> dict[bytes, Stored]:
     return {row.key: (row.cells[0].value, row.cells[0].qualifier) for row in rows}
-
-
-def _feed(walk: Walk, node: bytes) -> None:
-    try:
-        walk.feed(node)
-    except DecodingError as error:
-        raise StoreInvalid(f"a stored tree node is damaged: {error}") from None

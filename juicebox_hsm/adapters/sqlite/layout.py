@@ -130,7 +130,7 @@ def _plan_adds(changes: Changes, delta: bytes) -> int:
         at = start + 36 + number(delta[start + 32 : start + 36], "big")
         piece = delta[start:at]
         node_hash = piece[:32]
-        by_hash[node_hash] = piece[32:]
+        by_hash[node_hash] = piece[36:]
         place: Position
         if nbits < LAST_BITS:
             if not nbits:

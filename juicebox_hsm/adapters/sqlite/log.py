@@ -8,7 +8,6 @@ with. No tombstones: an old leader's append fails on the tail, whatever rows are
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Final
 
 import apsw
@@ -28,12 +27,10 @@ from juicebox_hsm.adapters.sqlite.rows import (
 )
 from juicebox_hsm.adapters.sqlite.schema import INDEX_BITS, INDEX_MAX
 from juicebox_hsm.adapters.sqlite.writer import Writer
-from juicebox_hsm.consensus.types import ZERO_MAC, Certificate, LogEntry
-from juicebox_hsm.errors import check
-from juicebox_hsm.host.log import AppendOutcome, Compacted, Intent, LogRow
+from juicebox_hsm.consensus.types import Certificate, LogEntry
+from juicebox_hsm.host.log import AppendOutcome, Compacted, Intent, LogRow, check_batch
 from juicebox_hsm.ids import GroupId, RealmId
 
-BATCH_ENTRIES_MAX: Final = 100
 COMPACT_ROWS: Final = 200
 """Rows removed per transaction, so that other writers get their turn."""
 INLINE_ENTRIES: Final = 256
@@ -48,18 +45,6 @@ _FROM: Final = """SELECT id, entries FROM log WHERE id BETWEEN
 def _bounds(number: int) -> tuple[int, int]:
     """Return the smallest and the largest row id of a group."""
     return number << INDEX_BITS, (number << INDEX_BITS) + INDEX_MAX
-
-
-def _check_batch(entries: Sequence[LogEntry], intents: Sequence[Intent | None]) -> None:
-    check(0 < len(entries) <= BATCH_ENTRIES_MAX, "a log batch has 1..100 entries")
-    check(len(intents) == len(entries), "intents are parallel to entries")
-    check(entries[0].index > 1 or entries[0].prev_mac == ZERO_MAC, "the first entry of a log follows the zero mac")
-    check(entries[0].index > 0 and entries[-1].index <= INDEX_MAX, "log indexes are within 1..2^48-1")
-    for before, after in pairwise(entries):
-        check(
-            after.index == before.index + 1 and after.prev_mac == before.entry_mac,
-            "the entries of a batch follow each other",
-        )
 
 
 class SqliteLog:
@@ -80,7 +65,7 @@ class SqliteLog:
         delta: bytes,
     ) -> AppendOutcome:
         """Append a batch, its intents and its tree delta in one transaction; CONFLICT unless it follows the tail."""
-        _check_batch(entries, intents)
+        check_batch(entries, intents, INDEX_MAX)
         first, last = entries[0], entries[-1]
         known = self._reads.group(realm, group)
         changes = self._nodes.plan(realm, delta)

@@ -15,8 +15,8 @@ from pathlib import Path
 import click
 import trio
 
-from juicebox_hsm.adapters.sqlite.cache import NodeCache
 from juicebox_hsm.adapters.sqlite.nodes import TreeNodes
+from juicebox_hsm.adapters.stores.node_cache import NodeCache
 from juicebox_hsm.adapters.stores.opening import open_store
 from juicebox_hsm.consensus.types import LogEntry, Partition
 from juicebox_hsm.errors import check

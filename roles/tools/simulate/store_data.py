@@ -12,11 +12,9 @@ from bisect import bisect_left, bisect_right
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Final, Generic, Protocol, TypeVar
 
 from juicebox_hsm.consensus.types import Certificate, LogEntry
-from juicebox_hsm.errors import check
 from juicebox_hsm.host.events import EventKind, NewEvent, OutboxEvent
 from juicebox_hsm.host.log import AppendOutcome, Intent
 from juicebox_hsm.host.services import Lease, ServiceKind, TenantLimits
@@ -249,14 +247,3 @@ class StoreData:
         if settled:
             for watcher in self.watchers:
                 watcher.recorded(realm_id, "", (), settled)
-
-
-def check_batch(entries: Sequence[LogEntry], intents: Sequence[Intent | None]) -> None:
-    """Check what callers of an append must keep."""
-    check(0 < len(entries) <= 100, "a log batch has 1..100 entries")
-    check(len(intents) == len(entries), "intents are parallel to entries")
-    for before, after in pairwise(entries):
-        check(
-            after.index == before.index + 1 and after.prev_mac == before.entry_mac,
-            "the entries of a batch follow each other",
-        )

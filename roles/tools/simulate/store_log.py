@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from typing import Final
 
 from juicebox_hsm.consensus.types import Certificate, LogEntry, Partition
-from juicebox_hsm.host.log import AppendOutcome, Compacted, Intent, LogRow
-from juicebox_hsm.host.tree import TreeSide
-from juicebox_hsm.ids import GroupId, RealmId, RecordId
+from juicebox_hsm.host.log import AppendOutcome, Compacted, Intent, LogRow, check_batch
+from juicebox_hsm.ids import LOG_INDEX_MAX, GroupId, RealmId, RecordId
 from juicebox_hsm.merkle.walk import EdgeWalk, PathWalk, Side
 from juicebox_hsm.ports.errors import MissingNode, StoreAmbiguous
-from roles.tools.simulate.store_data import GroupLog, RealmData, check_batch
+from roles.tools.simulate.store_data import GroupLog, RealmData
 from roles.tools.simulate.store_gate import Gate
 
 NO_LOG: Final = GroupLog()
@@ -35,7 +34,7 @@ class SimulatedLog:
         delta: bytes,
     ) -> AppendOutcome:
         """Append a batch of 1..100 chained entries with its tree delta; CONFLICT unless it follows the tail."""
-        check_batch(entries, intents)
+        check_batch(entries, intents, LOG_INDEX_MAX)
         data, entries, intents = self._gate.data, tuple(entries), tuple(intents)
         outcome = await self._gate.write(
             "append", lambda: data.append(realm, group, entries, intents, delta), unseen=StoreAmbiguous
@@ -148,12 +147,11 @@ class SimulatedNodes:
 
         return await self._gate.read("read_proofs", read)
 
-    async def read_edge_proof(self, realm: RealmId, partition: Partition, side: TreeSide) -> bytes:
+    async def read_edge_proof(self, realm: RealmId, partition: Partition, side: Side) -> bytes:
         """Return the proof of the partition's outermost record on `side`; raises `MissingNode`."""
-        edge = Side.LEFT if side is TreeSide.LEFT else Side.RIGHT
 
         def read() -> bytes | None:
-            return _finish(self._gate.data.realm(realm), EdgeWalk(edge, partition.range, partition.root_hash))
+            return _finish(self._gate.data.realm(realm), EdgeWalk(side, partition.range, partition.root_hash))
 
         proof = await self._gate.read("read_edge_proof", read)
         if proof is None:

@@ -19,13 +19,12 @@ class Nodes:
 
     def __init__(self) -> None:
         self.deleted = 0
-        self.cache = self
 
     def table(self, realm: RealmId) -> Nodes:
         """Return the realm's table."""
         return self
 
-    def purge(self, key: bytes, instance: bytes) -> None:
+    def forget(self, key: bytes, instance: bytes) -> None:
         """Forget a node."""
 
     async def mutate_rows(self, rows: Sequence[Any]) -> None:

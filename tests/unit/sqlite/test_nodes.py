@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from juicebox_hsm.adapters.sqlite.cache import NodeCache
 from juicebox_hsm.adapters.sqlite.layout import LAST_BITS, PAGE_BITS, is_bounded, plan_changes
 from juicebox_hsm.adapters.sqlite.nodes import TreeNodes, decode_page
 from juicebox_hsm.adapters.sqlite.reads import fetch
 from juicebox_hsm.adapters.sqlite.schema import _TABLES
+from juicebox_hsm.adapters.stores.node_cache import NodeCache
 from juicebox_hsm.ids import FULL_RANGE, RecordId
 from juicebox_hsm.merkle.kernel import Tree, decode_delta, empty_root, squash
 from juicebox_hsm.merkle.nodes import BadEncoding
@@ -70,7 +70,7 @@ class Host:
         self.nodes |= {add.hash: add.node for add in decoded.adds}
         self.model.apply(self.tree.root, delta)
         changes = plan_changes(3, delta)
-        assert changes.by_hash == framed({add.hash: add.node for add in decoded.adds})
+        assert changes.by_hash == {add.hash: add.node for add in decoded.adds}
         TreeNodes.apply(self.connection, changes)
         assert stored(self.connection, 3) == framed(self.nodes)
 
@@ -145,7 +145,8 @@ def test_damaged_deltas_are_refused(garbage: bytes, data: st.DataObject) -> None
 @given(st.integers(1, 12), st.lists(st.tuples(st.booleans(), st.integers(0, 30)), max_size=80))
 def test_cache_is_bounded_and_truthful(size: int, steps: list[tuple[bool, int]]) -> None:
     """The cache never exceeds its size by more than rounding, and answers only what was put."""
-    cache, known = NodeCache(size), set()
+    cache: NodeCache[bytes] = NodeCache(size)
+    known: set[bytes] = set()
     for is_put, number in steps:
         key = bytes([number])
         if is_put:
@@ -160,7 +161,7 @@ def test_cache_is_bounded_and_truthful(size: int, steps: list[tuple[bool, int]])
 
 def test_cache_keeps_what_is_used() -> None:
     """A node asked for again and again survives any number of others."""
-    cache = NodeCache(10)
+    cache: NodeCache[bytes] = NodeCache(10)
     cache.put(b"root", b"node")
     for number in range(1000):
         cache.put_all({bytes([number & 255, number >> 8]): b"x"})
