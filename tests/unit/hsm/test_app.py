@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NoReturn
 
 import pytest
 
@@ -16,6 +17,7 @@ from juicebox_hsm.hsm.messages import (
     Handshake,
     NotLeader,
     Outcome,
+    Request,
     ResultKind,
     ResultType,
     StepDown,
@@ -287,6 +289,26 @@ def test_ciphertexts_of_the_full_size_are_served() -> None:
     message = TransportRequest(client.session.encrypt(payload))
     assert len(message.ciphertext) == 2048
     expect(world.send(0, world.app_message(group, client, message)), AppRequestOk)
+
+
+@pytest.mark.parametrize("spoiled", [{"payload_ciphertext": bytes(2049)}, {"client_ephemeral_public": bytes(33)}])
+@pytest.mark.parametrize("opening", [True, False])
+def test_handshakes_of_a_wrong_size_are_refused_unread(
+    opening: bool, spoiled: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What cannot be a handshake costs the HSM nothing: neither kind of request lets the responder see it."""
+    world, group, client = alone()
+    begun = replace(client.handshake(None), **spoiled)
+
+    def unread(*_: object) -> NoReturn:
+        raise AssertionError("the responder was asked")
+
+    monkeypatch.setattr(noise.Responder, "read", unread)
+    request: Request = world.app_message(group, client, begun)
+    if opening:
+        public, ciphertext = begun.client_ephemeral_public, begun.payload_ciphertext
+        request = Handshake(world.realm, group, client.record, 5, public, ciphertext)
+    assert refused(world.hsms[0], request) is Outcome.SESSION_ERROR
 
 
 def test_m11_undecodable_handshake_payload() -> None:

@@ -204,6 +204,16 @@ def test_h1_m5_a_forged_link_certifies_nothing() -> None:
     assert refused(world.hsms[0], CaptureJump(world.realm, group, (rival[0], linked), votes)) is Outcome.INVALID_MAC
 
 
+def test_m5_linked_entries_are_consecutive_too() -> None:
+    """Entries that are linked but skip an index, which only a faulty HSM could sign, do not make a path."""
+    world, group, missed, captures = lagging()
+    signer = world.hsms[0]._state.macs
+    skipping = replace(missed[1], index=missed[1].index + 1)
+    skipping = replace(skipping, entry_mac=signer.log_entry(world.realm, group, skipping))
+    request = CaptureJump(world.realm, group, (missed[0], skipping), captures)
+    assert refused(world.hsms[2], request) is Outcome.INVALID_CHAIN
+
+
 def test_h1_m5_one_peers_statement_does_not_swing_a_witness() -> None:
     """The jump onto the rival branch is refused for lack of a quorum, and so the rival never commits."""
     world, group, honest, branch, statement = h1_attack()

@@ -370,20 +370,47 @@ def test_i2_i8_a_witness_votes_for_one_branch() -> None:
     expect(world.send(0, Commit(world.realm, group, votes)), CommitOk)
 
 
+@pytest.mark.parametrize("wrong", ["realm", "group", "hsm", "statement"])
+def test_authentic_votes_of_elsewhere_are_none(wrong: str) -> None:
+    """A vote counts for its realm and group and from a member only, whatever key signed it (I3, H1)."""
+    world = World(4)
+    group = world.new_group([0, 1, 2])
+    elsewhere = world.new_group([0, 1, 2])
+    state = world.hsms[0]._state
+    member = state.groups[group]
+    (genuine,) = world.persist(1, group)
+    assert state.is_valid_vote(genuine, world.realm, member)
+    changes: dict[str, dict[str, bytes]] = {
+        "realm": {"realm": RealmId(bytes(16))},
+        "group": {"group": elsewhere},
+        "hsm": {"hsm": world.id(3)},
+        "statement": {},
+    }
+    vote = replace(genuine, **changes[wrong])  # type: ignore[arg-type]  # ids all
+    signed = state.macs.captured(vote.hsm, vote.realm, vote.group, vote.index, vote.mac)
+    vote = replace(vote, statement=bytes(32) if wrong == "statement" else signed)
+    assert not state.is_valid_vote(vote, world.realm, member)
+
+
 def test_i9_logs_stay_chained() -> None:
     """Appending anything but the chained successor, or emptying a log, is a broken invariant."""
     world, group, made = pipelined()
     role = world.hsms[0]._state.groups[group].role
     assert isinstance(role, LeaderState)
     assert role.log.last == made[-1]
-    for bad in (made[-1], replace(made[-1], index=made[-1].index + 1), made[0]):
+    last = made[-1]
+    unlinked = replace(last, index=last.index + 1)
+    skipping = replace(last, index=last.index + 2, prev_mac=last.entry_mac)
+    for bad in (last, unlinked, skipping, made[0]):
         with pytest.raises(InvariantViolation):
             role.log.append(bad)
     with pytest.raises(InvariantViolation):
         role.log.pop_from(role.log.first)
     with pytest.raises(InvariantViolation):
         role.log.release_to(role.log.last.index + 1)
-    assert role.log.last == made[-1]
+    with pytest.raises(InvariantViolation):
+        world.hsms[0]._state.groups[group].become(role)
+    assert role.log.last == last
 
 
 def test_m19_two_leaders_one_branch_releases() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from juicebox_hsm.consensus.nvram import decode_state
-from juicebox_hsm.consensus.types import ZERO_MAC, Leader, RoleStatus, Witness
+from juicebox_hsm.consensus.types import GROUP_MEMBERS_MAX, ZERO_MAC, Leader, RoleStatus, Witness
 from juicebox_hsm.hsm.core import Hsm
 from juicebox_hsm.hsm.messages import (
     JoinGroup,
@@ -151,6 +151,13 @@ def test_m2_join_group_checks_in_order() -> None:
     assert refused(hsm, JoinGroup(world.realm, GroupId(group + b"\0"), configuration, statement)) is (
         Outcome.INVALID_STATEMENT
     )
+
+
+def test_a_group_of_nine() -> None:
+    """Nine members, the most there may be, are a group: created, joined, committed by five of them."""
+    world = World(GROUP_MEMBERS_MAX)
+    group = world.new_group(list(range(9)), commit=False)
+    assert world.commit(group, world.members[group][0], voters=world.members[group][:5]).committed == 1
 
 
 def test_m2_joining_again_never_overwrites() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
+
 from juicebox_hsm.crypto.noise import Session
+from juicebox_hsm.errors import InvariantViolation
 from juicebox_hsm.hsm.sessions import Sessions
 from juicebox_hsm.ids import RecordId
 
@@ -37,3 +40,13 @@ def test_least_recently_used_goes_first() -> None:
     sessions.put(TWO, 9, session())
     assert [(ONE, number) in sessions for number in range(3)] == [True, False, True]
     assert (TWO, 9) in sessions
+
+
+@pytest.mark.parametrize(("capacity", "is_right"), [(0, False), (1, True), (65535, True), (65536, False)])
+def test_capacity_is_bounded(capacity: int, is_right: bool) -> None:
+    """A cache holds something, and no more than 65535 sessions."""
+    if is_right:
+        assert len(Sessions(capacity)) == 0
+        return
+    with pytest.raises(InvariantViolation, match="1 to 65535"):
+        Sessions(capacity)

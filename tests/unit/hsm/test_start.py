@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from juicebox_hsm.consensus.nvram import Deserialization, InvalidChecksum, decode_state
@@ -25,7 +27,7 @@ from juicebox_hsm.hsm.messages import (
     StepDownOk,
 )
 from juicebox_hsm.hsm.state import InvalidRealmStatement, Poisoned
-from juicebox_hsm.ids import FULL_RANGE
+from juicebox_hsm.ids import FULL_RANGE, LOG_INDEX_MAX
 from juicebox_hsm.wire import requests as secrets
 from tests.fakes.hsm import MemoryPlatform, World, expect, realm_keys, snapshot
 
@@ -267,3 +269,35 @@ def test_role_of_restarted_leader_has_a_larger_clock() -> None:
     realm = world.status(0).realm
     assert realm is not None
     assert realm.groups[0].role.at > before
+
+
+@pytest.mark.parametrize("limits", [(0, 8), (65536, 8), (8, 0), (8, 65536)])
+def test_cache_sizes_are_bounded(limits: tuple[int, int]) -> None:
+    """No HSM starts with a cache that holds nothing or more than it may; the bounds themselves are fine."""
+    sessions, deltas = limits
+    with pytest.raises(InvariantViolation, match="is 1 to 65535"):
+        Hsm(MemoryPlatform(realm_keys()), max_sessions=sessions, tree_overlay_size=deltas)
+    sessions, deltas = min(max(sessions, 1), 65535), min(max(deltas, 1), 65535)
+    hsm = Hsm(MemoryPlatform(realm_keys()), max_sessions=sessions, tree_overlay_size=deltas)
+    expect(hsm.handle(NewRealm()), NewRealmOk)
+
+
+def test_the_last_index_begins_nothing() -> None:
+    """At the highest log index an HSM stops rather than lead on, or sign an entry that no other could read."""
+    world = World(1)
+    state = world.hsms[0]._state
+    last = replace(world.logs[world.first][-1], index=LOG_INDEX_MAX)
+    with pytest.raises(InvariantViolation, match="exhausted"):
+        state.new_leader(last)
+    with pytest.raises(InvariantViolation, match="exhausted"):
+        state.new_entry(world.first, last, None)
+    assert state.new_entry(world.first, replace(last, index=LOG_INDEX_MAX - 1), None).index == LOG_INDEX_MAX
+
+
+def test_a_member_that_captured_nothing_yet_follows_after_a_restart() -> None:
+    """A group without a durable pair begins at entry 1 in the next life too."""
+    world = World(2)
+    group = world.new_group([0, 1], commit=False)
+    world.crash(1)
+    world.capture(1, group)
+    assert world.captured(1, group) == 1

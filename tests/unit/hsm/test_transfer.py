@@ -26,6 +26,7 @@ from juicebox_hsm.hsm.messages import (
     TransferStatement,
     TransferStatementOk,
 )
+from juicebox_hsm.hsm.state import LeaderState
 from juicebox_hsm.ids import FULL_RANGE, GroupId, OwnedRange, RealmId, RecordId
 from juicebox_hsm.merkle.kernel import Side
 from juicebox_hsm.wire import requests as secrets
@@ -432,6 +433,16 @@ def test_m18_complete_and_cancel_fit_exactly() -> None:
         entry = expect(world.send(0, request), TransferEntryOk).entry
         assert entry.transferring is None
         assert refused(hsm, request) is outcome
+
+
+def test_m18_a_cancelled_preparation_forgets_its_nonce() -> None:
+    """The nonce goes with the marker: should a marker ever come back without a fresh one, nothing fits it."""
+    t = prepared()
+    role = t.world.hsms[0]._state.groups[t.d].role
+    assert isinstance(role, LeaderState)
+    assert role.incoming == t.ok.nonce
+    expect(t.world.send(0, CancelPreparedTransfer(t.world.realm, t.s, t.d, LOWER)), TransferEntryOk)
+    assert role.incoming is None
 
 
 def test_i14_marker_travels_unchanged() -> None:
