@@ -1,8 +1,11 @@
-"""The layering of the library, checked on its source text (ARCHITECTURE.md)."""
+"""The layers of the whole tree, checked on its source text (ARCHITECTURE.md, ADR 0027)."""
 
 from __future__ import annotations
 
 import ast
+import re
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -10,16 +13,59 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "juicebox_hsm"
 
-# The core, in the order of its DAG: a package may import itself and those before it.
-CORE = ("errors", "ids", "wire", "crypto", "merkle", "consensus", "hsm", "tenant_keys", "tokens", "host")
+# The core, in the order of its DAG: pure, and a package may import itself and those before it.
+CORE = (
+    "errors", "ids", "wire", "crypto", "merkle", "consensus", "hsm", "tenant_keys", "tokens", "history", "host",
+)  # fmt: skip
+SERVICES = ("agent", "lb", "manager", "tenant_log")
+SERVICE_ROW = tuple(f"roles.{name}" for name in SERVICES)
+LAYERS: tuple[tuple[str, ...], ...] = (
+    *((f"juicebox_hsm.{name}",) for name in (*CORE, "ports", "adapters", "client")),
+    # flags, words and tables that services and tools share
+    ("roles.durations",), ("roles.lazy",), ("roles.commands",), ("roles.store_options",), ("roles.options",),
+    ("roles.cloud_options",), ("roles.words",), ("roles.survey",),
+    ("roles.shell",),
+    SERVICE_ROW,
+    ("roles.tools",),
+    ("roles.cli",), ("roles.__main__",),
+)  # fmt: skip
+"""The order of everything: a module may import its own layer and those before it. Names in one row never meet."""
+
+TOOL_USES = {"demo": {"cluster"}, "chaos": {"demo"}, "bench": {"demo"}}
+"""Tools that are built on another one: the harness makes its realm as an operator would; others run in the harness."""
+
+LAYERS_BROKEN: frozenset[tuple[str, str]] = frozenset({
+    ("roles.survey.balancers", "roles.manager.verdict"), ("roles.survey.evidence", "roles.manager.verdict"),
+    ("roles.tools.cluster.change", "roles.manager.verdict"), ("roles.tools.cluster.status", "roles.manager.verdict"),
+})  # fmt: skip
+"""Imports that are still to be mended, as (importer, imported). It only ever shrinks, and is empty at the end."""
+
+CIRCLES: frozenset[str] = frozenset({
+    "roles.agent.context", "roles.agent.driver", "roles.agent.peers", "roles.agent.ratelimit", "roles.agent.watch",
+})  # fmt: skip
+"""Modules of circles that are still to be broken. It only ever shrinks, and is empty at the end."""
+
 FORBIDDEN_IN_CORE = {
     "trio", "asyncio", "socket", "ssl", "os", "time", "random", "secrets", "threading", "subprocess", "logging",
     "structlog", "pathlib", "datetime", "http", "urllib", "select", "signal", "shutil", "tempfile", "uuid",
 }  # fmt: skip
 
 
-def _imports(path: Path) -> set[str]:
-    """Return the absolute names a module imports, wherever in the file."""
+def _name_of(path: Path) -> str:
+    """Return the module that a file is."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+@cache
+def _modules() -> dict[str, Path]:
+    """Return every module of both packages."""
+    return {_name_of(path): path for top in ("juicebox_hsm", "roles") for path in (ROOT / top).rglob("*.py")}
+
+
+@cache
+def _imports(path: Path) -> frozenset[str]:
+    """Return the absolute names a module imports, wherever in the file, for type checkers too."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -28,7 +74,33 @@ def _imports(path: Path) -> set[str]:
             assert node.level == 0, f"{path}: relative import"
             found.add(node.module)
             found.update(f"{node.module}.{alias.name}" for alias in node.names)
-    return found
+    return frozenset(found)
+
+
+@cache
+def _edges() -> dict[str, frozenset[str]]:
+    """Return which of our modules each of them imports; what is taken out of a package's own file counts as that."""
+    modules = _modules()
+    edges = {}
+    for module, path in modules.items():
+        wanted: set[str] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                wanted.update(alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                full = {f"{node.module}.{alias.name}" for alias in node.names}
+                wanted.update(name if name in modules else node.module for name in full)
+        edges[module] = frozenset((wanted & modules.keys()) - {module})
+    return edges
+
+
+def _layer_of(module: str) -> tuple[int, str]:
+    """Return the place of a module in `LAYERS`, and the name that is listed there."""
+    for place, names in enumerate(LAYERS):
+        for name in names:
+            if module == name or module.startswith(f"{name}."):
+                return place, name
+    raise AssertionError(f"{module} has no layer: give it a place in LAYERS")
 
 
 def _core_files() -> list[tuple[int, Path]]:
@@ -55,6 +127,99 @@ def test_library_never_imports_roles() -> None:
     """The arrow points one way: roles import the library."""
     for path in LIBRARY.rglob("*.py"):
         assert not any(name.split(".")[0] in {"roles", "tests"} for name in _imports(path)), path
+
+
+def _layers_broken() -> Iterator[tuple[str, str]]:
+    for importer, imported in _edges().items():
+        if importer in {"juicebox_hsm", "roles"}:
+            continue
+        place, own = _layer_of(importer)
+        for name in imported - {"juicebox_hsm", "roles"}:
+            other_place, other = _layer_of(name)
+            inside = own == "roles.tools" and other in SERVICE_ROW
+            if inside or other_place > place or (other_place == place and other != own):
+                yield importer, name
+
+
+def test_layers_are_in_order_up_to_the_command_line() -> None:
+    """A module imports only its layer and those below; no service imports another, no tool a service's inside."""
+    broken = set(_layers_broken())
+    assert broken <= LAYERS_BROKEN, sorted(broken - LAYERS_BROKEN)
+    assert broken >= LAYERS_BROKEN, f"mended, so take it off the list: {sorted(LAYERS_BROKEN - broken)}"
+
+
+def _tool_of(module: str) -> str | None:
+    """Return the tool whose folder a module lies in, None for what all tools share."""
+    parts = module.split(".")
+    is_folder = len(parts) > 2 and (ROOT / "roles" / "tools" / parts[2]).is_dir()
+    return parts[2] if parts[:2] == ["roles", "tools"] and is_folder else None
+
+
+def test_tools_share_only_what_stands_beside_them() -> None:
+    """A tool takes nothing from another's folder, but for those built on one, and never another's command."""
+    for importer, imported in _edges().items():
+        own = _tool_of(importer)
+        if not importer.startswith("roles.tools"):
+            continue
+        for name in imported:
+            other = _tool_of(name)
+            if other is None or other == own:
+                continue
+            assert own is not None, f"{importer}, which tools share, imports {name} of one of them"
+            assert other in TOOL_USES.get(own, set()), f"{importer} imports {name}"
+            assert not name.endswith(".command"), f"{importer} imports {name}"
+
+
+def test_tools_do_not_name_a_services_inside() -> None:
+    """The order cannot be got round by a module's name in a string: services are found by the table of commands."""
+    inside = re.compile(rf"roles\.({'|'.join(SERVICES)})\b")
+    for module, path in _modules().items():
+        tree = ast.parse(path.read_text())
+        by_name = any(isinstance(node, ast.Attribute) and node.attr == "import_module" for node in ast.walk(tree))
+        assert not by_name or module == "roles.lazy", f"{module} imports by name"
+        if module.startswith("roles.tools"):
+            for node in ast.walk(tree):
+                if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    assert not inside.search(node.value), f"{path}:{node.lineno}"
+
+
+def _circles() -> list[set[str]]:
+    """Return the strongly connected components of more than one module: Tarjan's algorithm, without recursion."""
+    edges = _edges()
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    open_stack: list[str] = []
+    circles = []
+    for root in edges:
+        work = [] if root in index else [(root, iter(sorted(edges[root])))]
+        while work:
+            module, following = work[-1]
+            if module not in index:
+                index[module] = low[module] = len(index)
+                open_stack.append(module)
+            for name in following:
+                if name not in index:
+                    work.append((name, iter(sorted(edges[name]))))
+                    break
+                if name in open_stack:
+                    low[module] = min(low[module], index[name])
+            else:
+                work.pop()
+                if work:
+                    low[work[-1][0]] = min(low[work[-1][0]], low[module])
+                if low[module] == index[module]:
+                    at = open_stack.index(module)
+                    circles += [set(open_stack[at:])] if len(open_stack) - at > 1 else []
+                    del open_stack[at:]
+    return circles
+
+
+def test_no_circles_between_modules() -> None:
+    """No module can be reached from itself, imports for type checkers included: one can be read after the other."""
+    found = _circles()
+    inside = {module for circle in found for module in circle}
+    assert inside <= CIRCLES, found
+    assert inside >= CIRCLES, f"broken up, so take it off the list: {sorted(CIRCLES - inside)}"
 
 
 def test_no_bare_assert_outside_tests() -> None:
