@@ -61,7 +61,7 @@ class Hsm:
         return response
 
 
-def _dispatch(state: HsmState, request: Request) -> Response:
+def _dispatch(state: HsmState, request: Request) -> Response:  # noqa: C901, PLR0912 -- one arm a request
     match request:
         case AppRequest():
             return app.app_request(state, request)

@@ -152,7 +152,9 @@ def make_plan(seed: int, duration_s: float, shape: Shape, only: Collection[Kind]
     return actions
 
 
-def _action(random: Random, number: int, at_s: float, kind: Kind, shape: Shape) -> Action:
+def _action(  # noqa: C901, PLR0912 -- one arm a kind
+    random: Random, number: int, at_s: float, kind: Kind, shape: Shape
+) -> Action:
     def some(low: float, high: float) -> float:
         return round(random.uniform(low, high), 1)
 

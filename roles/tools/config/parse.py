@@ -83,22 +83,29 @@ def parse_role(role: str, arguments: list[str]) -> Parsed:
                 value = context.params.get(parameter.name or "")
                 unset = isinstance(value, enum.Enum) and value.name == "UNSET"  # click's mark for "no default"
                 values[parameter.name or ""] = None if unset else value
-    own = {**_STAND_INS, **values}
-    try:
-        own["store_url"] = take_store(dict(own))
-    except ValueError as error:
-        problems += [] if "--store" in bare else [str(error)]
-        own["store_url"] = ""
-    store_url = own["store_url"]
-    try:
-        common = take_common(role, own)
-    except ValueError as error:
-        problems.append(str(error))
-        own = {**_STAND_INS, **values, "store_url": store_url, "http_listen": _ANY_PORT}
-        common = take_common(role, own)
+    own, common = _split(role, values, problems, misread)
     parameters = [parameter for parameter in command.params if parameter.name not in _NOT_SETTINGS]
     settings = tuple(_setting(context, parameter, values, common) for parameter in parameters)
     return Parsed(role, own, common, tuple(problems), settings, frozenset(misread))
+
+
+def _split(
+    role: str, values: dict[str, Any], problems: list[str], misread: set[str]
+) -> tuple[dict[str, Any], CommonOptions]:
+    """Return a role's own settings and the common ones, with stand-ins for what was wrong."""
+    own = {**_STAND_INS, **values}
+    try:
+        store_url = take_store(dict(own))
+    except ValueError as error:
+        problems += [] if "store_url" in misread else [str(error)]
+        store_url = ""
+    own["store_url"] = store_url
+    try:
+        return own, take_common(role, own)
+    except ValueError as error:
+        problems.append(str(error))
+        own = {**_STAND_INS, **values, "store_url": store_url, "http_listen": _ANY_PORT}
+        return own, take_common(role, own)
 
 
 def _without_bare_flags(
