@@ -32,7 +32,7 @@ MANAGER = "--role manager --store sqlite:st.db --cluster-tls tls/manager --liste
 CLUSTER = "--store sqlite:st.db --cluster-tls tls/operator"
 
 
-@pytest.mark.parametrize("module", ["agent.main", "lb.main", "manager.main", "tenant_log.main"])
+@pytest.mark.parametrize("module", ["agent.main", "lb.balancer", "manager.main", "tenant_log.main"])
 @pytest.mark.parametrize("form", ["bare", "group"])
 def test_bugs_are_one_line_of_json(
     place: Path, module: str, form: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -42,7 +42,7 @@ def test_bugs_are_one_line_of_json(
     def fail(*_: object, **__: object) -> None:
         raise KeyError("odd") if form == "bare" else ExceptionGroup("g", [KeyError("odd")])
 
-    commands = {"agent.main": AGENT, "lb.main": LB, "manager.main": MANAGER}
+    commands = {"agent.main": AGENT, "lb.balancer": LB, "manager.main": MANAGER}
     tenant_log = "tenant-log serve --store sqlite:st.db --secrets-file s.json --port 0"
     monkeypatch.chdir(place)
     monkeypatch.setattr(f"roles.{module}.open_store", fail)
