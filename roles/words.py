@@ -1,11 +1,157 @@
-"""What the managers' rules decide, in words for people: logs, the command line and the status page."""
+"""What the managers' rules find and decide, in words for people: command line, status page, probes and logs.
+
+The only place where sentences are made of codes. Nothing reads them again.
+"""
 
 from __future__ import annotations
 
+import datetime as dt
 from collections.abc import Sequence
+from typing import Final
 
+from juicebox_hsm.host.certificates import is_due, remaining_days
 from juicebox_hsm.host.cluster.balance import HsmLoad, Move
-from juicebox_hsm.host.cluster.view import name_of
+from juicebox_hsm.host.cluster.findings import (
+    Certificate,
+    CertificateEnds,
+    Drained,
+    Fact,
+    FewMembers,
+    Finding,
+    MemberBehind,
+    Moving,
+    OfGroup,
+    OfRange,
+    OfService,
+    OutboxLate,
+    TransferPending,
+    VersionsDiffer,
+)
+from juicebox_hsm.host.cluster.ranges import show_range
+from juicebox_hsm.host.cluster.verdict import MEMBERS_ADVISED
+from juicebox_hsm.host.cluster.view import GroupKey, name_of
+from juicebox_hsm.host.codes import Code
+from juicebox_hsm.host.services import ServiceKind
+from juicebox_hsm.wire.rpc import Direction, RunningTransfer
+
+_FACTS: Final = {
+    Code.NO_AGENT: "no agent in discovery",
+    Code.NO_MANAGER: "no cluster manager in discovery: nobody appoints leaders",
+    Code.ONE_MANAGER: "only one cluster manager: when it fails, nobody appoints leaders; run at least two",
+    Code.NO_LOAD_BALANCER: "no load balancer in discovery: clients cannot reach the realm",
+    Code.ONE_LOAD_BALANCER: "only one load balancer: when it fails, clients cannot reach the realm",
+    Code.REBALANCING_PAUSED: "periodic rebalancing is paused; resume it with `cluster rebalance --resume`",
+}
+_OF_SERVICES: Final = {
+    Code.AGENT_SILENT: "agent {url} does not answer: {said}",
+    Code.HSM_SILENT: "agent {url}: its HSM does not answer",
+    Code.OUTBOX: "agent {url}: outbox: {said}",
+    Code.MANAGER_SILENT: "manager {url} does not answer: {said}",
+    Code.LOAD_BALANCER_SILENT: "load balancer {url} does not answer: {said}",
+    Code.LOAD_BALANCER_NOT_READY: "load balancer {url} is not ready: {said}",
+}
+_A_WARNING: Final = "load balancer {url}: {said}"
+_CERTIFICATES: Final = {
+    Certificate.AGENT: "agent {url}: its cluster certificate",
+    Certificate.MANAGER: "manager {url}: its cluster certificate",
+    Certificate.LOAD_BALANCER: "load balancer {url}: its certificate",
+    Certificate.OPERATOR: "the operator's certificate",
+}
+_OF_RANGES: Final = {
+    Code.RANGE_UNSERVED: "nobody serves {range}",
+    Code.RANGE_CLAIMED_TWICE: "two groups claim {range}",
+}
+_OF_GROUPS: Final = {
+    Code.NO_MAJORITY: "fewer than a majority of members answer; down: {missing}",
+    Code.MEMBERS_DOWN: "members down: {missing}",
+    Code.LEADERLESS: "nobody leads",
+}
+_KINDS: Final = {
+    ServiceKind.AGENT: "agent",
+    ServiceKind.MANAGER: "manager",
+    ServiceKind.LOAD_BALANCER: "load balancer",
+}
+
+
+def sentence(found: Finding) -> str:
+    """Return a finding as one line."""
+    match found:
+        case Fact(code=code):
+            return _FACTS[code]
+        case OfService(code=code, url=url, said=said):
+            return _OF_SERVICES.get(code, _A_WARNING).format(url=url, said=said)
+        case OutboxLate(url=url, backlog=backlog, oldest_s=oldest_s):
+            return f"agent {url}: {backlog} unpublished events, the oldest {oldest_s:.0f} s"
+        case CertificateEnds(whose=whose, url=url):
+            return f"{_CERTIFICATES[whose].format(url=url)} {_ends(found.end_ms, found.remaining_days)}"
+        case VersionsDiffer(running=running):
+            parts = [
+                f"{version} ({', '.join(counted(count, _KINDS[kind]) for kind, count in kinds)})"
+                for version, kinds in running
+            ]
+            return f"services run different versions: {', '.join(parts)}"
+        case OfRange(code=code, realm=realm, range=part):
+            return f"realm {realm.hex()}: {_OF_RANGES[code].format(range=show_range(part))}"
+        case OfGroup(code=code, group=group, missing=missing):
+            told = _OF_GROUPS[code].format(missing=", ".join(hsm.hex() for hsm in missing))
+            return f"{_group(group)}: {told}"
+        case _:
+            return _of_members(found)
+
+
+def _of_members(found: FewMembers | TransferPending | MemberBehind | Drained) -> str:
+    match found:
+        case FewMembers(code=code, group=group, size=size):
+            told = f"{_group(group)}: serves with {counted(size, 'member')} and tolerates {found.tolerated} lost ones"
+            if code is not Code.TOO_FEW_MEMBERS:
+                return told
+            return f"{told}; make an odd one of {MEMBERS_ADVISED} or more HSMs and move the range there"
+        case TransferPending(group=group, moving=moving, age_s=age_s):
+            told = f"{_group(group)}: {transfer(moving)}"
+            if found.code is not Code.TRANSFER_STUCK:
+                return told
+            return f"{told}; no manager answers to finish it" if age_s is None else f"{told} for {age_s:.0f} s"
+        case MemberBehind(group=group, hsm=hsm, entries=entries):
+            return f"{_group(group)}: member {hsm.hex()} is {entries} entries behind"
+        case Drained(hsm=hsm):
+            return f"HSM {hsm.hex()} is drained; let it lead again with `cluster undrain`"
+
+
+def _group(key: GroupKey) -> str:
+    return f"realm {key[0].hex()} group {key[1].hex()}"
+
+
+def counted(count: int, what: str) -> str:
+    """Return a number of things, `1 group` or `2 groups`."""
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
+def moment(unix_ms: int) -> dt.datetime:
+    """Return a moment (UTC) for printing."""
+    return dt.datetime.fromtimestamp(unix_ms / 1000, dt.UTC)
+
+
+def certificate_ends(end_ms: int | None, now_ms: int) -> str:
+    """Return in words that a certificate ended or ends soon, "" while nobody needs to know or `end_ms` is None."""
+    if end_ms is None or not is_due(end_ms, now_ms):
+        return ""
+    return _ends(end_ms, remaining_days(end_ms, now_ms))
+
+
+def _ends(end_ms: int, days: float) -> str:
+    day = f"{moment(end_ms):%Y-%m-%d}"
+    return f"ended on {day}" if days <= 0 else f"ends on {day}, in {days:.0f} days"
+
+
+def transfer(moving: Moving) -> str:
+    """Return a pending transfer in words."""
+    way = "from" if moving.direction is Direction.IN else "to"
+    return f"transfer {way} {moving.peer.hex()} is pending since index {moving.at}"
+
+
+def how_far(running: RunningTransfer) -> str:
+    """Return how far a running transfer is."""
+    return f"{running.step.value}, attempt {running.attempt}, {running.age_s:.1f} s"
 
 
 def describe_loads(hsms: Sequence[HsmLoad], move: Move | None) -> str:

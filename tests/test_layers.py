@@ -34,12 +34,6 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 TOOL_USES = {"demo": {"cluster"}, "chaos": {"demo"}, "bench": {"demo"}}
 """Tools that are built on another one: the harness makes its realm as an operator would; others run in the harness."""
 
-LAYERS_BROKEN: frozenset[tuple[str, str]] = frozenset({
-    ("roles.survey.balancers", "roles.manager.verdict"), ("roles.survey.evidence", "roles.manager.verdict"),
-    ("roles.tools.cluster.change", "roles.manager.verdict"), ("roles.tools.cluster.status", "roles.manager.verdict"),
-})  # fmt: skip
-"""Imports that are still to be mended, as (importer, imported). It only ever shrinks, and is empty at the end."""
-
 CIRCLES: frozenset[str] = frozenset({
     "roles.agent.context", "roles.agent.driver", "roles.agent.peers", "roles.agent.ratelimit", "roles.agent.watch",
 })  # fmt: skip
@@ -143,9 +137,7 @@ def _layers_broken() -> Iterator[tuple[str, str]]:
 
 def test_layers_are_in_order_up_to_the_command_line() -> None:
     """A module imports only its layer and those below; no service imports another, no tool a service's inside."""
-    broken = set(_layers_broken())
-    assert broken <= LAYERS_BROKEN, sorted(broken - LAYERS_BROKEN)
-    assert broken >= LAYERS_BROKEN, f"mended, so take it off the list: {sorted(LAYERS_BROKEN - broken)}"
+    assert sorted(_layers_broken()) == []
 
 
 def _tool_of(module: str) -> str | None:

@@ -96,6 +96,15 @@ class Direction(enum.Enum):
     OUT = "Out"
 
 
+class TransferStep(enum.Enum):
+    """The step of a transfer that is under way; looking for the leaders belongs to the step it is for."""
+
+    PREPARE = "prepare"
+    OUT = "out"
+    IN = "in"
+    COMPLETE = "complete"
+
+
 class _Body(msgspec.Struct, array_like=True, frozen=True, tag=True):
     """Base of every body: a tagged array."""
 
@@ -433,7 +442,54 @@ class Rebalanced(_Body, frozen=True):
     destination: bytes = b""
 
 
-class ManagerStatus(_Body, frozen=True):
-    """Reply of `status` at a manager: one JSON object (loops, leases, actions, end of its cluster certificate)."""
+class LoopRun(_Body, frozen=True):
+    """When a loop of a manager last ran (Unix ms), how long it took, and its error, "" when there was none."""
 
-    json: str
+    name: str
+    at_ms: int
+    took_ms: int
+    error: str = ""
+
+
+class RunningTransfer(_Body, frozen=True):
+    """A transfer that runs in this manager, ordered or recovered. `begun_ms` is Unix time.
+
+    `attempt` counts from 1 the tries of prepare to in as one unit, then anew those of complete.
+    """
+
+    realm: bytes
+    source: bytes
+    destination: bytes
+    range: Range
+    step: TransferStep
+    attempt: int
+    begun_ms: int
+    age_s: float
+
+
+class PendingTransfer(_Body, frozen=True):
+    """A transfer that a group's leader shows as pending, and for how long this manager has seen it."""
+
+    realm: bytes
+    group: bytes
+    age_s: float
+
+
+class ManagerStatus(_Body, frozen=True):
+    """Reply of `status` at a manager: what it is doing.
+
+    `older` is JSON with the version alone, which is what a reader of an older version takes the whole status from; from
+    a manager of an older version it is all there is. `certificate_end_ms` is when its cluster certificate ends, Unix
+    time in ms, None without TLS. `announced` are (realm, group) of groups somebody said are leaderless.
+    """
+
+    older: str
+    name: str = ""
+    version: str = ""
+    certificate_end_ms: int | None = None
+    loops: tuple[LoopRun, ...] = ()
+    held_leases: tuple[str, ...] = ()
+    actions: tuple[str, ...] = ()
+    transfers: tuple[RunningTransfer, ...] = ()
+    pending: tuple[PendingTransfer, ...] = ()
+    announced: tuple[tuple[bytes, bytes], ...] = ()

@@ -32,7 +32,7 @@ from roles.cloud_options import SecretsOptions, open_secrets
 from roles.lb.forward import Forwarder
 from roles.lb.guard import RealmGuard
 from roles.lb.poller import Poller
-from roles.lb.readiness import Readiness
+from roles.lb.readiness import Readiness, warning_lines
 from roles.lb.routes import SHUTTING_DOWN, Routes, livez_text
 from roles.lb.service import ClientService
 from roles.lb.workers import WorkerPlace
@@ -231,7 +231,7 @@ class LoadBalancer:
 
     async def _readyz(self) -> tuple[bool, str]:
         reasons = self._readiness.reasons()
-        return not reasons, "\n".join([*(reasons or ["ready"]), *self._readiness.warnings()])
+        return not reasons, "\n".join([*(reasons or ["ready"]), *warning_lines(self._readiness.warnings())])
 
     @asynccontextmanager
     async def _registered(self, entry: Entry) -> AsyncIterator[None]:

@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from typing import Final
 
 from juicebox_hsm.adapters.edge.drain import DrainController, LifePhase
 from juicebox_hsm.adapters.tenants.secrets_file import REFRESH_S
-from juicebox_hsm.adapters.tls.certificate_end import ending
-from juicebox_hsm.ids import OwnedRange, RecordId
+from juicebox_hsm.adapters.tls.certificate_end import to_unix_ms
+from juicebox_hsm.host.cluster.ranges import show_range
+from juicebox_hsm.host.codes import Code
 from roles.lb.guard import RealmGuard
 from roles.lb.poller import Poller
+from roles.words import certificate_ends
 
 REFRESHES_MISSED_MAX: Final = 10
 """Secrets older than so many refresh intervals make a balancer not ready."""
 
 
-def _short(record: RecordId) -> str:
-    """Shorten a record id for people: a run of more than 3 bytes 00 or ff at its end becomes `...`."""
-    last = record[-1:]
-    kept = record.rstrip(last) if last in {b"\x00", b"\xff"} else record
-    return record.hex() if len(record) - len(kept) <= 3 else f"{(kept + last).hex()}..."
-
-
-def _range(gap: OwnedRange) -> str:
-    return f"[{_short(gap.start)}-{_short(gap.end)}]"
+def warning_lines(warnings: Iterable[tuple[Code, str]]) -> list[str]:
+    """Return warnings as `/readyz` shows them, a line each."""
+    return [f"warning: {text}" for _, text in warnings]
 
 
 class Readiness:
@@ -61,10 +58,10 @@ class Readiness:
             reasons.append(f"secrets stale for {age_s:.0f}s")
         return reasons + self._unrouted()
 
-    def warnings(self) -> list[str]:
-        """Return what somebody has to see to although the balancer serves; each line begins with `warning: `."""
-        told = ending(self._cluster_end(), dt.datetime.now(dt.UTC))
-        return [f"warning: the cluster certificate {told}"] if told else []
+    def warnings(self) -> list[tuple[Code, str]]:
+        """Return what somebody has to see to although the balancer serves."""
+        told = certificate_ends(to_unix_ms(self._cluster_end()), round(time.time() * 1000))
+        return [(Code.CERTIFICATE, f"the cluster certificate {told}")] if told else []
 
     def _unrouted(self) -> list[str]:
         """Return why no realm is fully served, nothing as soon as one is."""
@@ -73,7 +70,7 @@ class Readiness:
             return ["no realms"]
         reasons: list[str] = []
         for realm in sorted(table.realms):
-            found = [f"realm {realm.hex()}: no leader for {_range(gap)}" for gap in table.gaps(realm)]
+            found = [f"realm {realm.hex()}: no leader for {show_range(gap)}" for gap in table.gaps(realm)]
             if realm in self._guard.realms.refused:
                 found.append(f"realm {realm.hex()}: used with another record-id key")
             elif realm not in self._guard.realms.allowed:

@@ -11,7 +11,9 @@ from juicebox_hsm import __version__
 from juicebox_hsm.adapters.edge.drain import DrainController, LifePhase
 from juicebox_hsm.adapters.edge.exchange import BodyTooLarge, Handler, Request, Response
 from juicebox_hsm.adapters.observation import build_info
+from juicebox_hsm.host.codes import Code
 from juicebox_hsm.wire.client import BODY_BYTES_MAX
+from roles.lb.readiness import warning_lines
 
 ROUND_TRIP_S: Final = 0.1
 ROUND_TRIP_BODY: Final = b"\x41" * 167
@@ -55,7 +57,7 @@ class Routes:
         drain: DrainController,
         name: str,
         readiness: Callable[[], list[str]],
-        warnings: Callable[[], list[str]],
+        warnings: Callable[[], list[tuple[Code, str]]],
         enable_rttest: bool,
     ) -> None:
         self._answer_req = answer_req
@@ -91,8 +93,11 @@ class Routes:
         if request.method not in {"GET", "HEAD"}:
             return NOT_ALLOWED
         reasons = self._readiness()
-        lines = [*(reasons or ["ready"]), *self._warnings()]
-        return Response(503 if reasons else 200, "".join(f"{line}\n" for line in lines).encode(), _TEXT)
+        warnings = self._warnings()
+        lines = [*(reasons or ["ready"]), *warning_lines(warnings)]
+        codes = ",".join(code.word for code, _ in warnings).encode()
+        headers = (*_TEXT, (b"x-warnings", codes)) if warnings else _TEXT
+        return Response(503 if reasons else 200, "".join(f"{line}\n" for line in lines).encode(), headers)
 
     async def _round_trip(self, request: Request) -> Response:
         if request.method != "POST":

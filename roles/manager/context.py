@@ -13,6 +13,7 @@ from juicebox_hsm.host.cluster.progress import TransferProgress
 from juicebox_hsm.host.cluster.view import GroupKey
 from juicebox_hsm.ports.rpc import RpcCaller
 from juicebox_hsm.ports.store import Store
+from juicebox_hsm.wire.rpc import LoopRun
 
 
 class Meter(Protocol):
@@ -47,7 +48,7 @@ class ManagerState:
     transfers: list[TransferProgress] = field(default_factory=list)
     held_leases: dict[str, int] = field(default_factory=dict)
     actions: dict[str, str] = field(default_factory=dict)
-    loops: dict[str, dict[str, Any]] = field(default_factory=dict)
+    loops: dict[str, LoopRun] = field(default_factory=dict)
 
 
 def no_certificate() -> dt.datetime | None:

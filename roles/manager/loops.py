@@ -13,6 +13,7 @@ import trio
 
 from juicebox_hsm.adapters.observation.tracing import active
 from juicebox_hsm.errors import RealmError
+from juicebox_hsm.wire.rpc import LoopRun
 from roles.manager.appointment import Appointer
 from roles.manager.context import ManagerContext
 from roles.manager.rebalance import rebalance
@@ -80,7 +81,7 @@ async def run_loop(context: ManagerContext, name: str, pacer: Pacer, work: Calla
             context.log.warning("pass failed", loop=name, error=problem)
         elapsed_ns = time.perf_counter_ns() - begun_ns
         context.meter.timing("manager.loop.time.ns", elapsed_ns, loop=name)
-        context.state.loops[name] = {"at_ms": context.now_ms(), "took_ms": elapsed_ns // 1_000_000, "error": problem}
+        context.state.loops[name] = LoopRun(name, context.now_ms(), elapsed_ns // 1_000_000, problem)
 
 
 async def run_loops(

@@ -6,26 +6,28 @@ but through `_text`.
 
 from __future__ import annotations
 
-import datetime as dt
 import html
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Final
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final
 
+from juicebox_hsm.host.certificates import remaining_days
+from juicebox_hsm.host.cluster.findings import Finding
 from juicebox_hsm.host.cluster.ranges import show_range
-from juicebox_hsm.host.cluster.view import AgentView, GroupView, Member, hsm_work
-from juicebox_hsm.ids import RECORD_ID_BYTES, HsmId, OwnedRange, RealmId, RecordId, uncovered
-from juicebox_hsm.wire.rpc import GroupRole
-from roles.manager.page_style import GROUP_COLOURS, STYLE
-from roles.manager.verdict import (
+from juicebox_hsm.host.cluster.verdict import (
     BalancerReport,
     Evidence,
     ManagerReport,
     Verdict,
-    describe_transfer,
     lag,
+    moving_of,
     transfer_age_s,
 )
+from juicebox_hsm.host.cluster.view import AgentView, GroupView, Member, hsm_work, owned_range
+from juicebox_hsm.ids import RECORD_ID_BYTES, HsmId, OwnedRange, RealmId, uncovered
+from juicebox_hsm.wire.rpc import GroupRole, LoopRun, RunningTransfer
+from roles.manager.page_style import GROUP_COLOURS, STYLE
+from roles.words import counted, moment, sentence, transfer
 
 REFRESH_S: Final = 5
 LABEL_SHARE_MIN: Final = 0.04  # of the bar's width; a number in less is not readable
@@ -43,8 +45,8 @@ class Own:
     version: str
     leases: Sequence[str] = ()
     actions: Sequence[str] = ()
-    loops: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    transfers: Sequence[Mapping[str, Any]] = ()
+    loops: Sequence[LoopRun] = ()
+    transfers: Sequence[RunningTransfer] = ()
 
 
 def _text(value: object) -> str:
@@ -73,10 +75,11 @@ def render(evidence: Evidence, verdict: Verdict, own: Own) -> str:
         _lines("Advice", "advice", verdict.advice),
         *(_realm(evidence, realm) for realm in view.realms),
         _agents(evidence),
-        _balancers(evidence.balancers, evidence.now),
+        _balancers(evidence.balancers, evidence.now_ms),
         _managers(evidence.managers, own),
-        _work(own, evidence.now),
-        f"</main><footer>seen {evidence.now:%Y-%m-%d %H:%M:%S} UTC by {_text(own.name)}, version {_text(own.version)};",
+        _work(own, evidence.now_ms),
+        f"</main><footer>seen {moment(evidence.now_ms):%Y-%m-%d %H:%M:%S} UTC by {_text(own.name)},",
+        f"version {_text(own.version)};",
         f"again every {REFRESH_S} s</footer></body></html>",
     ]
     return "\n".join(part for part in parts if part)
@@ -103,14 +106,14 @@ def _summary(evidence: Evidence) -> str:
         (len(evidence.balancers), "load balancer"),
     )
     rate = sum(group.requests_per_s for group in view.groups.values())
-    told = ", ".join(f"{count} {name}{'' if count == 1 else 's'}" for count, name in counts)
+    told = ", ".join(counted(count, name) for count, name in counts)
     return f"{told}; {rate:.1f} requests/s"
 
 
-def _lines(title: str, kind: str, lines: Sequence[str]) -> str:
-    if not lines:
+def _lines(title: str, kind: str, findings: Sequence[Finding]) -> str:
+    if not findings:
         return ""
-    items = "".join(f"<li>{_text(line)}</li>" for line in lines)
+    items = "".join(f"<li>{_text(sentence(found))}</li>" for found in findings)
     return f'<section class="{kind}"><h2>{title}</h2><ul class="lines">{items}</ul></section>'
 
 
@@ -169,9 +172,9 @@ def _group(evidence: Evidence, number: int, group: GroupView) -> str:
     colour = f" g{number % GROUP_COLOURS}" if owned is not None else ""
     leader = group.leader
     led = '<span class="bad">nobody leads</span>' if leader is None else f"<span>led by {_text(leader.name)}</span>"
-    pending = describe_transfer(group)
+    pending = moving_of(group)
     age_s = transfer_age_s(evidence, group)
-    moving = f'<span class="moving">{_text(pending)}, {age_s or 0:.0f} s</span>' if pending else ""
+    moving = "" if pending is None else f'<span class="moving">{_text(transfer(pending))}, {age_s or 0:.0f} s</span>'
     range_text = "owns nothing" if owned is None else _text(show_range(owned))
     title = (
         f'<h3><i class="dot{colour}">{number + 1}</i> group {_id(group.id)} <span>{range_text}</span>'
@@ -221,7 +224,7 @@ def _agent(evidence: Evidence, agent: AgentView) -> list[str]:
     return [_text(agent.status.name), address, _id(hsm.id), realm, f"{hsm_work(evidence.view, hsm):,}", build]
 
 
-def _balancers(balancers: Sequence[BalancerReport], now: dt.datetime) -> str:
+def _balancers(balancers: Sequence[BalancerReport], now_ms: int) -> str:
     columns = (("Address", False), ("State", False), ("Certificate ends", False), ("Version", False))
     rows = []
     for balancer in balancers:
@@ -232,8 +235,9 @@ def _balancers(balancers: Sequence[BalancerReport], now: dt.datetime) -> str:
         else:
             state = '<span class="good">ready</span>'
         end = ""
-        if balancer.not_after is not None:
-            end = f"{balancer.not_after:%Y-%m-%d} ({(balancer.not_after - now) / dt.timedelta(days=1):.0f} days)"
+        end_ms = balancer.certificate_end_ms
+        if end_ms is not None:
+            end = f"{moment(end_ms):%Y-%m-%d} ({remaining_days(end_ms, now_ms):.0f} days)"
         rows.append(("", [f"<code>{_text(balancer.url)}</code>", state, end, _text(balancer.version)]))
     table = _table(columns, rows) if rows else '<p class="bad">none</p>'
     return f"<section><h2>Load balancers</h2>{table}</section>"
@@ -252,30 +256,29 @@ def _managers(managers: Sequence[ManagerReport], own: Own) -> str:
     return f"<section><h2>Managers</h2>{_table(columns, rows)}</section>"
 
 
-def _work(own: Own, now: dt.datetime) -> str:
+def _work(own: Own, now_ms: int) -> str:
     """Return what this manager is doing: actions, leases, and when its loops ran."""
     under_way = [*own.actions, *(f"holds lease {lease}" for lease in own.leases)]
     items = "".join(f"<li><code>{_text(line)}</code></li>" for line in under_way)
     doing = f'<ul class="lines">{items}</ul>' if items else '<p class="soft">nothing under way</p>'
     columns = (("Loop", False), ("Last run", False), ("Took", True), ("Result", False))
     rows = []
-    for name, ran in sorted(own.loops.items()):
-        ago_s = max(0.0, now.timestamp() - ran["at_ms"] / 1000)
-        result = f'<span class="bad">{_text(ran["error"])}</span>' if ran["error"] else '<span class="good">ok</span>'
-        rows.append(("", [_text(name), f"{ago_s:.0f} s ago", f"{ran['took_ms']} ms", result]))
+    for ran in own.loops:
+        ago_s = max(0, now_ms - ran.at_ms) / 1000
+        result = f'<span class="bad">{_text(ran.error)}</span>' if ran.error else '<span class="good">ok</span>'
+        rows.append(("", [_text(ran.name), f"{ago_s:.0f} s ago", f"{ran.took_ms} ms", result]))
     loops = _table(columns, rows) if rows else ""
     return f"<section><h2>This manager</h2>{doing}{_running(own.transfers)}{loops}</section>"
 
 
-def _running(transfers: Sequence[Mapping[str, Any]]) -> str:
+def _running(transfers: Sequence[RunningTransfer]) -> str:
     """Return the transfers under way here with the step each is at."""
     if not transfers:
         return ""
     columns = (("Transfer", False), ("From", False), ("To", False), ("Step", False), ("Attempt", True), ("For", True))
     rows = []
     for running in transfers:
-        source, destination = (bytes.fromhex(running[name]) for name in ("source", "destination"))
-        moved = OwnedRange(RecordId(bytes.fromhex(running["start"])), RecordId(bytes.fromhex(running["end"])))
-        cells = [_text(show_range(moved)), _id(source), _id(destination), _text(running["step"])]
-        rows.append(("", [*cells, f"{running['attempt']:,}", f"{running['age_s']:.1f} s"]))
+        moved = _text(show_range(owned_range(running.range)))
+        cells = [moved, _id(running.source), _id(running.destination), running.step.value]
+        rows.append(("", [*cells, f"{running.attempt:,}", f"{running.age_s:.1f} s"]))
     return _table(columns, rows)

@@ -25,6 +25,7 @@ from juicebox_hsm.wire.rpc import (
     Empty,
     LeaderLost,
     ManagerStatus,
+    PendingTransfer,
     Rebalanced,
     Refusal,
     Refused,
@@ -65,21 +66,22 @@ class ManagerService:
     async def _status(self, body: Empty, caller: object) -> ManagerStatus:  # noqa: ARG002
         state = self._context.state
         now_ms = self._context.now_ms()
-        document = {
-            "name": self._context.name,
-            "version": __version__,
-            "certificate_end_ms": to_unix_ms(self._context.certificate_end()),
-            "loops": state.loops,
-            "held_leases": sorted(state.held_leases),
-            "actions": sorted(state.actions.values()),
-            "transfers": [progress.to_json(now_ms) for progress in state.transfers],
-            "pending": [
-                {"realm": realm.hex(), "group": group.hex(), "age_s": max(0, now_ms - since_ms) / 1000}
-                for ((realm, group), _), since_ms in sorted(state.pending.items())
-            ],
-            "announced": [f"{realm.hex()}/{group.hex()}" for realm, group in sorted(state.announced)],
-        }
-        return ManagerStatus(json=json.dumps(document))
+        pending = sorted(state.pending.items())
+        return ManagerStatus(
+            older=json.dumps({"version": __version__}),
+            name=self._context.name,
+            version=__version__,
+            certificate_end_ms=to_unix_ms(self._context.certificate_end()),
+            loops=tuple(run for _, run in sorted(state.loops.items())),
+            held_leases=tuple(sorted(state.held_leases)),
+            actions=tuple(sorted(state.actions.values())),
+            transfers=tuple(progress.to_wire(now_ms) for progress in state.transfers),
+            pending=tuple(
+                PendingTransfer(realm, group, max(0, now_ms - since_ms) / 1000)
+                for ((realm, group), _), since_ms in pending
+            ),
+            announced=tuple(sorted(state.announced)),
+        )
 
     async def _leader_stepdown(self, body: StepdownOrder, caller: object) -> Done | Refused:  # noqa: ARG002
         subject = f"HSM {body.hsm.hex()}" if body.hsm is not None else f"group {(body.group or b'').hex()}"

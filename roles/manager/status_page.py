@@ -12,10 +12,11 @@ from quart_trio import QuartTrio
 
 from juicebox_hsm import __version__
 from juicebox_hsm.errors import RealmError
+from juicebox_hsm.host.cluster.verdict import Evidence, Verdict, judge
 from roles.manager.context import ManagerContext
 from roles.manager.page import Own, render, render_trouble
 from roles.manager.page_style import STYLE_HASH
-from roles.manager.verdict import Evidence, Verdict, judge, verdict_json
+from roles.survey.document import verdict_json
 from roles.survey.evidence import gather
 
 LOOK_S: Final = 3.0  # own: longest wait for a service; a page should not take longer
@@ -63,8 +64,8 @@ class StatusPage:
             version=__version__,
             leases=sorted(state.held_leases),
             actions=sorted(state.actions.values()),
-            transfers=[progress.to_json(self._context.now_ms()) for progress in state.transfers],
-            loops=dict(state.loops),
+            transfers=[progress.to_wire(self._context.now_ms()) for progress in state.transfers],
+            loops=[run for _, run in sorted(state.loops.items())],
         )
 
     async def _page(self) -> Response:

@@ -13,7 +13,7 @@ import trio
 
 from juicebox_hsm.errors import RealmError
 from juicebox_hsm.host.cluster.leases import ownership_lease
-from juicebox_hsm.host.cluster.progress import Step, TransferProgress, listed
+from juicebox_hsm.host.cluster.progress import TransferProgress, listed
 from juicebox_hsm.host.cluster.transfer import (
     LEASE_PAUSES,
     PHASE_A_PAUSES,
@@ -31,7 +31,7 @@ from juicebox_hsm.host.cluster.transfer import (
 from juicebox_hsm.host.cluster.view import ClusterView
 from juicebox_hsm.ports.errors import StoreUnavailable
 from juicebox_hsm.wire.methods import Request
-from juicebox_hsm.wire.rpc import Done, Refusal, Refused
+from juicebox_hsm.wire.rpc import Done, Refusal, Refused, TransferStep
 from roles.manager.context import ManagerContext
 from roles.manager.leases import LeaseBusy, LeaseLost, management_lease
 from roles.survey.overview import IDS_TIMEOUT_S, read_overview
@@ -95,7 +95,7 @@ async def _completed(
     context: ManagerContext, request: TransferRequest, at: int, progress: TransferProgress
 ) -> Done | Refused:
     """Run phase B, with retries."""
-    progress.step = Step.COMPLETE
+    progress.step = TransferStep.COMPLETE
     phase = partial(_complete, context, request, at, progress)
     outcome = await _retried(context, request, progress, phase, PHASE_B_PAUSES)
     return outcome if isinstance(outcome, Refused) else Done()
@@ -133,7 +133,7 @@ async def _look(context: ManagerContext) -> ClusterView | Refused:
 
 async def _move_range(context: ManagerContext, request: TransferRequest, progress: TransferProgress) -> int | Refused:
     """Run phase A once between the leaders of now."""
-    progress.step = Step.PREPARE
+    progress.step = TransferStep.PREPARE
     view = await _look(context)
     leaders = view if isinstance(view, Refused) else leaders_of(view, request)
     return leaders if isinstance(leaders, Refused) else await _run(context, move_range(request, leaders), progress)

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import datetime as dt
-import json
 from collections.abc import Iterable
 from functools import partial
 
 import trio
 
-from juicebox_hsm.adapters.tls.certificate_end import from_unix_ms
 from juicebox_hsm.errors import RealmError
+from juicebox_hsm.host.certificates import moment_ms
 from juicebox_hsm.host.cluster.settings import DRAIN_PREFIX, PAUSED, drained_hsms
+from juicebox_hsm.host.cluster.verdict import BalancerReport, Evidence, ManagerReport
 from juicebox_hsm.host.cluster.view import ClusterView, GroupKey
 from juicebox_hsm.host.services import ServiceAddress, ServiceKind
-from juicebox_hsm.ids import GroupId, RealmId, parse_id
+from juicebox_hsm.ids import GroupId, RealmId
 from juicebox_hsm.ports.rpc import RpcCaller
 from juicebox_hsm.ports.store import Store
 from juicebox_hsm.wire.methods import MANAGER_STATUS
 from juicebox_hsm.wire.rpc import Empty, ManagerStatus
-from roles.manager.verdict import BalancerReport, Evidence, ManagerReport
 from roles.survey.balancers import probe_balancers
 from roles.survey.overview import STATUS_TIMEOUT_S, ask_agents
 
@@ -30,7 +28,7 @@ async def gather(
     now_ms: int,
     *,
     timeout_s: float = STATUS_TIMEOUT_S,
-    own_certificate_end: dt.datetime | None = None,
+    own_certificate_end_ms: int | None = None,
 ) -> Evidence:
     """Ask every service in discovery, all at once, each for at most `timeout_s`. Raises `StoreUnavailable`."""
     services = await store.discovery.list(now_ms)
@@ -55,10 +53,10 @@ async def gather(
         view=views[0],
         managers=tuple(sorted(managers, key=lambda report: report.url)),
         balancers=tuple(balancers),
-        now=dt.datetime.fromtimestamp(now_ms / 1000, dt.UTC),
+        now_ms=now_ms,
         drained=drained,
         rebalancing_paused=paused,
-        own_certificate_end=own_certificate_end,
+        own_certificate_end_ms=own_certificate_end_ms,
     )
 
 
@@ -75,19 +73,12 @@ async def _ask_manager(rpc: RpcCaller, url: str, timeout_s: float, reports: list
     reports.append(read_manager_status(url, reply))
 
 
-def read_manager_status(url: str, reply: ManagerStatus) -> ManagerReport:
-    """Translate a manager's reply; one that cannot be read becomes the report's `error`."""
-    try:
-        document = json.loads(reply.json)
-        pending: dict[GroupKey, float] = {}
-        for entry in document.get("pending", ()):
-            key = (RealmId(parse_id(entry["realm"])), GroupId(parse_id(entry["group"])))
-            pending[key] = max(float(entry["age_s"]), pending.get(key, 0.0))
-        return ManagerReport(
-            url,
-            version=str(document.get("version", "")),
-            pending=pending,
-            certificate_end=from_unix_ms(document.get("certificate_end_ms")),
-        )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        return ManagerReport(url, error=f"unreadable status: {error}")
+def read_manager_status(url: str, status: ManagerStatus) -> ManagerReport:
+    """Translate a manager's reply."""
+    pending: dict[GroupKey, float] = {}
+    for seen in status.pending:
+        key = (RealmId(seen.realm), GroupId(seen.group))
+        pending[key] = max(seen.age_s, pending.get(key, 0.0))
+    return ManagerReport(
+        url, version=status.version, pending=pending, certificate_end_ms=moment_ms(status.certificate_end_ms)
+    )

@@ -22,11 +22,12 @@ from typing import Any
 
 import trio
 
-from roles.manager.verdict import judge
+from juicebox_hsm.host.cluster.verdict import judge
 from roles.survey.evidence import gather
 from roles.tools.demo.launch import Cluster, launch
 from roles.tools.demo.layout import DemoOptions
 from roles.tools.demo.processes import RunningService
+from roles.words import sentence
 from tests.client.drivers import Driver, Environment, User, official_driver, own_driver
 
 PIN = b"1234"
@@ -84,7 +85,8 @@ async def wait_whole(cluster: Cluster, tally: Tally, after: str) -> None:
     with trio.move_on_after(WHOLE_S):
         while True:
             session = cluster.session
-            problems = judge(await gather(session.store, session.rpc, session.now_ms())).problems
+            verdict = judge(await gather(session.store, session.rpc, session.now_ms()))
+            problems = [sentence(found) for found in verdict.problems]
             if not problems:
                 return
             await trio.sleep(LOOK_PAUSE_S)

@@ -15,6 +15,7 @@ import pytest
 import trio
 from click.testing import CliRunner
 
+from juicebox_hsm.host.codes import Code
 from roles.cli import cli
 from roles.tools.bench.client import Result
 from roles.tools.chaos.report import Report
@@ -121,9 +122,7 @@ def test_the_page_describes_the_files_of_measurements() -> None:
 
 def test_the_page_has_every_reason() -> None:
     """Programs look reasons up on the page: those of the verdict are there, and no others."""
-    from roles.manager.reasons import OTHER, REASONS
-
     table = PAGE.read_text().partition("| code | reason |")[2].partition("\n\n")[0]
     cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
     codes = [code for cell in cells for code in re.findall(r"`([^`]+)`", cell)]
-    assert sorted(codes) == sorted([*(name for name, _ in REASONS), OTHER])
+    assert sorted(codes) == sorted({code.word for code in Code})

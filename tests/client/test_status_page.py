@@ -5,7 +5,6 @@ With JUICEBOX_PICTURES=DIR the pictures are kept there for people to look at.
 
 from __future__ import annotations
 
-import datetime as dt
 import html
 import http.server
 import json
@@ -25,18 +24,19 @@ from typing import Any
 
 import pytest
 
+from juicebox_hsm.host.certificates import DAY_MS
+from juicebox_hsm.host.cluster.verdict import BalancerReport, Evidence, ManagerReport, judge
 from juicebox_hsm.host.cluster.view import AgentView, build_view
 from juicebox_hsm.ids import OwnedRange
 from juicebox_hsm.wire import rpc
 from roles.manager.page import REFRESH_S, Own, render, render_trouble
 from roles.manager.page_style import STYLE
 from roles.manager.status_page import HEADERS
-from roles.manager.verdict import BalancerReport, Evidence, ManagerReport, judge
 from tests.ci import in_ci
 from tests.host.cluster.agents import FakeAgent, FakeGroup, group, hsm, record
 
 pytestmark = [pytest.mark.processes, pytest.mark.chromium]
-NOW = dt.datetime(2026, 11, 24, 9, 30, tzinfo=dt.UTC)
+NOW_MS = 1_795_512_600_000  # 24 November 2026, 9:30 UTC
 WIDTHS = (1280, 400)
 HOW_TO_GET = "Chromium is missing (the status page is tested in it): apt-get install chromium, or set CHROMIUM=PROGRAM"
 LONG = "tls://realm-agent-number-five.europe-west4-b.c.some-project-with-a-long-name.internal.example.org:18095"
@@ -78,11 +78,11 @@ def _evidence(agents: list[FakeAgent], **changes: Any) -> Evidence:
     values: dict[str, Any] = {
         "managers": tuple(ManagerReport(f"tls://10.1.3.{n}:18071", version="build") for n in (1, 2)),
         "balancers": tuple(
-            BalancerReport(f"https://10.1.4.{n}:443", version="build", not_after=NOW + dt.timedelta(days=61))
+            BalancerReport(f"https://10.1.4.{n}:443", version="build", certificate_end_ms=NOW_MS + 61 * DAY_MS)
             for n in (1, 2)
         ),
     }
-    return Evidence(view=build_view(views), now=NOW, **{**values, **changes})
+    return Evidence(view=build_view(views), now_ms=NOW_MS, **{**values, **changes})
 
 
 def _thirds() -> list[OwnedRange]:
@@ -97,9 +97,7 @@ def healthy_page() -> str:
     for number, owned in enumerate(_thirds()):
         agents[number].lead(group(number + 1), owned)
     evidence = _evidence(agents)
-    loops = {
-        name: {"at_ms": (NOW.timestamp() - 1) * 1000, "took_ms": 12, "error": ""} for name in ("leaders", "rebalance")
-    }
+    loops = [rpc.LoopRun(name, NOW_MS - 1000, 12) for name in ("leaders", "rebalance")]
     return render(evidence, judge(evidence), Own("manager1", "tls://10.1.3.1:18071", "build", loops=loops))
 
 
@@ -124,10 +122,10 @@ def troubled_page() -> str:
                 "https://10.1.4.1:443", version="older", reasons=("secrets are 3000 s old", "no route " * 20)
             ),
             BalancerReport(LONG.replace("tls", "https"), error="certificate verify failed: unable to get local issuer"),
-            BalancerReport("https://10.1.4.3:443", version="build", not_after=NOW + dt.timedelta(days=3)),
+            BalancerReport("https://10.1.4.3:443", version="build", certificate_end_ms=NOW_MS + 3 * DAY_MS),
         ),
     )
-    loops = {name: {"at_ms": NOW.timestamp() * 1000, "took_ms": 5012, "error": "timed out"} for name in ("transfers",)}
+    loops = [rpc.LoopRun("transfers", NOW_MS, 5012, "timed out")]
     own = Own("manager1", "tls://10.1.3.1:18071", "build", ["ownership-" + "52" * 16], ["transfer " + "47" * 40], loops)
     return render(evidence, judge(evidence), own)
 

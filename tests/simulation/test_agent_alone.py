@@ -14,7 +14,7 @@ import pytest
 import trio
 
 from juicebox_hsm.adapters.observation import logging
-from juicebox_hsm.adapters.tls.certificate_end import from_unix_ms
+from juicebox_hsm.adapters.tls.certificate_end import to_unix_ms
 from juicebox_hsm.client import InvalidPin, NotRegistered
 from juicebox_hsm.host.events import EventKind
 from juicebox_hsm.host.log import AppendOutcome
@@ -46,7 +46,7 @@ async def test_status_tells_the_end_of_the_certificate(tmp_path: Path) -> None:
         assert (await one.call("status", Empty())).certificate_end_ms is None
         end = dt.datetime(2026, 11, 20, tzinfo=dt.UTC)
         one.agent.config = dataclasses.replace(one.agent.config, certificate_end=lambda: end)
-        assert from_unix_ms((await one.call("status", Empty())).certificate_end_ms) == end
+        assert (await one.call("status", Empty())).certificate_end_ms == to_unix_ms(end)
 
 
 async def test_lines_about_a_group_name_it(tmp_path: Path) -> None:

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import enum
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
+from juicebox_hsm.host.cluster.view import wire_range
 from juicebox_hsm.ids import GroupId, OwnedRange, RealmId
-
-
-class Step(enum.Enum):
-    """The step that is under way; looking for the leaders belongs to the step it is for."""
-
-    PREPARE = "prepare"
-    OUT = "out"
-    IN = "in"
-    COMPLETE = "complete"
+from juicebox_hsm.wire.rpc import RunningTransfer, TransferPrepare, TransferStep
 
 
 @dataclass(slots=True, eq=False)
@@ -30,22 +21,21 @@ class TransferProgress:
     destination: GroupId
     range: OwnedRange
     begun_ms: int
-    step: Step = Step.PREPARE
+    step: TransferStep = TransferStep.PREPARE
     attempt: int = 1
 
-    def to_json(self, now_ms: int) -> dict[str, Any]:
-        """Return the entry of `transfers` in the manager's status."""
-        return {
-            "realm": self.realm.hex(),
-            "source": self.source.hex(),
-            "destination": self.destination.hex(),
-            "start": self.range.start.hex(),
-            "end": self.range.end.hex(),
-            "step": self.step.value,
-            "attempt": self.attempt,
-            "begun_ms": self.begun_ms,
-            "age_s": max(0, now_ms - self.begun_ms) / 1000,
-        }
+    def to_wire(self, now_ms: int) -> RunningTransfer:
+        """Return what the manager's status says of it."""
+        return RunningTransfer(
+            realm=self.realm,
+            source=self.source,
+            destination=self.destination,
+            range=wire_range(self.range),
+            step=self.step,
+            attempt=self.attempt,
+            begun_ms=self.begun_ms,
+            age_s=max(0, now_ms - self.begun_ms) / 1000,
+        )
 
 
 @contextmanager
@@ -58,9 +48,7 @@ def listed(running: list[TransferProgress], progress: TransferProgress) -> Itera
         running.remove(progress)
 
 
-def describe(entry: Mapping[str, Any]) -> str:
-    """Return how far the transfer of an entry of `transfers` is, in words.
-
-    Raises `KeyError`, `TypeError` or `ValueError` when it is not one.
-    """
-    return f"{entry['step']}, attempt {int(entry['attempt'])}, {float(entry['age_s']):.1f} s"
+def is_same(running: RunningTransfer, wanted: TransferPrepare) -> bool:
+    """Tell whether a running transfer is the one that somebody asked for."""
+    asked = (wanted.realm, wanted.source, wanted.destination, wanted.range)
+    return (running.realm, running.source, running.destination, running.range) == asked

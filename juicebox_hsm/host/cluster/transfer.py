@@ -16,7 +16,7 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any, Final, Generic
 
-from juicebox_hsm.host.cluster.progress import Step, TransferProgress
+from juicebox_hsm.host.cluster.progress import TransferProgress
 from juicebox_hsm.host.cluster.view import ClusterView, Member, owned_range, wire_range
 from juicebox_hsm.ids import GroupId, OwnedRange, RealmId, RecordId
 from juicebox_hsm.wire.methods import (
@@ -43,6 +43,7 @@ from juicebox_hsm.wire.rpc import (
     TransferOutCall,
     TransferPrepare,
     TransferredOut,
+    TransferStep,
 )
 
 RETRIED: Final = frozenset(
@@ -124,7 +125,7 @@ class Call(Generic[Request]):
     member: Member
     method: Method[Request, Any]
     body: Request
-    step: Step
+    step: TransferStep
 
 
 Calls = Generator[Call[Any], object, "int | Refused"]
@@ -176,7 +177,7 @@ def move_range(request: TransferRequest, leaders: Leaders) -> Calls:
         arrived = yield ask_arrived(request, leaders.destination, left_at)
         if arrival_of(arrived) is Arrival.YES:  # an earlier attempt got it across: only *complete* is missing
             return left_at
-    prepared = yield Call(leaders.destination, TRANSFER_PREPARE, request.to_wire(), Step.PREPARE)
+    prepared = yield Call(leaders.destination, TRANSFER_PREPARE, request.to_wire(), TransferStep.PREPARE)
     if not isinstance(prepared, Prepared):
         return refusal_of(prepared)
     out_call = TransferOutCall(
@@ -187,7 +188,7 @@ def move_range(request: TransferRequest, leaders: Leaders) -> Calls:
         prepared.nonce,
         prepared.statement,
     )
-    out = yield Call(leaders.source, TRANSFER_OUT, out_call, Step.OUT)
+    out = yield Call(leaders.source, TRANSFER_OUT, out_call, TransferStep.OUT)
     if not isinstance(out, TransferredOut):
         return (yield from _out_refused(request, leaders, refusal_of(out)))
     in_call = TransferInCall(
@@ -199,7 +200,7 @@ def move_range(request: TransferRequest, leaders: Leaders) -> Calls:
         prepared.nonce,
         out.statement,
     )
-    taken = yield Call(leaders.destination, TRANSFER_IN, in_call, Step.IN)
+    taken = yield Call(leaders.destination, TRANSFER_IN, in_call, TransferStep.IN)
     return out.at if isinstance(taken, Done) else refusal_of(taken)
 
 
@@ -212,11 +213,11 @@ def _out_refused(request: TransferRequest, leaders: Leaders, refusal: Refused) -
     """
     if refusal.outcome is Refusal.NOT_OWNER:
         body = OwnsCall(request.realm, request.source, wire_range(request.range))
-        owns = yield Call(leaders.source, TRANSFER_OWNS, body, Step.OUT)
+        owns = yield Call(leaders.source, TRANSFER_OWNS, body, TransferStep.OUT)
         if isinstance(owns, Refused) and owns.outcome is Refusal.NOT_OWNED:
             refusal = Refused(Refusal.UNACCEPTABLE_RANGE, detail="the source does not own the range")
     if refusal.outcome in CANCELS:
-        yield Call(leaders.destination, TRANSFER_CANCEL_PREPARE, request.to_wire(), Step.OUT)
+        yield Call(leaders.destination, TRANSFER_CANCEL_PREPARE, request.to_wire(), TransferStep.OUT)
     return refusal
 
 
@@ -231,7 +232,7 @@ def _leaving_at(request: TransferRequest, source: Member) -> int | None:
 def ask_arrived(request: TransferRequest, destination: Member, at: int) -> Call[ArrivedCall]:
     """Ask whether a committed entry of the destination consumed the source's transfer `at` (manager.md 6.3)."""
     body = ArrivedCall(request.realm, request.source, request.destination, at)
-    return Call(destination, TRANSFER_ARRIVED, body, Step.PREPARE)
+    return Call(destination, TRANSFER_ARRIVED, body, TransferStep.PREPARE)
 
 
 def arrival_of(reply: object) -> Arrival:
@@ -252,7 +253,7 @@ def complete(request: TransferRequest, source: Member, at: int) -> Calls:
     out, here or after a delay on the way, the same range may be leaving the same source again.
     """
     body = TransferComplete(request.realm, request.source, request.destination, wire_range(request.range), at)
-    reply = yield Call(source, TRANSFER_COMPLETE, body, Step.COMPLETE)
+    reply = yield Call(source, TRANSFER_COMPLETE, body, TransferStep.COMPLETE)
     if isinstance(reply, Done):
         return at
     refusal = refusal_of(reply)

@@ -14,6 +14,7 @@ from juicebox_hsm.adapters.observation.metrics import Metrics
 from juicebox_hsm.adapters.observation.tracing import HEADER, Traces, active
 from juicebox_hsm.client import Client, ClientError, HttpTransport
 from juicebox_hsm.client.transport import Headers, Observation, Transport
+from juicebox_hsm.host.certificates import DAYS_WARN
 from juicebox_hsm.ids import RealmId
 from roles.survey.balancers import certificate_end
 from roles.tools.target import Target
@@ -21,7 +22,6 @@ from roles.tools.target import Target
 NUM_GUESSES: Final = 2
 CERTIFICATES_EVERY_S: Final = 300.0
 DAYS_OK: Final = 30.0
-DAYS_WARN: Final = 20.0
 DAYS_FAIL: Final = 5.0
 SLOW_NS: Final = 1_000_000_000
 STEPS: Final = ("register", "recover", "delete")

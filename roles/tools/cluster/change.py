@@ -7,12 +7,12 @@ from typing import Any
 import click
 
 from juicebox_hsm.host.cluster.planning import Owner, plan
+from juicebox_hsm.host.cluster.verdict import moving_of
 from juicebox_hsm.host.cluster.view import ClusterView, wire_range
 from juicebox_hsm.ids import GroupId, OwnedRange, RealmId, RecordId
 from juicebox_hsm.wire.methods import TRANSFER
 from juicebox_hsm.wire.rpc import Refusal, Refused, TransferPrepare
 from roles.lazy import LazyCommand, LazyGroup
-from roles.manager.verdict import describe_transfer
 from roles.survey.overview import IDS_TIMEOUT_S, ask_agents, read_overview
 from roles.tools.cluster.create import (
     check_join,
@@ -154,7 +154,7 @@ def check_transfer(
         problem = Refusal.NO_SOURCE_LEADER
     elif taking is None or taking.leader is None:
         problem = Refusal.NO_DESTINATION_LEADER
-    elif describe_transfer(giving) or describe_transfer(taking):
+    elif moving_of(giving) or moving_of(taking):
         problem = Refusal.OTHER_TRANSFER_PENDING
     else:
         owned, before = giving.owned_range, taking.owned_range

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any, Final
+from typing import Final
 
 import trio
 
 from juicebox_hsm.errors import RealmError
-from juicebox_hsm.host.cluster.progress import describe
+from juicebox_hsm.host.cluster.progress import is_same
 from juicebox_hsm.host.cluster.view import owned_range
 from juicebox_hsm.host.services import ServiceKind
 from juicebox_hsm.wire.methods import MANAGER_STATUS
 from juicebox_hsm.wire.rpc import Empty, TransferPrepare
 from roles.tools.ids import show_range
 from roles.tools.session import Session
+from roles.words import how_far
 
 POLL_S: Final = 0.25
 ASK_S: Final = 1.0
@@ -75,16 +75,7 @@ async def watch(session: Session, url: str | None, wanted: TransferPrepare, show
 async def _ask(session: Session, url: str, wanted: TransferPrepare) -> str:
     """Return what a manager says of a transfer; "" if it runs none like it or cannot be understood."""
     try:
-        reply = await session.rpc.call(url, MANAGER_STATUS, Empty(), timeout_s=ASK_S)
-        document = json.loads(reply.json)
-        return next((describe(entry) for entry in document.get("transfers", ()) if _is_same(entry, wanted)), "")
+        status = await session.rpc.call(url, MANAGER_STATUS, Empty(), timeout_s=ASK_S)
     except RealmError:
         return ""
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return ""  # a build that tells it otherwise
-
-
-def _is_same(entry: Any, wanted: TransferPrepare) -> bool:
-    told = [entry[name] for name in ("realm", "source", "destination", "start", "end")]
-    asked = (wanted.realm, wanted.source, wanted.destination, wanted.range.start, wanted.range.end)
-    return told == [value.hex() for value in asked]
+    return next((how_far(running) for running in status.transfers if is_same(running, wanted)), "")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import click
 
-from roles.manager.verdict import Evidence, judge, verdict_json
+from juicebox_hsm.adapters.tls.certificate_end import to_unix_ms
+from juicebox_hsm.host.cluster.verdict import Evidence, judge
+from roles.survey.document import verdict_json
 from roles.survey.evidence import gather
 from roles.tools.cluster.show import with_session
 from roles.tools.output import print_json
 from roles.tools.session import Connection, ExitCode, Session, end, with_connection
+from roles.words import counted, sentence
 
 
 def summary(evidence: Evidence) -> str:
@@ -22,7 +25,7 @@ def summary(evidence: Evidence) -> str:
         (len(evidence.managers), "manager"),
         (len(evidence.balancers), "load balancer"),
     )
-    return ", ".join(f"{count} {name}{'' if count == 1 else 's'}" for count, name in counts)
+    return ", ".join(counted(count, name) for count, name in counts)
 
 
 @click.command()
@@ -38,7 +41,9 @@ def status(connection: Connection, *, as_json: bool) -> None:
     """
 
     async def body(session: Session) -> Evidence:
-        return await gather(session.store, session.rpc, session.now_ms(), own_certificate_end=session.certificate_end)
+        return await gather(
+            session.store, session.rpc, session.now_ms(), own_certificate_end_ms=to_unix_ms(session.certificate_end)
+        )
 
     evidence = with_session(connection, body)
     verdict = judge(evidence)
@@ -47,9 +52,9 @@ def status(connection: Connection, *, as_json: bool) -> None:
     else:
         click.echo(summary(evidence))
         for problem in verdict.problems:
-            click.echo(f"PROBLEM: {problem}")
+            click.echo(f"PROBLEM: {sentence(problem)}")
         for advice in verdict.advice:
-            click.echo(f"advice: {advice}")
+            click.echo(f"advice: {sentence(advice)}")
         click.echo("healthy" if verdict.is_healthy else "trouble")
     if not verdict.is_healthy:
         end(ExitCode.FINDINGS)

@@ -28,6 +28,7 @@ from juicebox_hsm.adapters.stores.opening import open_store
 from juicebox_hsm.adapters.tls.cluster_tls import CA_FILE, CERT_FILE, KEY_FILE, ROLE_URI_PREFIX, ClusterTls
 from juicebox_hsm.consensus.nvram import decode_state
 from juicebox_hsm.errors import RealmError
+from juicebox_hsm.host.certificates import DAYS_WARN
 from roles.cloud_options import pubsub_problem, secrets_problem
 from roles.commands import ROLES, TOOLS
 from roles.options import (
@@ -43,7 +44,6 @@ from roles.tools.config.parse import Parsed, path_of
 from roles.tools.secrets_file import findings
 from roles.tools.session import first_leaf
 
-DAYS_WARN: Final = 20  # operator-tools.md 3: the service check warns from here on
 OPEN_S: Final = 10.0
 PORT_MAX: Final = 65_535
 NEAR: Final = 0.85  # own: one or two letters of a variable's name

@@ -9,6 +9,7 @@ import trio
 
 from juicebox_hsm.adapters.edge.drain import DrainController
 from juicebox_hsm.adapters.edge.exchange import Request, Response
+from juicebox_hsm.host.codes import Code
 from juicebox_hsm.ids import RealmId
 from juicebox_hsm.wire.rpc import Range
 from roles.lb.readiness import Readiness
@@ -21,7 +22,7 @@ async def _req(_: Request) -> Response:
 
 
 def _routes(
-    reasons: list[str] | None = None, *, rttest: bool = False, warnings: tuple[str, ...] = ()
+    reasons: list[str] | None = None, *, rttest: bool = False, warnings: tuple[tuple[Code, str], ...] = ()
 ) -> tuple[Routes, DrainController]:
     drain = DrainController()
     routes = Routes(
@@ -93,9 +94,10 @@ async def test_readyz_reasons() -> None:
 @pytest.mark.parametrize(("reasons", "status", "first"), [([], 200, b"ready"), (["no realms"], 503, b"no realms")])
 async def test_readyz_warnings(reasons: list[str], status: int, first: bytes) -> None:
     """What somebody has to see to is told besides, and makes nobody take a serving balancer out of rotation."""
-    routes, _ = _routes(reasons, warnings=("warning: the cluster certificate ends",))
+    routes, _ = _routes(reasons, warnings=((Code.CERTIFICATE, "the cluster certificate ends"),))
     response = await routes.answer(FakeRequest("GET", "/readyz"))
     assert (response.status, response.body) == (status, first + b"\nwarning: the cluster certificate ends\n")
+    assert (b"x-warnings", b"certificate") in response.headers
 
 
 async def test_the_end_of_the_cluster_certificate_is_a_warning() -> None:
@@ -109,9 +111,9 @@ async def test_the_end_of_the_cluster_certificate_is_a_warning() -> None:
         secrets_age_s=lambda: 0.0,
         cluster_end=lambda: end,
     )
-    assert readiness.warnings() == [f"warning: the cluster certificate ends on {end:%Y-%m-%d}, in 3 days"]
+    assert readiness.warnings() == [(Code.CERTIFICATE, f"the cluster certificate ends on {end:%Y-%m-%d}, in 3 days")]
     end -= dt.timedelta(days=4)
-    assert readiness.warnings() == [f"warning: the cluster certificate ended on {end:%Y-%m-%d}"]
+    assert readiness.warnings() == [(Code.CERTIFICATE, f"the cluster certificate ended on {end:%Y-%m-%d}")]
     end += dt.timedelta(days=90)
     assert readiness.warnings() == []
 
@@ -145,10 +147,10 @@ async def test_readiness(nursery: trio.Nursery, autojump_clock: object) -> None:
     assert readiness.reasons() == ["no realms"]
     agent.realm, agent.range = REALM, half
     await trio.sleep(1)
-    assert readiness.reasons() == [f"realm {REALM.hex()}: no leader for [8000...-ff...]"]
+    assert readiness.reasons() == [f"realm {REALM.hex()}: no leader for [0x8000...-0xff...]"]
     agent.leads = False
     await trio.sleep(1)
-    assert readiness.reasons() == [f"realm {REALM.hex()}: no leader for [00...-ff...]"]
+    assert readiness.reasons() == [f"realm {REALM.hex()}: no leader for [0x00...-0xff...]"]
     agent.leads, agent.range = True, Range(start=bytes(32), end=b"\xff" * 32)
     await trio.sleep(1)
     assert readiness.reasons() == []

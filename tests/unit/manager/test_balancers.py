@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import datetime as dt
 import ssl
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
@@ -11,6 +11,8 @@ import pytest
 import trio
 
 from juicebox_hsm.adapters.tls.certificates import CaKind, init_ca, issue_edge
+from juicebox_hsm.host.certificates import remaining_days
+from juicebox_hsm.host.codes import Code
 from roles.survey.balancers import probe_balancer, probe_balancers
 
 Answer = Callable[[trio.SSLStream[trio.SocketStream]], Awaitable[None]]
@@ -57,9 +59,8 @@ async def test_ready_balancer(tls: ssl.SSLContext) -> None:
     async with _balancer(tls, [_response(200, "ready\n"), _response(200, live)]) as url:
         report = await probe_balancer(url)
     assert (report.error, report.version, report.reasons) == ("", "7", ())
-    assert report.not_after is not None
-    days = (report.not_after - dt.datetime.now(dt.UTC)) / dt.timedelta(days=1)
-    assert 29 < days <= 30
+    assert report.certificate_end_ms is not None
+    assert 29 < remaining_days(report.certificate_end_ms, round(time.time() * 1000)) <= 30
 
 
 async def test_reasons_are_lines_and_bounded(tls: ssl.SSLContext) -> None:
@@ -74,14 +75,19 @@ async def test_reasons_are_lines_and_bounded(tls: ssl.SSLContext) -> None:
 
 
 async def test_warnings_are_no_reasons(tls: ssl.SSLContext) -> None:
-    """A warning in /readyz is reported, of a balancer that is ready and of one that is not."""
+    """A warning in /readyz is reported, of a balancer that is ready and of one that is not, with the code it names."""
     told = "warning: the cluster certificate ends on 2026-11-20, in 9 days"
     for status, first, reasons in ((200, "ready", ()), (503, "no realms", ("no realms",))):
         text = f"{first}\n{told}\n"
-        async with _balancer(tls, [_response(status, text, "connection: close")]) as url:
-            report = await probe_balancer(url)
-        assert report.reasons == reasons
-        assert report.warnings == (told.removeprefix("warning: "),)
+        for headers, code in (
+            (("x-warnings: certificate",), Code.CERTIFICATE),
+            (("x-warnings: of-tomorrow",), Code.OTHER),
+            ((), Code.OTHER),  # a balancer of an older version
+        ):
+            async with _balancer(tls, [_response(status, text, "connection: close", *headers)]) as url:
+                report = await probe_balancer(url)
+            assert report.reasons == reasons
+            assert report.warnings == ((code, told.removeprefix("warning: ")),)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +98,7 @@ async def test_garbage_is_an_error(tls: ssl.SSLContext, answer: bytes) -> None:
     async with _balancer(tls, [answer]) as url:
         (report,) = await probe_balancers([url, url])
     assert report.error
-    assert report.not_after is not None
+    assert report.certificate_end_ms is not None
 
 
 async def test_nobody_there() -> None:

@@ -55,7 +55,7 @@ async def test_a_failing_pass_does_not_end_the_loop(autojump_clock: trio.testing
     with trio.move_on_after(1.7):
         await run_loop(context, "test", Pacer(0.5), work)
     assert passes >= 4
-    assert context.state.loops["test"]["error"] == ""
+    assert context.state.loops["test"].error == ""
     assert 'manager_loop_errors_total{loop="test"} 2' in context.meter.render()  # type: ignore[attr-defined]
 
 

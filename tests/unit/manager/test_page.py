@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime as dt
 import json
 import re
 from dataclasses import replace
@@ -15,20 +14,22 @@ from quart_trio import QuartTrio
 
 from juicebox_hsm.adapters.observation.metrics import Metrics
 from juicebox_hsm.adapters.observation.probes import make_app
-from juicebox_hsm.host.cluster.progress import Step, TransferProgress
+from juicebox_hsm.host.certificates import DAY_MS
+from juicebox_hsm.host.cluster.progress import TransferProgress
+from juicebox_hsm.host.cluster.verdict import BalancerReport, Evidence, ManagerReport, judge
 from juicebox_hsm.host.cluster.view import AgentView, build_view
 from juicebox_hsm.host.services import ServiceKind
 from juicebox_hsm.ids import FULL_RANGE, OwnedRange
 from juicebox_hsm.ports.errors import StoreUnavailable
 from juicebox_hsm.wire import rpc
+from juicebox_hsm.wire.rpc import TransferStep
 from roles.manager.context import ManagerContext
 from roles.manager.page import Own, bar, render
 from roles.manager.status_page import HEADERS, StatusPage
-from roles.manager.verdict import BalancerReport, Evidence, ManagerReport, judge
 from tests.host.cluster.agents import REALM, FakeAgent, group, hsm, record, three
 from tests.unit.manager.fakes import make_context
 
-NOW = dt.datetime(2026, 11, 1, tzinfo=dt.UTC)
+NOW_MS = 1_793_491_200_000  # 1 November 2026
 OWN = Own("manager1", "tls://m1", "1.0", actions=["rebalance"], leases=["a-lease"])
 EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>&amp;"
 VOID = {"meta", "rect", "line", "br", "img"}
@@ -74,9 +75,9 @@ def _evidence(agents: list[FakeAgent], **changes: Any) -> Evidence:
     )
     values: dict[str, Any] = {
         "managers": (ManagerReport("tls://m1", version="1"), ManagerReport("tls://m2", error="gone")),
-        "balancers": (BalancerReport("https://b1", version="1", not_after=NOW + dt.timedelta(days=40)),),
+        "balancers": (BalancerReport("https://b1", version="1", certificate_end_ms=NOW_MS + 40 * DAY_MS),),
     }
-    return Evidence(view=view, now=NOW, **{**values, **changes})
+    return Evidence(view=view, now_ms=NOW_MS, **{**values, **changes})
 
 
 def _page(evidence: Evidence, own: Own = OWN) -> str:
@@ -107,8 +108,8 @@ def test_shows_what_an_operator_asks() -> None:
 def test_shows_how_far_its_transfers_are() -> None:
     """A transfer that runs here is listed with range, groups, step, attempt and duration."""
     low = OwnedRange(record("00"), record("7f", 0xFF))
-    running = TransferProgress(REALM, group(1), group(2), low, begun_ms=1_000, step=Step.OUT, attempt=3)
-    checker = _parse(_page(_evidence(three(2)), replace(OWN, transfers=[running.to_json(3_500)])))
+    running = TransferProgress(REALM, group(1), group(2), low, begun_ms=1_000, step=TransferStep.OUT, attempt=3)
+    checker = _parse(_page(_evidence(three(2)), replace(OWN, transfers=[running.to_wire(3_500)])))
     cells = " ".join("".join(checker.text).split())
     assert f"[0x00...-0x7fff...]{group(1).hex()[:8]}{group(2).hex()[:8]}out32.5 s" in cells
     assert "Attempt" not in _page(_evidence(three(2)))
@@ -122,7 +123,7 @@ def test_healthy_page_has_no_problems() -> None:
         agents,
         managers=tuple(ManagerReport(f"tls://m{number}", version="build") for number in (1, 2)),
         balancers=tuple(
-            BalancerReport(f"https://b{number}", version="build", not_after=NOW + dt.timedelta(days=40))
+            BalancerReport(f"https://b{number}", version="build", certificate_end_ms=NOW_MS + 40 * DAY_MS)
             for number in (1, 2)
         ),
     )
@@ -144,7 +145,7 @@ def test_hostile_text_stays_text() -> None:
     )
     silent = AgentView(EVIL + "2", None, EVIL)
     evidence = replace(evidence, view=build_view([*evidence.view.agents, silent]))
-    loops = {EVIL: {"at_ms": 0, "took_ms": 1, "error": EVIL}}
+    loops = [rpc.LoopRun(EVIL, 0, 1, EVIL)]
     checker = _parse(_page(evidence, Own(EVIL, EVIL, EVIL, leases=[EVIL], actions=[EVIL], loops=loops)))
     names = {tag for tag, _ in checker.tags}
     assert not names & {"script", "img", "iframe", "a", "form"}

@@ -6,10 +6,9 @@ import pytest
 import trio
 import trio.testing
 
-from juicebox_hsm.host.cluster.progress import Step
 from juicebox_hsm.host.cluster.transfer import TransferRequest
 from juicebox_hsm.ids import RealmId
-from juicebox_hsm.wire.rpc import Done, Refusal, Refused
+from juicebox_hsm.wire.rpc import Done, Refusal, Refused, TransferStep
 from roles.manager.context import ManagerContext
 from roles.manager.recovery import PASS_S, REALMS_AT_ONCE_MAX, Recovery
 from roles.manager.transfer import run_requested_transfer
@@ -71,7 +70,9 @@ async def test_a_pass_ends_and_gives_the_lease_back(autojump_clock: trio.testing
     async with trio.open_nursery() as nursery:
         nursery.start_soon(recover_transfers, context)
         await trio.sleep(5)
-        assert [progress.step for progress in context.state.transfers] == [Step.OUT], "it is shown like an ordered one"
+        assert [progress.step for progress in context.state.transfers] == [TransferStep.OUT], (
+            "it is shown like an ordered one"
+        )
     assert context.state.transfers == []
     assert trio.current_time() == pytest.approx(PASS_S)
     assert await context.store.leases.list() == []

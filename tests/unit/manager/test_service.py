@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
-import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import trio
 import trio.testing
 
+from juicebox_hsm.adapters.tls.certificate_end import to_unix_ms
 from juicebox_hsm.wire.methods import MANAGER_METHODS
 from juicebox_hsm.wire.rpc import (
     Done,
@@ -23,6 +23,7 @@ from juicebox_hsm.wire.rpc import (
     Refused,
     StepdownOrder,
     TransferPrepare,
+    TransferStep,
 )
 from roles.manager.appointment import Appointer
 from roles.manager.context import ManagerContext
@@ -51,9 +52,11 @@ async def test_status_tells_the_end_of_the_certificate() -> None:
     context = dataclasses.replace(make_context(three()), certificate_end=lambda: end)
     async with trio.open_nursery() as nursery:
         handlers = ManagerService(context, Appointer(context), nursery).handlers()
-        assert read_manager_status("tls://m", await handlers["status"](Empty(), None)).certificate_end == end
+        assert read_manager_status("tls://m", await handlers["status"](Empty(), None)).certificate_end_ms == to_unix_ms(
+            end
+        )
         end = None
-        assert read_manager_status("tls://m", await handlers["status"](Empty(), None)).certificate_end is None
+        assert read_manager_status("tls://m", await handlers["status"](Empty(), None)).certificate_end_ms is None
 
 
 async def test_status_shows_what_is_under_way(autojump_clock: trio.testing.MockClock) -> None:
@@ -62,17 +65,17 @@ async def test_status_shows_what_is_under_way(autojump_clock: trio.testing.MockC
     agents[0].lead(group(1), FULL)
     async with _service(agents) as (service, context):
         handlers = service.handlers()
-        seen = {}
+        seen = []
 
         async def slow_terminate(_: object) -> None:
-            seen.update(json.loads((await handlers["status"](Empty(), None)).json))
+            seen.extend((await handlers["status"](Empty(), None)).actions)
 
         leases = context.store.leases
         assert isinstance(leases, FakeLeases)
         leases.terminate = slow_terminate  # type: ignore[method-assign,assignment]
         assert await handlers["leader_stepdown"](StepdownOrder(hsm=hsm(1)), None) == Done()
-        assert seen["actions"] == [f"stepdown of HSM {hsm(1).hex()}"]
-        assert json.loads((await handlers["status"](Empty(), None)).json)["actions"] == []
+        assert seen == [f"stepdown of HSM {hsm(1).hex()}"]
+        assert (await handlers["status"](Empty(), None)).actions == ()
 
 
 async def test_hints_are_answered_at_once(autojump_clock: trio.testing.MockClock) -> None:
@@ -126,7 +129,7 @@ async def test_status_shows_how_far_a_transfer_is(autojump_clock: trio.testing.M
         body = TransferPrepare(REALM, group(1), group(2), Range(FULL.start, FULL.end))
         nursery.start_soon(handlers["transfer"], body, None)
         await trio.sleep(1)
-        [entry] = json.loads((await handlers["status"](Empty(), None)).json)["transfers"]
-        assert (entry["step"], entry["attempt"], entry["source"]) == ("in", 1, group(1).hex())
+        [running] = (await handlers["status"](Empty(), None)).transfers
+        assert (running.step, running.attempt, running.source) == (TransferStep.IN, 1, group(1))
         nursery.cancel_scope.cancel()
-    assert json.loads((await handlers["status"](Empty(), None)).json)["transfers"] == []
+    assert (await handlers["status"](Empty(), None)).transfers == ()

@@ -106,15 +106,18 @@ async def test_only_a_terminal_is_told(autojump_clock: trio.testing.MockClock, m
 
 
 async def test_what_cannot_be_read_is_passed_over(autojump_clock: trio.testing.MockClock) -> None:
-    """A manager of another build that tells transfers otherwise leaves the line as it was."""
+    """A manager of an older build, and one that runs another transfer, leave the line as it was."""
 
     class Strange:
         async def call(self, url: str, method: AnyMethod, body: Any, *, timeout_s: float, **_options: object) -> Any:
             await trio.lowlevel.checkpoint()
             return strange
 
-    for text in ("[", "[]", '{"transfers": 7}', '{"transfers": [{}]}', '{"transfers": [7]}'):
-        strange = rpc.ManagerStatus(json=text)
+    other = rpc.RunningTransfer(
+        REALM, group(2), group(1), WANTED.range, rpc.TransferStep.OUT, attempt=1, begun_ms=0, age_s=1.0
+    )
+    for reply in (rpc.ManagerStatus("[]"), rpc.ManagerStatus("{}", transfers=(other,))):
+        strange = reply
         lines: list[str] = []
         with trio.move_on_after(1):
             await watch(Session(FakeStore(), Strange()), MANAGER, WANTED, lines.append)

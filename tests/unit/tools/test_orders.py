@@ -48,7 +48,7 @@ class _Managers:
             await trio.sleep(timeout_s)
             raise RpcFailed(RpcCode.DEADLINE_EXCEEDED, f"from {url}")
         if method.name == "status":
-            return ManagerStatus(json="{}")
+            return ManagerStatus("{}")
         await trio.sleep(WORK_S)
         self.worked.append(url)
         return Done()

@@ -28,6 +28,8 @@ def sample(found: inspect.Type, inner: set[type]) -> Any:
             return body(*(sample(field.type, inner) for field in fields))
         case inspect.ListType(item_type=item):
             return [sample(item, inner)]
+        case inspect.VarTupleType(item_type=item):
+            return (sample(item, inner),)
         case inspect.TupleType(item_types=items):
             return tuple(sample(item, inner) for item in items)
         case inspect.UnionType(types=types):

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import datetime as dt
-import json
 from dataclasses import replace
 
 import msgspec
 import pytest
 
-from juicebox_hsm.adapters.tls.certificate_end import to_unix_ms
+from juicebox_hsm.host.certificates import DAY_MS
+from juicebox_hsm.host.cluster.verdict import BalancerReport, Evidence, ManagerReport, judge
 from juicebox_hsm.host.cluster.view import AgentView, build_view
+from juicebox_hsm.host.codes import Code, code_of
 from juicebox_hsm.ids import FULL_RANGE, OwnedRange
 from juicebox_hsm.wire import rpc
-from roles.manager.reasons import OTHER, REASONS, reason_of
-from roles.manager.verdict import BalancerReport, Evidence, ManagerReport, judge, verdict_json
+from roles.survey.document import verdict_json
 from roles.survey.evidence import read_manager_status
-from tests.host.cluster.agents import REALM, FakeAgent, FakeGroup, group, hsm, record, three
+from roles.words import sentence
+from tests.host.cluster.agents import REALM, FakeAgent, FakeGroup, group, hsm, record, three, view_of
 
-NOW = dt.datetime(2026, 11, 1, tzinfo=dt.UTC)
-END = NOW + dt.timedelta(days=60)
+NOW_MS = 1_793_491_200_000  # 1 November 2026
+END_MS = NOW_MS + 60 * DAY_MS
 MANAGERS = (ManagerReport("tls://m1", version="build"), ManagerReport("tls://m2", version="build"))
-BALANCERS = tuple(BalancerReport(f"https://b{number}", version="build", not_after=END) for number in (1, 2))
+BALANCERS = tuple(BalancerReport(f"https://b{number}", version="build", certificate_end_ms=END_MS) for number in (1, 2))
 
 
 def _led() -> list[FakeAgent]:
@@ -31,16 +31,25 @@ def _led() -> list[FakeAgent]:
 
 
 def _evidence(agents: list[FakeAgent], **changes: object) -> Evidence:
-    view = build_view(
-        [AgentView(agent.url, None, "down") if agent.down else AgentView(agent.url, agent.status()) for agent in agents]
-    )
-    found = Evidence(view, MANAGERS, BALANCERS, NOW, own_certificate_end=END)
+    found = Evidence(view_of(agents), MANAGERS, BALANCERS, NOW_MS, own_certificate_end_ms=END_MS)
     return replace(found, **changes)  # type: ignore[arg-type]  # names of fields
+
+
+def _codes(evidence: Evidence) -> list[Code]:
+    return [found.code for found in judge(evidence).findings]
+
+
+def _problems(evidence: Evidence) -> tuple[str, ...]:
+    return tuple(sentence(found) for found in judge(evidence).problems)
+
+
+def _advice(evidence: Evidence) -> tuple[str, ...]:
+    return tuple(sentence(found) for found in judge(evidence).advice)
 
 
 def _only(evidence: Evidence) -> str:
     """Return the single problem."""
-    problems = judge(evidence).problems
+    problems = _problems(evidence)
     assert len(problems) == 1, problems
     return problems[0]
 
@@ -56,11 +65,11 @@ def test_silent_agent_and_member() -> None:
     """An agent that does not answer is named, and so is the member behind it; a lost majority is said."""
     agents = _led()
     agents[2].down = True
-    problems = judge(_evidence(agents)).problems
+    problems = _problems(_evidence(agents))
     assert problems[0] == "agent tls://a3 does not answer: down"
     assert problems[1].endswith(f"members down: {hsm(3).hex()}")
     agents[1].down = True
-    assert "fewer than a majority" in judge(_evidence(agents)).problems[2]
+    assert "fewer than a majority" in _problems(_evidence(agents))[2]
 
 
 def test_silent_hsm() -> None:
@@ -69,7 +78,7 @@ def test_silent_hsm() -> None:
     view = build_view([AgentView(agent.url, agent.status()) for agent in agents[:2]])
     gone = AgentView("tls://a3", replace_hsm(agents[2].status()))
     view = build_view([*view.agents, gone])
-    assert judge(_evidence(agents, view=view)).problems[0] == "agent tls://a3: its HSM does not answer"
+    assert _problems(_evidence(agents, view=view))[0] == "agent tls://a3: its HSM does not answer"
 
 
 def replace_hsm(status: rpc.AgentStatus) -> rpc.AgentStatus:
@@ -84,7 +93,7 @@ def test_no_agents() -> None:
 
 def test_leaderless_group() -> None:
     """A group nobody leads serves nothing: both are told."""
-    problems = judge(_evidence(three())).problems
+    problems = _problems(_evidence(three()))
     assert problems[0].endswith("nobody leads")
     assert problems[1].endswith("nobody serves [0x00...-0xff...]")
 
@@ -119,26 +128,26 @@ def test_pending_transfer_by_age() -> None:
         rpc.Direction.OUT, group(2), rpc.Range(record("00"), record("0f", 0xFF)), 5, b"h" * 32
     )
     agents[0].groups[group(1)].transferring = marker
-    young = judge(_evidence(agents))
-    assert young.is_healthy
-    assert "is pending since index 5" in young.advice[0]
+    young = _evidence(agents)
+    assert judge(young).is_healthy
+    assert "is pending since index 5" in _advice(young)[0]
     old = ManagerReport("tls://m1", version="build", pending={(REALM, group(1)): 61.0})
     assert _only(_evidence(agents, managers=(old, MANAGERS[1]))).endswith("is pending since index 5 for 61 s")
-    assert "no manager answers" in judge(_evidence(agents, managers=())).problems[-1]
+    assert "no manager answers" in _problems(_evidence(agents, managers=()))[-1]
 
 
 def test_balancers() -> None:
     """What `/readyz` says, silence, and the end of a certificate are told with the balancer's address."""
-    one = BalancerReport("https://b1", version="build", not_after=END, reasons=("secrets stale for 60s",))
+    one = BalancerReport("https://b1", version="build", certificate_end_ms=END_MS, reasons=("secrets stale for 60s",))
     assert _only(_evidence(_led(), balancers=(one, BALANCERS[1]))).endswith("is not ready: secrets stale for 60s")
     silent = BalancerReport("https://b1", error="refused")
     assert "does not answer: refused" in _only(_evidence(_led(), balancers=(silent, BALANCERS[1])))
-    soon = replace(BALANCERS[0], not_after=NOW + dt.timedelta(days=19))
+    soon = replace(BALANCERS[0], certificate_end_ms=NOW_MS + 19 * DAY_MS)
     assert _only(_evidence(_led(), balancers=(soon, BALANCERS[1]))).endswith("ends on 2026-11-20, in 19 days")
-    over = replace(BALANCERS[0], not_after=NOW - dt.timedelta(days=1))
+    over = replace(BALANCERS[0], certificate_end_ms=NOW_MS - 1 * DAY_MS)
     assert _only(_evidence(_led(), balancers=(over, BALANCERS[1]))).endswith("ended on 2026-10-31")
     assert "no load balancer" in _only(_evidence(_led(), balancers=()))
-    assert judge(_evidence(_led(), balancers=BALANCERS[:1])).advice[0].startswith("only one load balancer")
+    assert _advice(_evidence(_led(), balancers=BALANCERS[:1]))[0].startswith("only one load balancer")
 
 
 @pytest.mark.parametrize(
@@ -147,14 +156,14 @@ def test_balancers() -> None:
 )
 def test_cluster_certificates(days: int | None, says: str) -> None:
     """The end of an agent's and of a manager's cluster certificate is told in time, with who it is that has it."""
-    end = None if days is None else NOW + dt.timedelta(days=days)
+    end_ms = None if days is None else NOW_MS + days * DAY_MS
     agents = _led()
-    status = msgspec.structs.replace(agents[0].status(), certificate_end_ms=to_unix_ms(end))
+    status = msgspec.structs.replace(agents[0].status(), certificate_end_ms=end_ms)
     view = build_view([AgentView("tls://a1", status), *(AgentView(a.url, a.status()) for a in agents[1:])])
-    problems = judge(_evidence(agents, view=view)).problems
+    problems = _problems(_evidence(agents, view=view))
     assert problems == ((f"agent tls://a1: its cluster certificate {says}",) if says else ())
-    managers = (replace(MANAGERS[0], certificate_end=end), MANAGERS[1])
-    problems = judge(_evidence(_led(), managers=managers)).problems
+    managers = (replace(MANAGERS[0], certificate_end_ms=end_ms), MANAGERS[1])
+    problems = _problems(_evidence(_led(), managers=managers))
     assert problems == ((f"manager tls://m1: its cluster certificate {says}",) if says else ())
 
 
@@ -165,16 +174,22 @@ def test_an_older_agent_tells_no_end() -> None:
     assert msgspec.convert(older, rpc.AgentStatus).certificate_end_ms is None
 
 
-@pytest.mark.parametrize("sent", [-1, 1 << 80, "soon", 1.5, None])
-def test_an_end_that_is_no_moment(sent: object) -> None:
+@pytest.mark.parametrize("sent", [-1, 1 << 62])
+def test_an_end_that_is_no_moment(sent: int) -> None:
     """Whatever a peer sends as the end of its certificate, the verdict is made."""
-    reply = rpc.ManagerStatus(json.dumps({"version": "build", "certificate_end_ms": sent}))
-    assert read_manager_status("tls://m1", reply) == ManagerReport("tls://m1", version="build")
+    status = rpc.ManagerStatus("{}", version="build", certificate_end_ms=sent)
+    assert read_manager_status("tls://m1", status) == ManagerReport("tls://m1", version="build")
+    agents = _led()
+    told = msgspec.structs.replace(agents[0].status(), certificate_end_ms=sent)
+    view = build_view([AgentView("tls://a1", told), *(AgentView(a.url, a.status()) for a in agents[1:])])
+    assert judge(_evidence(agents, view=view)).is_healthy
 
 
 def test_balancer_warnings() -> None:
     """What a serving balancer warns of in /readyz is a problem that names it."""
-    warned = replace(BALANCERS[0], warnings=("the cluster certificate ends on 2026-11-20, in 19 days",))
+    warned = replace(
+        BALANCERS[0], warnings=((Code.CERTIFICATE, "the cluster certificate ends on 2026-11-20, in 19 days"),)
+    )
     assert _only(_evidence(_led(), balancers=(warned, BALANCERS[1]))) == (
         "load balancer https://b1: the cluster certificate ends on 2026-11-20, in 19 days"
     )
@@ -182,8 +197,8 @@ def test_balancer_warnings() -> None:
 
 def test_own_certificate() -> None:
     """The operator is told that the certificate in use ends."""
-    near = NOW + dt.timedelta(days=2)
-    assert "operator's certificate ends" in _only(_evidence(_led(), own_certificate_end=near))
+    near = NOW_MS + 2 * DAY_MS
+    assert "operator's certificate ends" in _only(_evidence(_led(), own_certificate_end_ms=near))
 
 
 def test_version_skew() -> None:
@@ -210,12 +225,12 @@ def test_advice_on_switches_and_members() -> None:
         agent.groups = {group(1): three()[0].groups[group(1)].__class__([hsm(1), hsm(2)])}
     agents[0].groups[group(1)].captured = 2000
     agents[0].lead(group(1), FULL_RANGE)
-    verdict = judge(_evidence(agents, drained=frozenset({hsm(2)}), rebalancing_paused=True))
-    assert verdict.is_healthy
-    text = "\n".join(verdict.advice)
+    evidence = _evidence(agents, drained=frozenset({hsm(2)}), rebalancing_paused=True)
+    assert judge(evidence).is_healthy
+    text = "\n".join(_advice(evidence))
     for said in ("is drained", "paused", "2 members and tolerates 0", f"{hsm(2).hex()} is 1995 entries behind"):
         assert said in text
-    assert len(verdict.advice) == 4
+    assert len(_advice(evidence)) == 4
 
 
 @pytest.mark.parametrize(("size", "realm_hsms", "is_problem"), [
@@ -228,12 +243,12 @@ def test_too_few_members(size: int, realm_hsms: int, is_problem: bool) -> None:
     for agent in agents[:size]:
         agent.groups = {group(1): FakeGroup(list(members))}
     agents[0].lead(group(1), FULL_RANGE)
-    verdict = judge(_evidence(agents))
-    said = [line for line in (*verdict.problems, *verdict.advice) if "serves with" in line]
-    assert bool(verdict.problems) == is_problem
+    found = [code for code in _codes(_evidence(agents)) if code.word == "too-few-members"]
+    said = [line for line in (*_problems(_evidence(agents)), *_advice(_evidence(agents))) if "serves with" in line]
+    assert found == ([Code.TOO_FEW_MEMBERS] if is_problem else [Code.FEW_MEMBERS] if size < 3 else [])
     assert bool(said) == (is_problem or size < 3)
     agents[0].groups[group(1)].owned = None  # the group a realm began with, emptied: it serves nothing
-    assert not any("serves with" in line for line in judge(_evidence(agents)).problems)
+    assert not any("serves with" in line for line in _problems(_evidence(agents)))
 
 
 def _trouble_of_every_kind() -> list[Evidence]:
@@ -256,35 +271,57 @@ def _trouble_of_every_kind() -> list[Evidence]:
     busy = Evidence(
         view, (ManagerReport("tls://m1", error="down"),),
         (BalancerReport("https://b1", error="down"),
-         BalancerReport("https://b2", not_after=NOW, reasons=("secrets stale",))),
-        NOW, frozenset({hsm(2)}), rebalancing_paused=True, own_certificate_end=NOW + dt.timedelta(days=1),
+         BalancerReport("https://b2", certificate_end_ms=NOW_MS, reasons=("secrets stale",),
+                        warnings=((Code.OTHER, "x"),))),
+        NOW_MS, frozenset({hsm(2)}), rebalancing_paused=True, own_certificate_end_ms=NOW_MS + DAY_MS,
     )  # fmt: skip
     lost = three()
     lost[2].down = True
     half = three()
     half[1].down = half[2].down = True
-    return [busy, replace(busy, view=build_view([]), managers=(), balancers=()), _evidence(lost), _evidence(half),
-            replace(busy, balancers=BALANCERS[:1])]  # fmt: skip
+    alone = FakeAgent("tls://a1", hsm(1), groups={group(1): FakeGroup([hsm(1)])}).lead(group(1), FULL_RANGE)
+    return [
+        busy,
+        _evidence([alone]),
+        replace(busy, view=build_view([]), managers=(), balancers=()),
+        _evidence(lost),
+        _evidence(half),
+        replace(busy, balancers=BALANCERS[:1]),
+    ]
 
 
-def test_every_line_has_a_name() -> None:
-    """Programs find each reason by a name: every line has one of its own, and none is left over."""
-    verdicts = [(found, judge(found)) for found in _trouble_of_every_kind()]
-    lines = {line for _, verdict in verdicts for line in (*verdict.problems, *verdict.advice)}
-    assert {line for line in lines if reason_of(line) == OTHER} == set()
-    assert {reason_of(line) for line in lines} == {name for name, _ in REASONS}
-    evidence, verdict = verdicts[0]
-    told = verdict_json(evidence, verdict)["reasons"]
+def test_every_code_is_found_and_has_a_sentence() -> None:
+    """No code is left that nothing yields, none lacks a sentence, and each verdict lists its problems before advice."""
+    evidences = _trouble_of_every_kind()
+    assert {code for evidence in evidences for code in _codes(evidence)} == set(Code)
+    for evidence in evidences:
+        for found in judge(evidence).findings:
+            assert sentence(found)
+    told = verdict_json(evidences[0], judge(evidences[0]))["reasons"]
     assert isinstance(told, list)
-    paused = next(line for line in verdict.advice if "paused" in line)
-    assert {"code": "rebalancing-paused", "severity": "advice", "text": paused} in told
-    assert len(told) == len(verdict.problems) + len(verdict.advice)
+    assert {
+        "code": "rebalancing-paused",
+        "severity": "advice",
+        "text": "periodic rebalancing is paused; resume it with `cluster rebalance --resume`",
+    } in told
+    assert len(told) == len(judge(evidences[0]).findings)
+    severities = [reason["severity"] for reason in told]
+    assert severities == sorted(severities, reverse=True), "problems first"
+
+
+def test_words_of_codes_are_told_apart_by_severity() -> None:
+    """A word and a severity name one code; another service's word is read as the graver one, a strange one as other."""
+    assert len({(code.word, code.severity) for code in Code}) == len(Code)
+    assert code_of("too-few-members") is Code.TOO_FEW_MEMBERS
+    assert code_of("transfer-pending") is Code.TRANSFER_STUCK
+    assert code_of("certificate") is Code.CERTIFICATE
+    assert code_of("") is code_of("no such thing") is Code.OTHER
 
 
 def test_reading_a_managers_status() -> None:
-    """Ages arrive by group; a reply that cannot be read is a silent manager, not a crash."""
-    entry = {"realm": REALM.hex(), "group": group(1).hex(), "age_s": 2.5}
-    found = read_manager_status("tls://m", rpc.ManagerStatus(json.dumps({"version": "1", "pending": [entry]})))
+    """The oldest transfer of a group counts; a manager of an older version, whose status is JSON, still answers."""
+    seen = tuple(rpc.PendingTransfer(REALM, group(1), age_s) for age_s in (2.5, 1.0))
+    found = read_manager_status("tls://m", rpc.ManagerStatus("{}", version="1", pending=seen))
     assert found == ManagerReport("tls://m", version="1", pending={(REALM, group(1)): 2.5})
-    for text in ("{", "[]", '{"pending": [{}]}', '{"pending": [{"realm": "x"}]}'):
-        assert read_manager_status("tls://m", rpc.ManagerStatus(text)).error
+    older = msgspec.convert(["ManagerStatus", '{"version": "0", "pending": []}'], rpc.ManagerStatus)
+    assert read_manager_status("tls://m", older) == ManagerReport("tls://m")
