@@ -6,6 +6,7 @@ import pytest
 import trio
 import trio.testing
 
+from juicebox_hsm.host.cluster.leases import usable_until_s
 from juicebox_hsm.ports.errors import StoreInvalid, StoreUnavailable
 from roles.manager.context import ManagerContext
 from roles.manager.leases import LeaseBusy, LeaseLost, management_lease
@@ -117,3 +118,34 @@ async def test_a_damaged_store_costs_the_lease_only(autojump_clock: trio.testing
 
     with pytest.raises(LeaseLost):
         await work()
+
+
+@pytest.mark.parametrize("slow", ["obtain", "extend"])
+async def test_counts_from_the_sending(autojump_clock: trio.testing.MockClock, slow: str) -> None:
+    """An answer that takes long lengthens nothing: the body ends before the store gives the lease to another."""
+    context, leases = _context()
+    original = getattr(leases, slow)
+    sent = []
+
+    async def answer_late(*args: object) -> object:
+        sent.append(trio.current_time())
+        answer = await original(*args)
+        await trio.sleep(0.9)
+        leases.broken = True
+        return answer
+
+    setattr(leases, slow, answer_late)
+    until = 0.0
+
+    async def work() -> None:
+        nonlocal until
+        async with management_lease(context, "x"):
+            try:
+                await trio.sleep(60)
+            finally:
+                until = trio.current_time()
+
+    with pytest.raises(LeaseLost):
+        await work()
+    assert until == pytest.approx(usable_until_s(sent[0]))
+    assert until * 1000 < leases.rows["x"].expires_ms - 400

@@ -166,3 +166,32 @@ async def test_move_stands_when_it_cannot_be_remembered(autojump_clock: trio.tes
     moved = await rebalance(context, Appointer(context))
     assert isinstance(moved, Rebalanced)
     assert moved.group
+
+
+@pytest.mark.parametrize("who", ["target", "old leader"])
+async def test_the_next_leader_is_told_where_the_log_ends(autojump_clock: trio.testing.MockClock, who: str) -> None:
+    """The index the old leader stopped at reaches whoever leads next, so that it waits for exactly that entry."""
+    agents, context, rpc = _uneven()
+    for number in (1, 2):
+        agents[0].groups[group(number)].captured = 42
+    if who == "old leader":
+        agents[1].refuse["become_leader"] = agents[2].refuse["become_leader"] = Refused(Refusal.NOT_CAPTURED)
+    asked = []
+    original = rpc._become_leader
+    rpc._become_leader = lambda agent, body: asked.append(body.last) or original(agent, body)  # type: ignore[method-assign,func-returns-value]
+    outcome = await rebalance(context, Appointer(context))
+    assert isinstance(outcome, Rebalanced if who == "target" else Refused)
+    assert asked == [42]
+
+
+async def test_a_step_down_of_unknown_outcome_names_no_end(autojump_clock: trio.testing.MockClock) -> None:
+    """Where the log ends is not known then: the old leader is asked to lead without waiting for an entry."""
+    agents, context, rpc = _uneven()
+    agents[0].refuse["stepdown"] = RpcUnreachable("gone", maybe_delivered=True)
+    asked = []
+    original = rpc._become_leader
+    rpc._become_leader = lambda agent, body: asked.append((agent.url, body.last)) or original(agent, body)  # type: ignore[method-assign,func-returns-value]
+    outcome = await rebalance(context, Appointer(context))
+    assert isinstance(outcome, Refused)
+    assert outcome.outcome is Refusal.LEADERSHIP_TRANSFER_ROLLED_BACK
+    assert asked == [("tls://a1", None)]
