@@ -17,6 +17,7 @@ import trio
 from juicebox_hsm.adapters.observation.logging import bind_context
 from juicebox_hsm.consensus.types import RoleStatus, Witness
 from juicebox_hsm.errors import RealmError, check
+from juicebox_hsm.host.admission import Limiters
 from juicebox_hsm.host.events import EVENT_KEPT_MS
 from juicebox_hsm.host.group import Groups, GroupState
 from juicebox_hsm.host.leadership.events import Event, RoleAdopted
@@ -29,7 +30,6 @@ from juicebox_hsm.ports.rpc import RpcCaller
 from juicebox_hsm.ports.store import Store
 from roles.agent.driver import Driver
 from roles.agent.peers import Peers
-from roles.agent.ratelimit import Limiters
 from roles.agent.watch import Follower, Persister
 
 

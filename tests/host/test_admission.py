@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from juicebox_hsm.ids import RecordId
-from roles.agent.ratelimit import (
+from juicebox_hsm.host.admission import (
     PEER_KEPT_MS,
     RESERVATION_MS,
     USED_KEPT_MS,
@@ -11,6 +10,7 @@ from roles.agent.ratelimit import (
     Limiters,
     LimiterState,
 )
+from juicebox_hsm.ids import RecordId
 
 ALICE, BOB = RecordId(b"a" * 32), RecordId(b"b" * 32)
 NOW = 1_700_000_000_000
