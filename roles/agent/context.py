@@ -21,8 +21,9 @@ from juicebox_hsm.host.admission import Limiters
 from juicebox_hsm.host.events import EVENT_KEPT_MS
 from juicebox_hsm.host.group import Groups, GroupState
 from juicebox_hsm.host.leadership.events import Event, RoleAdopted
-from juicebox_hsm.host.leadership.machine import Claim, Leadership
+from juicebox_hsm.host.leadership.machine import Leadership
 from juicebox_hsm.host.leadership.state import Limits
+from juicebox_hsm.host.liveness import Leaders, Patience
 from juicebox_hsm.hsm.messages import NotLeader, Outcome, StepDown, StepDownOk
 from juicebox_hsm.ids import GroupId, HsmId, RealmId
 from juicebox_hsm.ports.hsm_transport import HsmTransport
@@ -162,6 +163,9 @@ class Agent:
         self.followers: dict[tuple[RealmId, GroupId], Follower] = {}
         self.persister = Persister(self)
         self.peers = Peers(self)
+        self.leaders = Leaders(
+            Patience(self.timings.silence_s, self.timings.leader_hint_first_s, self.timings.leader_hint_again_s)
+        )
         self.limiters = Limiters(config.default_rate)
         self.hsm_id: HsmId | None = None
         self.registered = False
@@ -179,8 +183,6 @@ class Agent:
         self.outbox_oldest_s = 0.0
         self.troubles: dict[str, str] = {}
         """Reasons for not being ready, by what is in trouble."""
-        self.lost_hints: dict[tuple[RealmId, GroupId], Claim] = {}
-        """Groups whose leadership this agent left without being asked: managers are told until a leader speaks."""
 
     @property
     def timings(self) -> Timings:
@@ -212,10 +214,10 @@ class Agent:
             self.drivers[change.ended].end()
             self.log.info("leadership ended", **about, starting=change.ended.starting)
             if not change.ended.was_asked_to_leave and not self.stopping:
-                self.lost_hints[group.realm, group.group] = change.ended.claim
+                self.leaders.left((group.realm, group.group), change.ended.claim)
         if change.started is not None:
             self.log.info("leadership began", **about, starting=change.started.starting)
-            self.lost_hints.pop((group.realm, group.group), None)
+            self.leaders.began((group.realm, group.group))
             self.leaderships += 1
             self.nursery.start_soon(self._lead, group, change.started, name=f"lead {group.group.hex()}")
             self.persister.request()

@@ -1,9 +1,7 @@
 """Who else is there: the discovery watcher and the map from HSM ids to agents' addresses (agent.md 4, 8).
 
 One task polls discovery every second. Whenever it changes, every 10 s, and soon after a call to a member failed, the
-agents are asked for their status: an agent that answers is in the map, one that does not answer twice in a row is not.
-Once is not enough: an agent that was paused itself finds that all its questions timed out, and must not lead a group
-whose members it cannot reach (own).
+agents are asked for their status; `juicebox_hsm.host.liveness.Reachable` says which of them count as reachable.
 """
 
 from __future__ import annotations
@@ -13,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from juicebox_hsm.errors import RealmError
+from juicebox_hsm.host.liveness import Reachable
 from juicebox_hsm.host.services import ServiceAddress, ServiceKind
 from juicebox_hsm.ids import HsmId
 from juicebox_hsm.wire.methods import AGENT_STATUS
@@ -31,8 +30,7 @@ class Peers:
 
     def __init__(self, agent: Agent) -> None:
         self._agent = agent
-        self._urls: dict[HsmId, str] = {}
-        self._missed: set[HsmId] = set()
+        self._reachable = Reachable()
         self._seen: tuple[ServiceAddress, ...] | None = None
         self._wake = Signal()
         self.agent_urls: tuple[str, ...] = ()
@@ -40,7 +38,7 @@ class Peers:
 
     def url_of(self, member: HsmId) -> str | None:
         """Return where the agent of `member` is, if it answered lately; None for our own HSM."""
-        return self._urls.get(member)
+        return self._reachable.url_of(member)
 
     def suspect(self) -> None:
         """A call failed: look again soon."""
@@ -88,15 +86,8 @@ class Peers:
         async with trio.open_nursery() as nursery:
             for url in self.agent_urls:
                 nursery.start_soon(ask, url)
-        missed = {member for member in self._urls if member not in found}
-        for member in missed - self._missed:
-            if self._urls[member] in self.agent_urls:
-                found[member] = self._urls[member]
-        if missed - self._missed:
-            self._wake.set()  # look again soon: it is in the map on trust
-        self._missed = missed
-        if found != self._urls:
-            self._urls = found
+        if self._reachable.asked(found, self.agent_urls):
+            self._wake.set()
 
     async def status(self, url: str) -> AgentStatus | None:
         """Return an agent's status, None when it does not answer in 2 s."""

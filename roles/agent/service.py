@@ -8,7 +8,7 @@ a caller that goes away.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 import trio
 
@@ -18,7 +18,7 @@ from juicebox_hsm.adapters.tls.certificate_end import to_unix_ms
 from juicebox_hsm.consensus.types import Leader as LeaderRole
 from juicebox_hsm.consensus.types import RoleStatus, SteppingDown, Transferring, TransferringOut, Witness
 from juicebox_hsm.errors import RealmError
-from juicebox_hsm.host.leadership.machine import Claim
+from juicebox_hsm.host.liveness import Claim
 from juicebox_hsm.hsm.messages import GroupStatus, LeaderStatus, Status, StatusOk
 from juicebox_hsm.ids import OwnedRange
 from juicebox_hsm.ports.errors import HsmGone
@@ -80,7 +80,7 @@ from roles.agent.lifecycle import (
     handle_realm_new,
     learn_groups,
 )
-from roles.agent.lost import Connection, LeaderWatch
+from roles.agent.lost import report_lost_leaders
 from roles.agent.outbox import Dispatcher, watch_backlog
 from roles.agent.ratelimit import gossip, keep_tenants, refresh_tenants
 from roles.agent.replicate import handle_captured, handle_replicate
@@ -104,12 +104,25 @@ FATAL: Final = (HsmGone, LogRefused, RealmTablesFailed)
 """Errors that leave a handler and end the process."""
 
 
+class Connection(Protocol):
+    """What is used of the RPC caller: its stream's identity and end."""
+
+    @property
+    def connection_id(self) -> int:
+        """A number per stream."""
+        ...
+
+    @property
+    def closed(self) -> trio.Event:
+        """Set when the stream is gone."""
+        ...
+
+
 class AgentService:
     """The methods of one agent, and the tasks behind them."""
 
     def __init__(self, agent: Agent) -> None:
         self.agent = agent
-        self.leader_watch = LeaderWatch(agent)
         self.dispatcher = Dispatcher(agent)
 
     async def learn(self) -> None:
@@ -126,11 +139,10 @@ class AgentService:
         for name, task in (
             ("persister", agent.persister.run),
             ("peers", agent.peers.run),
-            ("lost leaders", self.leader_watch.run),
             ("outbox dispatcher", self.dispatcher.run),
         ):
             agent.nursery.start_soon(task, name=name)
-        for background in (gossip, keep_tenants, watch_backlog, watchdog):
+        for background in (report_lost_leaders, gossip, keep_tenants, watch_backlog, watchdog):
             agent.nursery.start_soon(background, agent, name=background.__name__)
 
     def handlers(self) -> Mapping[str, Handler]:
@@ -183,7 +195,8 @@ class AgentService:
         bind_context(realm=body.realm.hex(), group=body.group.hex())
         group = self.agent.groups.get(body.realm, body.group)
         if group is not None:
-            self.leader_watch.heard(group, Claim(body.last, body.starting), caller)
+            claim = Claim(body.last, body.starting)
+            self.agent.leaders.heard((group.realm, group.group), claim, trio.current_time(), caller.closed.is_set)
         return await handle_replicate(self.agent, body)
 
     async def _rate_state(self, _body: Empty, _caller: Connection) -> RateState:

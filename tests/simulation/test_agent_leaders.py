@@ -11,7 +11,6 @@ import pytest
 import trio
 
 from juicebox_hsm.adapters.clock.retrying import retrying
-from juicebox_hsm.host.leadership.machine import Claim
 from juicebox_hsm.host.log import AppendOutcome
 from juicebox_hsm.host.retry import RetryProfile
 from juicebox_hsm.hsm.messages import BecomeLeader, NotCaptured, Outcome, Request, Response
@@ -19,9 +18,8 @@ from juicebox_hsm.ids import GroupId
 from juicebox_hsm.ports.errors import StoreAmbiguous, StoreUnavailable
 from juicebox_hsm.wire.rpc import AppOk, BecomeLeaderCall, Done, GroupCall, Refusal, Refused, SteppedDown
 from roles.agent.leader import handle_become_leader
-from roles.agent.lost import LEADERSHIPS_MAX, LeaderWatch
 from roles.agent.watch import LogRefused
-from tests.simulation.cluster import QUICK, Caller, SimAgent, Simulation, simulation, until
+from tests.simulation.cluster import QUICK, SimAgent, Simulation, simulation, until
 from tests.simulation.test_agent_groups import all_at_end
 
 HEARTBEATS_PER_SILENCE = round(QUICK.silence_s / QUICK.heartbeat_s)
@@ -112,25 +110,6 @@ def blind(member: SimAgent) -> None:
     member.log.read_from = nothing  # type: ignore[attr-defined]
 
 
-class Watched:
-    """One member's `LeaderWatch` with a clock and streams of its own, over a real agent that leads nothing."""
-
-    def __init__(self, member: SimAgent, group: GroupId) -> None:
-        self.agent = member.agent
-        self.group = member.group(group)
-        self.watch = LeaderWatch(member.agent)
-
-    def hears(self, last: int, starting: int) -> trio.Event:
-        """Hear a leadership now; returns the event that ends its stream."""
-        caller = Caller(1, trio.Event())
-        self.watch.heard(self.group, Claim(last, starting), caller)
-        return caller.closed
-
-    def due(self, later_s: float = 0.0) -> int | None:
-        """Return the leadership that is reported after `later_s` without a word."""
-        return self.watch._due(self.group, trio.current_time() + later_s)
-
-
 async def with_successor(sim: Simulation) -> tuple[GroupId, SimAgent, SimAgent]:
     """Hand a group over after its first leader spoke; returns group, old and new leader. Silence alarms nobody."""
     group = await sim.new_realm(3)
@@ -170,7 +149,7 @@ async def test_leader_that_was_asked_to_leave_reports_nothing(tmp_path: Path) ->
         group, _, new = await with_successor(sim)
         assert isinstance(await new.call("stepdown", GroupCall(sim.realm, group)), SteppedDown)
         await until(lambda: new.group(group).leader is None)
-        assert (sim.realm, group) not in new.agent.lost_hints
+        assert new.agent.leaders.unreported((sim.realm, group)) is None
 
 
 async def test_append_that_never_succeeds_ends_the_leadership(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,76 +230,3 @@ async def test_last_entry_that_the_hsm_refuses_ends_the_process(tmp_path: Path) 
         witness.agent.hsm = AnswersBecomeLeader(witness.hsm.send, Outcome.INVALID_MAC)
         with pytest.raises(LogRefused):
             await handle_become_leader(witness.agent, BecomeLeaderCall(sim.realm, group, None))
-
-
-@dataclasses.dataclass
-class Left:
-    """A case of a leadership of our own that ended unasked as `left`, after `heard` and before `later`."""
-
-    left: Claim
-    heard: Claim | None
-    later: Claim | None
-    reported: int | None
-
-
-@pytest.mark.parametrize(
-    "case",
-    [
-        Left(Claim(8, 6), heard=None, later=None, reported=6),
-        Left(Claim(8, 6), heard=Claim(5, 3), later=None, reported=6),  # its last words were before our time
-        Left(Claim(8, 6), heard=Claim(8, 3), later=None, reported=6),  # ranks below us
-        Left(Claim(8, 6), heard=Claim(8, 9), later=None, reported=None),  # began after us and speaks
-        Left(Claim(5, 6), heard=Claim(6, 3), later=None, reported=None),  # older, and wrote past us
-        Left(Claim(8, 6), heard=Claim(5, 3), later=Claim(7, 3), reported=6),  # speaks on, though we wrote past it
-        Left(Claim(8, 6), heard=None, later=Claim(8, 3), reported=None),  # speaks on, and may still write
-    ],
-)
-async def test_a_leadership_left_unasked_is_reported_unless_another_speaks(tmp_path: Path, case: Left) -> None:
-    """No hint while a leader that may still write speaks; and one at once when only older words are known."""
-    async with simulation(tmp_path) as sim:
-        group = await sim.new_realm(3)
-        member = next(a for a in sim.agents if a is not sim.leader_of(group))
-        watched = Watched(member, group)
-        if case.heard is not None:
-            watched.hears(*case.heard)
-        watched.agent.lost_hints[sim.realm, group] = case.left
-        if case.later is not None:
-            watched.hears(*case.later)
-        assert watched.due() == case.reported
-        assert ((sim.realm, group) in watched.agent.lost_hints) == (case.reported is not None)
-
-
-async def test_members_fall_back_to_whoever_still_speaks(tmp_path: Path) -> None:
-    """Leaders that may write next count in any order; one that is silent, closed or beaten does not."""
-    async with simulation(tmp_path) as sim:
-        group = await sim.new_realm(3)
-        member = next(a for a in sim.agents if a is not sim.leader_of(group))
-        watched = Watched(member, group)
-        first = watched.hears(8, 3)
-        second = watched.hears(8, 9)
-        second.set()
-        assert watched.due() == 9  # the older one has not spoken since
-        watched.hears(8, 3)
-        assert watched.due() is None
-        assert watched.due(QUICK.silence_s) == 9
-        first.set()
-        watched.hears(9, 9)
-        watched.hears(8, 3).set()  # beaten: nothing it says counts
-        assert watched.due() is None
-        assert watched.due(QUICK.silence_s) == 9
-        assert watched.due(QUICK.silence_s) is None  # not again before its time
-        assert watched.due(QUICK.silence_s + QUICK.leader_hint_again_s) == 9
-
-
-async def test_made_up_leaderships_are_bounded(tmp_path: Path) -> None:
-    """A peer that invents leaderships fills no memory and hides no real one."""
-    async with simulation(tmp_path) as sim:
-        group = await sim.new_realm(3)
-        member = next(a for a in sim.agents if a is not sim.leader_of(group))
-        watched = Watched(member, group)
-        for starting in range(1000, 0, -1):
-            watched.hears(1000, starting)
-        [heard] = watched.watch._heard.values()
-        assert len(heard.spoke) == LEADERSHIPS_MAX
-        watched.hears(1001, 1002)
-        assert list(heard.spoke) == [1002]

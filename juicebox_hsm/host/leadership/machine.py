@@ -54,25 +54,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from juicebox_hsm.consensus.types import Captured, LogEntry, RoleStatus, SteppingDown
 from juicebox_hsm.host.leadership import commit, events, house, produce, push, waits
 from juicebox_hsm.host.leadership.effects import Effect, Refuse, StepDown, StepDownCode
 from juicebox_hsm.host.leadership.events import Event, Lane
 from juicebox_hsm.host.leadership.state import Effects, Limits, State
+from juicebox_hsm.host.liveness import Claim
 from juicebox_hsm.ids import GroupId, HsmId, RealmId
 from juicebox_hsm.wire.rpc import Refusal
-
-
-class Claim(NamedTuple):
-    """What tells the leaderships of a group apart, in the order in which they count (record 0018).
-
-    `last` is the last index it wrote, or the one it began after; `starting` is the first it may create.
-    """
-
-    last: int
-    starting: int
 
 
 @dataclass(frozen=True, slots=True)
