@@ -78,6 +78,7 @@ from roles.agent.leader import lead
 from roles.agent.registration import register
 from roles.agent.service import AgentService
 from tests.fakes.random import SeededRandom
+from tests.virtual_time import now_ms
 
 QUICK = Timings(
     heartbeat_s=0.05,
@@ -267,7 +268,9 @@ class SimAgent:
                     self.hsm = InProcessHsm(Hsm(self.platform))
                     self.metrics = Metrics()
                     self.bodies = nursery
-                    config = AgentConfig(self.name, self.url, "test", default_rate=10**6, timings=self.sim.timings)
+                    config = AgentConfig(
+                        self.name, self.url, "test", default_rate=10**6, timings=self.sim.timings, now_ms=now_ms
+                    )
                     self.agent = Agent(
                         config,
                         self.hsm,
