@@ -11,6 +11,12 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.database import DirectoryBasedExampleDatabase, MultiplexedDatabase, ReadOnlyDatabase
 
+from juicebox_hsm.adapters.observation import logging
+from tests.time_limit import pytest_runtest_call, pytest_runtest_protocol, pytest_runtest_setup, pytest_runtest_teardown
+
+# every test has a time limit
+__all__ = ["pytest_runtest_call", "pytest_runtest_protocol", "pytest_runtest_setup", "pytest_runtest_teardown"]
+
 FOUND = DirectoryBasedExampleDatabase(Path(__file__).parent / "data" / "found")
 LOCAL = DirectoryBasedExampleDatabase(Path(__file__).parent.parent / ".hypothesis" / "examples")
 
@@ -25,6 +31,12 @@ settings.register_profile(
     "long", max_examples=5000, deadline=None, suppress_health_check=list(HealthCheck), database=FOUND
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+@pytest.fixture(autouse=True)
+def _own_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no test's log lines be left out, or counted, because of what another one logged."""
+    monkeypatch.setattr(logging, "_limiter", logging._Limiter())
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
