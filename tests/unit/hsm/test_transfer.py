@@ -225,7 +225,7 @@ def test_m15_only_what_is_owned_moves() -> None:
 
 
 def test_m15_one_target_at_a_time() -> None:
-    """While a transfer out stands, the same one is confirmed and any other is refused."""
+    """While a transfer out stands, the same one is confirmed; another target or another range is refused."""
     p = prepared()
     world = p.world
     request = p.out
@@ -238,6 +238,12 @@ def test_m15_one_target_at_a_time() -> None:
     ok = world.prepare(p.s, x, 0, LOWER)
     other = TransferOut(world.realm, p.s, x, LOWER, ok.nonce, ok.statement, request.proof)
     assert refused(world.hsms[0], other) is Outcome.OTHER_TRANSFER_PENDING
+    world.commit(p.d, 0)
+    cancelled = expect(world.send(0, CancelPreparedTransfer(world.realm, p.s, p.d, LOWER)), TransferEntryOk)
+    world.store(p.d, cancelled.entry)
+    anew = world.prepare(p.s, p.d, 0, FIRST)
+    changed = replace(request, range=FIRST, nonce=anew.nonce, statement=anew.statement, proof=None)
+    assert refused(world.hsms[0], changed) is Outcome.OTHER_TRANSFER_PENDING, "the same target, another prepared range"
 
 
 def test_m15_stale_proof_can_be_retried() -> None:
