@@ -12,7 +12,7 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -23,7 +23,8 @@ from tests.unit.edge.harness import Identity, make_identity
 
 pytestmark = pytest.mark.processes
 
-START_S = 20.0
+START_S = 120.0
+"""How long to wait for anything: for a process that hangs, not for a slow machine."""
 RSS_MIB_MAX = 120  # the promise for an idle balancer
 SECRETS = {
     "record-id-randomization": {
@@ -69,7 +70,7 @@ class Balancer:
 
     def connect(self, identity: Identity | None = None) -> http.client.HTTPSConnection:
         context = (identity or self.identity).client_context()
-        return http.client.HTTPSConnection("localhost", self.port, context=context, timeout=5)
+        return http.client.HTTPSConnection("localhost", self.port, context=context, timeout=START_S)
 
     def livez(self, connection: http.client.HTTPSConnection | None = None) -> str:
         link = connection or self.connect()
@@ -90,10 +91,22 @@ class Balancer:
                     raise
                 time.sleep(0.05)
 
+    def wait_until_logged(self, text: str) -> None:
+        """Return once the log says `text`."""
+        self.wait_for(lambda: text in (self.folder / "lb.log").read_text())
+
+    @staticmethod
+    def wait_for(condition: Callable[[], bool]) -> None:
+        """Return once the condition holds; fails after a time no machine needs."""
+        deadline = time.monotonic() + START_S
+        while not condition():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
     def serial(self, identity: Identity) -> str:
         context = identity.client_context()
         with (
-            socket.create_connection(("localhost", self.port), timeout=5) as tcp,
+            socket.create_connection(("localhost", self.port), timeout=START_S) as tcp,
             context.wrap_socket(tcp, server_hostname="localhost") as tls,
         ):
             certificate = tls.getpeercert()
@@ -166,7 +179,7 @@ def test_secrets_from_the_cloud(balancer: Balancer) -> None:
 
 
 def test_reload_over_hup(balancer: Balancer) -> None:
-    """HUP swaps a good pair within a second and ignores a bad one; a connection opened before lives through both."""
+    """HUP swaps a good pair and ignores a bad one; a connection opened before lives through both."""
     process = balancer.start()
     assert balancer.wait_until_live().startswith("Juicebox load balancer: ")
     old = balancer.identity
@@ -177,45 +190,43 @@ def test_reload_over_hup(balancer: Balancer) -> None:
         assert "name: " in balancer.livez(connection)
         shutil.copy(new.key, old.key)  # a pair that does not match
         process.send_signal(signal.SIGHUP)
-        time.sleep(0.3)
+        balancer.wait_until_logged('"kept"')
         assert balancer.serial(old) == first
         shutil.copy(new.cert, old.cert)
         process.send_signal(signal.SIGHUP)
-        deadline = time.monotonic() + 1.0
-        changed = False
-        while not changed and time.monotonic() < deadline:
+
+        def is_changed() -> bool:
             try:
-                changed = balancer.serial(new) != first
+                return balancer.serial(new) != first
             except ssl.SSLError:
-                time.sleep(0.02)
-        assert changed
+                return False
+
+        balancer.wait_for(is_changed)
         assert "name: " in balancer.livez(connection)
     assert process.poll() is None
 
 
 def test_notice_drain_and_exit(balancer: Balancer) -> None:
     """SIGTERM: first the notice with everything served, then idle connections go and the process ends with 0."""
-    process = balancer.start("--shutdown-notice-period", "1s")
+    process = balancer.start("--shutdown-notice-period", "5s")
     balancer.wait_until_live()
     with _kept_alive(balancer) as idle:
         balancer.livez(idle)
         process.send_signal(signal.SIGTERM)
-        deadline = time.monotonic() + 0.8
-        while balancer.livez() != "Shutting down":
-            assert time.monotonic() < deadline
+        balancer.wait_for(lambda: balancer.livez() == "Shutting down")
         assert process.poll() is None
-        assert process.wait(3) == 0
+        assert process.wait(START_S) == 0
 
 
 def test_second_signal_ends_at_once(balancer: Balancer) -> None:
     """A second SIGTERM during the notice skips the rest; the exit code is still 0."""
-    process = balancer.start()
+    process = balancer.start("--shutdown-notice-period", "600s", "--shutdown-timeout", "700s")
     balancer.wait_until_live()
     process.send_signal(signal.SIGTERM)
-    time.sleep(0.3)
+    balancer.wait_for(lambda: balancer.livez() == "Shutting down")
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
-    assert process.wait(3) == 0
+    assert process.wait(START_S) == 0
 
 
 def test_idle_memory(balancer: Balancer) -> None:
@@ -270,6 +281,6 @@ def test_workers(balancer: Balancer) -> None:
     balancer.wait_until_live()
     workers = _children(process.pid)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(10) == 0
+    assert process.wait(START_S) == 0
     for worker in workers:
         assert not Path(f"/proc/{worker}").exists()
