@@ -13,6 +13,7 @@ from juicebox_hsm.consensus.types import Captured, Leader, Role, RoleStatus, Ste
 from juicebox_hsm.errors import check
 from juicebox_hsm.host.leadership.machine import Leadership
 from juicebox_hsm.host.leadership.state import Limits
+from juicebox_hsm.host.witness import Following
 from juicebox_hsm.ids import GroupId, HsmId, RealmId
 from juicebox_hsm.wire.rpc import Refusal
 
@@ -35,19 +36,25 @@ _STALE: Final = RoleChange(stale=True)
 
 @dataclass(slots=True)
 class GroupState:
-    """One group this agent's HSM is a member of. `position` is the next index its HSM has to capture."""
+    """One group this agent's HSM is a member of."""
 
     realm: RealmId
     group: GroupId
     configuration: tuple[HsmId, ...]
     role: RoleStatus
-    position: int = 1
+    following: Following = field(default_factory=Following)
+    """How far its HSM captured, and how it follows the log."""
     leader: Leadership | None = None
     captured: Captured | None = None
     """The HSM's own persisted capture, from the last PersistState."""
     limits: Limits = field(default_factory=Limits)
     former: list[Leadership] = field(default_factory=list)
     """Leaderships that ended while rows were being written for their last answers."""
+
+    @property
+    def position(self) -> int:
+        """The next index the HSM has to capture."""
+        return self.following.position
 
     @property
     def is_leader(self) -> bool:

@@ -24,6 +24,7 @@ from juicebox_hsm.host.leadership.events import Event, RoleAdopted
 from juicebox_hsm.host.leadership.machine import Leadership
 from juicebox_hsm.host.leadership.state import Limits
 from juicebox_hsm.host.liveness import Leaders, Patience
+from juicebox_hsm.host.witness import Following, Pace
 from juicebox_hsm.hsm.messages import NotLeader, Outcome, StepDown, StepDownOk
 from juicebox_hsm.ids import GroupId, HsmId, RealmId
 from juicebox_hsm.ports.hsm_transport import HsmTransport
@@ -166,6 +167,9 @@ class Agent:
         self.leaders = Leaders(
             Patience(self.timings.silence_s, self.timings.leader_hint_first_s, self.timings.leader_hint_again_s)
         )
+        self._pace = Pace(
+            self.timings.watch_idle_first_s, self.timings.watch_idle_max_s, self.timings.catch_up_unready_s
+        )
         self.limiters = Limiters(config.default_rate)
         self.hsm_id: HsmId | None = None
         self.registered = False
@@ -191,7 +195,8 @@ class Agent:
 
     def add_group(self, realm: RealmId, group: GroupId, members: tuple[HsmId, ...], position: int) -> GroupState:
         """Insert a group as Witness at clock 0 and start its log watcher at index `position`."""
-        state = GroupState(realm, group, members, RoleStatus(Witness(), 0), position, limits=self._limits())
+        following = Following(position, self._pace)
+        state = GroupState(realm, group, members, RoleStatus(Witness(), 0), following, limits=self._limits())
         self.groups.add(state)
         follower = Follower(self, state)
         self.followers[realm, group] = follower

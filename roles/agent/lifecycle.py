@@ -12,6 +12,7 @@ from juicebox_hsm.host.leadership.events import Inherited
 from juicebox_hsm.host.leadership.produce import EMPTY_DELTA
 from juicebox_hsm.host.log import AppendOutcome
 from juicebox_hsm.host.retry import HSM_RETRY, STORE_RETRY
+from juicebox_hsm.host.witness import position_after
 from juicebox_hsm.hsm.messages import (
     JoinGroup,
     JoinRealm,
@@ -79,7 +80,7 @@ async def learn_groups(agent: Agent) -> None:
     if status.realm is None:
         return
     for known in status.realm.groups:
-        position = 1 if known.captured is None else known.captured[0] + 1
+        position = position_after(None if known.captured is None else known.captured[0])
         group = agent.add_group(status.realm.id, known.id, known.configuration, position)
         if isinstance(known.role.role, Witness):
             agent.adopt(group, known.role)

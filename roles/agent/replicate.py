@@ -7,7 +7,6 @@ safety: the HSM checks MACs and chaining itself, and only persisted captures are
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -109,8 +108,6 @@ async def handle_replicate(agent: Agent, body: Replicate) -> CapturedReply | Ref
     except DecodingError:
         agent.metrics.count("agent.push.refused", outcome="undecodable")
         follower.wake.set()
-        return CapturedReply(encoded_capture(group), behind=True)
-    if any(later.index != earlier.index + 1 for earlier, later in pairwise(entries)):
         return CapturedReply(encoded_capture(group), behind=True)
     ticket = await follower.push(entries)
     if ticket is None:

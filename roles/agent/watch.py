@@ -1,9 +1,7 @@
-"""Capture: the log watcher of every member, catch-up by quorum jump, and the persister (agent.md 7, hsm.md 10).
+"""Capture: the log watcher of every member, its jumps, and the persister (agent.md 7, hsm.md 10).
 
-`Follower.position` (in `GroupState`) is the next index the HSM has to capture. Entries reach the HSM three ways: read
-from the log by the watcher, pushed by the leader's agent, or fed by our own appender; a lock keeps them in order.
-Only the HSM decides what it captures. A row *read from the store* that it refuses means a corrupted log or a bug, and
-the process ends; a *pushed* entry it refuses is dropped and the log is read instead.
+`juicebox_hsm.host.witness` says what the HSM is given and when; here it is read, sent and waited for. A row *read from
+the store* that the HSM refuses means a corrupted log or a bug, and the process ends.
 """
 
 from __future__ import annotations
@@ -20,10 +18,9 @@ from juicebox_hsm.errors import RealmError, check
 from juicebox_hsm.host.group import GroupState
 from juicebox_hsm.host.leadership.events import CaptureHeard
 from juicebox_hsm.host.log import Compacted
-from juicebox_hsm.host.retry import STORE_RETRY
+from juicebox_hsm.host.witness import Evidence, Feed, Idle, Jump, Jumped, Persist
 from juicebox_hsm.hsm.messages import (
     CaptureJump,
-    CaptureJumpOk,
     CaptureNext,
     NotWitness,
     Outcome,
@@ -42,7 +39,6 @@ if TYPE_CHECKING:
 
 WATCH_CHUNK_ENTRIES: Final = 200
 CAPTURED_TIMEOUT_S: Final = 0.5
-_REFUSED: Final = (Outcome.INVALID_MAC, Outcome.INVALID_CHAIN, Outcome.MISSING_PREV)
 
 
 class LogRefused(RealmError):
@@ -99,8 +95,10 @@ class Follower:
     def __init__(self, agent: Agent, group: GroupState) -> None:
         self._agent = agent
         self._group = group
+        self._following = group.following
+        self._trouble = f"log {group.group.hex()}"
         self._lock = trio.Lock()
-        self._jump_began: float | None = None
+        """Held from a decision of the witness to the HSM's answer to it."""
         self.wake = Signal()
 
     async def push(self, entries: Sequence[LogEntry]) -> int | None:
@@ -113,109 +111,84 @@ class Follower:
         else:
             self._lock.acquire_nowait()  # spares a trip through the scheduler per batch
         try:
-            position = self._group.position
-            first = entries[0].index
-            if first > position:
-                self.wake.set()
-                return None
-            fresh = tuple(entries[position - first :])
-            if not fresh:
-                return self._agent.persister.request()
-            outcome = await self._capture(fresh)
-            if outcome is None:
-                return self._agent.persister.request()
-            self._agent.metrics.count("agent.push.refused", outcome=outcome.value)
-            await self._resync()
+            match self._following.pushed(entries):
+                case Persist():
+                    return self._agent.persister.request()
+                case Feed(fresh):
+                    outcome = await self._feed(fresh)
+                    if outcome is None:
+                        return self._agent.persister.request()
+                    self._agent.metrics.count("agent.push.refused", outcome=outcome.value)
+                    await self._learn_head()
         finally:
             self._lock.release()
         self.wake.set()
         return None
 
-    async def _capture(self, entries: tuple[LogEntry, ...]) -> Outcome | None:
+    async def _feed(self, entries: tuple[LogEntry, ...]) -> Outcome | None:
         """Feed entries to the HSM; None on success."""
         reply = await self._agent.hsm.send(CaptureNext(self._group.realm, self._group.group, entries))
+        outcome = self._following.fed(entries, reply)
         if isinstance(reply, RoleOk):
-            self._group.position = entries[-1].index + 1
             self._agent.adopt(self._group, reply.role)
-            return None
-        check(reply in _REFUSED, "CaptureNext answers as specified")
-        return reply if isinstance(reply, Outcome) else None
+        return outcome
 
-    async def _resync(self) -> None:
+    async def _learn_head(self) -> None:
         """Learn the HSM's captured head again: a prefix of a refused push stays captured."""
         await self._agent.persister.covered(self._agent.persister.request())
-        captured = self._group.captured
-        self._group.position = 1 if captured is None else captured.index + 1
+        self._following.head(self._group.captured)
 
     async def run(self) -> None:
-        """Read the log from our position for ever."""
+        """Follow the log from our position for ever."""
         bind_context(realm=self._group.realm.hex(), group=self._group.group.hex())
-        timings = self._agent.timings
-        idle_s = timings.watch_idle_first_s
-        failures = 0
-        trouble = f"log {self._group.group.hex()}"
         while True:
             try:
-                read = await self._agent.store.log.read_from(
-                    self._group.realm, self._group.group, self._group.position, WATCH_CHUNK_ENTRIES
-                )
+                found = await self._read(self._following.position)
             except RealmError as error:
-                failures += 1
-                self._agent.note_trouble(trouble, error)
-                await trio.sleep(STORE_RETRY.delay_s(failures))
+                self._agent.note_trouble(self._trouble, error)
+                await trio.sleep(self._following.read_failed())
                 continue
-            failures = 0
-            if isinstance(read, Compacted):
-                await self._catch_up(read.index)
-                continue
-            if self._jump_began is None:
-                self._agent.clear_trouble(trouble)
-            if read:
-                await self._feed_stored(read)
-                idle_s = timings.watch_idle_first_s
-                continue
-            woken = await self.wake.wait_at_most(idle_s)
-            idle_s = timings.watch_idle_first_s if woken else min(2 * idle_s, timings.watch_idle_max_s)
+            async with self._lock:
+                step = self._following.read(found, trio.current_time())
+                refused = await self._feed(step.entries) if isinstance(step, Feed) else None
+            if refused is not None:
+                raise_refused(self._group, refused)
+            if not self._following.is_catching_up:
+                self._agent.clear_trouble(self._trouble)
+            match step:
+                case Feed():
+                    self._agent.persister.request()
+                case Idle(seconds):
+                    self._following.waited(woken=await self.wake.wait_at_most(seconds))
+                case Jump():
+                    await self._catch_up(step)
 
-    async def _feed_stored(self, entries: list[LogEntry]) -> None:
-        self._jump_began = None
-        async with self._lock:
-            fresh = tuple(entry for entry in entries if entry.index >= self._group.position)
-            if not fresh or fresh[0].index != self._group.position:
-                return
-            outcome = await self._capture(fresh)
-        if outcome is not None:
-            raise LogRefused(
-                f"group {self._group.group.hex()}: the HSM answers {outcome.value} to the stored entries "
-                f"{fresh[0].index} to {fresh[-1].index}"
-            )
-        self._agent.persister.request()
+    async def _read(self, index: int) -> list[LogEntry] | Compacted:
+        group = self._group
+        return await self._agent.store.log.read_from(group.realm, group.group, index, WATCH_CHUNK_ENTRIES)
 
     # --- catch-up (H1) ---------------------------------------------------------------------------------
 
-    async def _catch_up(self, missing: int) -> None:
+    async def _catch_up(self, jump: Jump) -> None:
         """Jump over compacted entries, or pause before the caller reads the log again."""
-        agent, group = self._agent, self._group
-        now = trio.current_time()
-        if self._jump_began is None:
-            self._jump_began = now
-            agent.log.warning("entries compacted, jumping", group=group.group.hex(), index=missing)
-        elif now - self._jump_began > agent.timings.catch_up_unready_s:
-            error = RealmError(f"index {missing} is compacted and no certificate helps yet")
-            agent.note_trouble(f"log {group.group.hex()}", error)
+        agent = self._agent
+        if jump.is_first:
+            agent.log.warning("entries compacted, jumping", group=self._group.group.hex(), index=jump.missing)
+        if jump.is_trouble:
+            error = RealmError(f"index {jump.missing} is compacted and no certificate helps yet")
+            agent.note_trouble(self._trouble, error)
         try:
-            jumped = await self._jump()
+            has_jumped = await self._jump()
         except (LogRefused, HsmGone):
             raise
         except RealmError as error:
-            agent.note_trouble(f"log {group.group.hex()}", error)
-            jumped = False
-        agent.metrics.count("agent.catchup.jump", result="ok" if jumped else "retry")
-        if jumped:
-            agent.metrics.timing("agent.catchup", int((trio.current_time() - self._jump_began) * 1e9))
-            self._jump_began = None
+            agent.note_trouble(self._trouble, error)
+            has_jumped = False
+        agent.metrics.count("agent.catchup.jump", result="ok" if has_jumped else "retry")
+        if has_jumped:
+            agent.metrics.timing("agent.catchup", int(self._following.caught_up(trio.current_time()) * 1e9))
         else:
-            await trio.sleep(min(STORE_RETRY.cap_s, 0.05 + (trio.current_time() - self._jump_began) / 4))
+            await trio.sleep(self._following.jump_pause_s(trio.current_time()))
 
     async def _jump(self) -> bool:
         """Try one CaptureJump with the newest certificate; tell whether our position moved."""
@@ -223,46 +196,29 @@ class Follower:
         certificate = await agent.store.log.read_certificate(group.realm, group.group)
         if certificate is None:
             return False
-        live = await self._live_captures()
-        last = max((captured.index for captured in (*certificate.captures, *live)), default=0)
-        entries = await self._read_tail(certificate.index, last)
-        if not entries:
+        evidence = Evidence(certificate, await self._live_captures())
+        while evidence.wanted is not None:
+            evidence.add(await self._read(evidence.wanted))
+        if not evidence.entries:
             return False
         async with self._lock:
-            request = CaptureJump(group.realm, group.group, tuple(entries), (*certificate.captures, *live))
-            reply = await agent.hsm.send(request)
-            match reply:
-                case CaptureJumpOk():
-                    await self._resync()
+            reply = await agent.hsm.send(CaptureJump(group.realm, group.group, evidence.entries, evidence.captures))
+            match self._following.jumped(reply):
+                case Jumped.MOVED:
+                    await self._learn_head()
                     agent.log.info(
                         "jumped", group=group.group.hex(), certificate=certificate.index, position=group.position
                     )
                     return True
-                case NotWitness(role=role):
-                    agent.adopt(group, role)
+                case Jumped.LEADS:
+                    if isinstance(reply, NotWitness):
+                        agent.adopt(group, reply.role)
                     await agent.step_down(group, force=True, why="a jump needs a witness")
-                    return False
-                case Outcome.INVALID_MAC | Outcome.INVALID_CHAIN:
+                case Jumped.CORRUPTED:
                     raise_refused(group, reply)
-        check(
-            reply in (Outcome.NO_QUORUM, Outcome.STALE_INDEX, Outcome.MISSING_ENTRIES),
-            "CaptureJump answers as specified",
-        )
+                case Jumped.LATER:
+                    pass
         return False
-
-    async def _read_tail(self, first: int, last: int) -> list[LogEntry]:
-        """Return entries first..last as far as the log has them; [] when they were compacted meanwhile."""
-        group = self._group
-        entries: list[LogEntry] = []
-        while first <= last:
-            read = await self._agent.store.log.read_from(group.realm, group.group, first, WATCH_CHUNK_ENTRIES)
-            if isinstance(read, Compacted):
-                return []
-            if not read:
-                break
-            entries.extend(entry for entry in read if entry.index <= last)
-            first = read[-1].index + 1
-        return entries
 
     async def _live_captures(self) -> list[Captured]:
         """Ask every reachable member for its persisted capture."""

@@ -238,7 +238,7 @@ async def test_corrupted_log_ends_the_process(tmp_path: Path) -> None:
         group = await sim.new_realm(1)
         agent = sim.agents[0]
         agent.agent.store = dataclasses.replace(agent.store, log=Corrupting(agent.store.log))  # type: ignore[arg-type]
-        agent.group(group).position -= 1
+        agent.group(group).following._position -= 1
         await agent.closed.wait()
         assert agent.crash is not None
         assert contains(agent.crash, (LogRefused,))
