@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from juicebox_hsm.adapters.clock.retrying import retrying
+from juicebox_hsm.adapters.clock.retrying import budget, retrying
 from juicebox_hsm.errors import RealmError
 from juicebox_hsm.host.leadership.effects import Append, AskHsm, Long, ReadProofs, ReadTail, ShowOwn, StepDown
 from juicebox_hsm.host.leadership.events import (
@@ -85,7 +85,8 @@ async def _read_proofs(driver: Driver, effect: ReadProofs) -> Long | None:
     agent, group = driver.agent, driver.group
     records = [request.record_id for request in effect.requests]
     try:
-        proofs = await agent.store.nodes.read_proofs(group.realm, effect.partition, records)
+        with budget(effect.within_s):
+            proofs = await agent.store.nodes.read_proofs(group.realm, effect.partition, records)
     except RealmError as error:
         agent.log.warning("proofs not read", group=group.group.hex(), error=str(error))
         return driver.step(ProofsFailed())

@@ -8,14 +8,19 @@ from juicebox_hsm.consensus.types import Leader, RoleStatus, SteppingDown, Witne
 from juicebox_hsm.errors import InvariantViolation
 from juicebox_hsm.host.compaction import compactible_rows, compaction_index
 from juicebox_hsm.host.leadership import commit, push
-from juicebox_hsm.host.leadership.effects import Append, Push
+from juicebox_hsm.host.leadership.effects import Append, Note, Noted, Push, ReadProofs, Refuse, RetryLater
 from juicebox_hsm.host.leadership.events import (
     AppendFinished,
     AppendResult,
+    ClientRequest,
     CommitWait,
+    Inherited,
     Lane,
     MemberTurn,
     OwnShown,
+    ProofsFailed,
+    RequestArrived,
+    RetryDue,
     TransferMade,
     Turn,
 )
@@ -30,6 +35,9 @@ from juicebox_hsm.host.leadership.state import (
     State,
 )
 from juicebox_hsm.host.leadership.waits import still_ours
+from juicebox_hsm.ids import RecordId
+from juicebox_hsm.wire.client import TransportRequest
+from juicebox_hsm.wire.rpc import Refusal
 from tests.host.script import GROUP, REALM, captured, entry, hsm
 
 MEMBERS = (hsm("a"), hsm("b"), hsm("c"))
@@ -44,6 +52,10 @@ def state(starting: int = 2) -> State:
 
 def made(index: int) -> TransferMade:
     return TransferMade(CommitWait(index, 5, lambda _refusal: None), entry(str(index)))
+
+
+def request(user: str) -> ClientRequest:
+    return ClientRequest(RecordId(bytes(32)), 1, TransportRequest(b""), "acme", user, 0, lambda _reply: None)
 
 
 def appended(machine: Leadership) -> int:
@@ -186,3 +198,25 @@ def test_compaction_waits_for_commit_capture_and_settling() -> None:
     assert compaction_index(10, 7, 8) == 7
     assert compaction_index(10, 12, 8) == 8
     assert compaction_index(10, 12, 10) == 9
+
+
+def test_reads_of_proofs_share_their_requests_time() -> None:
+    """What the store takes to fail is time of the request: 30 s of tries below are not followed by 30 s more above."""
+    machine = Leadership(REALM, GROUP, MEMBERS, 2, ROLE, Limits())
+    machine.step(Inherited(entry("1")), 0.0)
+    first, second = request("r1"), request("r2")
+    machine.step(RequestArrived(first), 0.0)
+    [read] = machine.step(Turn(Lane.PRODUCE), 0.0)
+    assert isinstance(read, ReadProofs)
+    assert read.within_s == 30.0
+    assert machine.step(ProofsFailed(), 20.0) == [RetryLater(first, 0.01)]
+    machine.step(RetryDue(first), 20.01)
+    machine.step(RequestArrived(second), 20.01)
+    [again] = machine.step(Turn(Lane.PRODUCE), 20.01)
+    assert isinstance(again, ReadProofs)
+    assert again.within_s == pytest.approx(9.99), "the oldest request's, whoever rides along"
+    assert machine.step(ProofsFailed(), 30.0) == [
+        Note(Noted.RETRIES_EXHAUSTED),
+        Refuse(first, Refusal.NO_STORE),
+        RetryLater(second, 0.01),
+    ]

@@ -115,10 +115,11 @@ class ReadTail:
 
 @dataclass(frozen=True, slots=True)
 class ReadProofs:
-    """Read the proofs of these requests' records in `partition`."""
+    """Read the proofs of these requests' records in `partition`; what fails is tried again for at most `within_s`."""
 
     partition: Partition
     requests: Sequence[ClientRequest]
+    within_s: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -170,7 +170,10 @@ def _read_proofs(state: State, now: float) -> Effects:
     if last is None or last.partition is None:
         return _refuse_batch(state, Refusal.NOT_LEADER, now)
     state.asked_index = last.index
-    return [ReadProofs(last.partition, tuple(state.batch))]
+    state.reading_since_s = now
+    ends_s = now + state.limits.retry.total_s
+    ends_s = min(state.retries[request].deadline_s if request in state.retries else ends_s for request in state.batch)
+    return [ReadProofs(last.partition, tuple(state.batch), ends_s - now)]
 
 
 def _refuse_batch(state: State, refusal: Refusal, now: float) -> Effects:
@@ -232,7 +235,7 @@ def _withdraw(state: State, now: float) -> Effects:
 def _again(state: State, request: ClientRequest, now: float) -> Effects:
     """Try a request again with a fresh proof after its pause; NoStore once the profile is exhausted (agent.md 5.7)."""
     profile = state.limits.retry
-    retry = state.retries.setdefault(request, Retry(0, now + profile.total_s))
+    retry = state.retries.setdefault(request, Retry(0, state.reading_since_s + profile.total_s))
     retry.attempts += 1
     if profile.exhausted(retry.attempts, profile.total_s - (retry.deadline_s - now)):
         return [Note(Noted.RETRIES_EXHAUSTED), _refuse(state, request, Refusal.NO_STORE)]

@@ -173,6 +173,8 @@ class State:
     asks: deque[tuple[ClientRequest, bytes]] = field(default_factory=deque)
     asked: ClientRequest | None = None
     asked_index: int = 0
+    reading_since_s: float = 0.0
+    """When the batch under way asked for its proofs: the time its requests may be tried again counts from there."""
     retries: dict[ClientRequest, Retry] = field(default_factory=dict)
     queue: dict[int, Queued] = field(default_factory=dict)
     appending: list[Queued] = field(default_factory=list)
