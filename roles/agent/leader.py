@@ -155,14 +155,10 @@ async def hand_over(agent: Agent) -> None:
         driver = agent.driver_of(group)
         if driver is not None and group.is_leader:
             await _leave(driver, by_others=False)
-    while any(_is_busy(group) for group in agent.groups) or agent.leaderships:  # noqa: ASYNC110 - two owners
+    # a leadership's lanes end after its rows are written and its answers are out
+    while agent.leaderships:  # noqa: ASYNC110 - the end of several tasks, and of those that begin meanwhile
         await trio.sleep(DRAIN_POLL_S)
 
 
 def _leads(agent: Agent) -> bool:
     return any(group.leader is not None for group in agent.groups)
-
-
-def _is_busy(group: GroupState) -> bool:
-    """Tell whether a group is still led, or rows are being written for answers that are due."""
-    return group.leader is not None or group.releasing > 0

@@ -280,8 +280,8 @@ _BUILDERS: Final[dict[str, Builder]] = {
     "CaptureHeard": lambda _s, plain, _n: on.CaptureHeard(captured(plain[0], plain[1])),
     "CommitAnswered": _commit_answered,
     "MemberTurn": lambda _s, plain, _n: on.MemberTurn(hsm(plain[0]), "heartbeat" in plain),
-    "PushAnswered": lambda _s, plain, _n: on.PushAnswered(
-        hsm(plain[0]), None if plain[1] == "none" else captured(plain[0], plain[1]), "behind" in plain
+    "PushAnswered": lambda _s, plain, n: on.PushAnswered(
+        hsm(plain[0]), None if plain[1] == "none" else captured(n.get("of", plain[0]), plain[1]), "behind" in plain
     ),
     "PushFailed": lambda _s, plain, _n: on.PushFailed(hsm(plain[0]), "refused" in plain),
     "UnsettledRead": _unsettled_read,
