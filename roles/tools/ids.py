@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from juicebox_hsm.host.cluster.ranges import show_range, show_record_id
 from juicebox_hsm.ids import ID_BYTES, RECORD_ID_BYTES, RecordId
 from roles.tools.session import ExitCode, ToolFailure
-
-__all__ = ["parse_record_id", "resolve_id", "show_range", "show_record_id"]
 
 
 def resolve_id(text: str, known: Iterable[bytes], what: str) -> bytes:

@@ -10,11 +10,11 @@ from typing import Any, Final
 
 import click
 
+from juicebox_hsm.host.cluster.ranges import show_range
 from juicebox_hsm.host.cluster.view import ClusterView, GroupView, Member, group_work, hsm_work, owned_range
 from juicebox_hsm.ids import HsmId
 from juicebox_hsm.wire.rpc import Direction, GroupInfo, TransferringInfo
 from roles.durations import format_duration
-from roles.tools.ids import show_range
 
 WIDTH_MAX: Final = 100_000  # columns a table may take where nobody's window limits it
 

@@ -11,7 +11,7 @@ import ssl
 import sys
 import time
 import tomllib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -337,13 +337,13 @@ def _code_of(code: RpcCode) -> ExitCode:
     return ExitCode.UNREACHABLE if code in (RpcCode.FORBIDDEN, RpcCode.DEADLINE_EXCEEDED) else ExitCode.FAILED
 
 
-def refusal_text(reply: Refused, texts: dict[str, str]) -> str:
+def refusal_text(reply: Refused, texts: Mapping[Refusal, str]) -> str:
     """Return what a refusal means, with its detail."""
-    said = texts.get(reply.outcome.value, reply.outcome.value)
+    said = texts.get(reply.outcome, reply.outcome.value)
     return f"{said}: {reply.detail}" if reply.detail else said
 
 
-def refused(reply: Refused, texts: dict[str, str], before: str = "") -> ToolFailure:
+def refused(reply: Refused, texts: Mapping[Refusal, str], before: str = "") -> ToolFailure:
     """Return a manager's refusal as a failure: exit 3 when it knows no such realm, group or HSM, else 1."""
     code = ExitCode.ID if reply.outcome in _NOT_FOUND else ExitCode.FAILED
     return ToolFailure(f"{before}{refusal_text(reply, texts)}", code)

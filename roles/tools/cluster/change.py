@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from juicebox_hsm.host.cluster.planning import Owner, plan
+from juicebox_hsm.host.cluster.ranges import show_range
 from juicebox_hsm.host.cluster.verdict import moving_of
 from juicebox_hsm.host.cluster.view import ClusterView, wire_range
 from juicebox_hsm.ids import GroupId, OwnedRange, RealmId, RecordId
@@ -24,7 +25,7 @@ from roles.tools.cluster.create import (
 )
 from roles.tools.cluster.progress import progress_shown
 from roles.tools.cluster.show import with_session
-from roles.tools.ids import parse_record_id, resolve_id, show_range
+from roles.tools.ids import parse_record_id, resolve_id
 from roles.tools.session import (
     STATUS_TIMEOUT_S,
     TRANSFER_TIMEOUT_S,
@@ -38,17 +39,17 @@ from roles.tools.session import (
 )
 
 TRANSFER_TEXTS = {
-    "NoSourceLeader": "nobody leads the source group",
-    "NoDestinationLeader": "nobody leads the destination group",
-    "ManagerBusy": "another transfer of this realm is under way; try again",
-    "InvalidGroup": "source and destination must be two groups of the realm",
-    "UnacceptableRange": "the source cannot give this range, or the destination cannot take it: the range must be an "
-    "end of what the source owns and touch what the destination owns",
-    "OtherTransferPending": "one of the groups has another transfer pending; the manager finishes it",
-    "NoStore": "the store cannot be reached",
-    "Timeout": "not finished in time; the manager goes on, look at `cluster groups`",
-    "CommitTimeout": "a step was not committed in time; the manager goes on, look at `cluster groups`",
-    "InvalidNonce": "the destination's leader kept changing",
+    Refusal.NO_SOURCE_LEADER: "nobody leads the source group",
+    Refusal.NO_DESTINATION_LEADER: "nobody leads the destination group",
+    Refusal.MANAGER_BUSY: "another transfer of this realm is under way; try again",
+    Refusal.INVALID_GROUP: "source and destination must be two groups of the realm",
+    Refusal.UNACCEPTABLE_RANGE: "the source cannot give this range, or the destination cannot take it: the range must "
+    "be an end of what the source owns and touch what the destination owns",
+    Refusal.OTHER_TRANSFER_PENDING: "one of the groups has another transfer pending; the manager finishes it",
+    Refusal.NO_STORE: "the store cannot be reached",
+    Refusal.TIMEOUT: "not finished in time; the manager goes on, look at `cluster groups`",
+    Refusal.COMMIT_TIMEOUT: "a step was not committed in time; the manager goes on, look at `cluster groups`",
+    Refusal.INVALID_NONCE: "the destination's leader kept changing",
 }
 
 

@@ -12,7 +12,7 @@ from juicebox_hsm.errors import RealmError
 from juicebox_hsm.host.cluster.view import ClusterView, HsmView
 from juicebox_hsm.ids import GroupId, HsmId, RealmId
 from juicebox_hsm.wire.methods import GROUP_JOIN, GROUP_NEW, REALM_JOIN, REALM_NEW, Method, Reply, Request
-from juicebox_hsm.wire.rpc import Empty, GroupJoin, GroupNew, RealmJoin, Refused
+from juicebox_hsm.wire.rpc import Empty, GroupJoin, GroupNew, RealmJoin, Refusal, Refused
 from roles.survey.overview import ask_agents
 from roles.tools.session import (
     COMMAND_TIMEOUT_S,
@@ -27,15 +27,15 @@ FIRST_COMMIT_S: Final = 30.0
 POLL_S: Final = 0.02
 
 TEXTS: Final = {
-    "NoHsm": "no HSM at the agent",
-    "HaveRealm": "the HSM is in a realm already",
-    "HaveOtherRealm": "the HSM is in a different realm",
-    "InvalidRealm": "the HSM is not in this realm",
-    "InvalidStatement": "the realm statement was rejected: the HSMs do not hold the same realm keys",
-    "TooManyGroups": f"an HSM is in {GROUPS_PER_HSM_MAX} groups already",
-    "InvalidConfiguration": f"invalid configuration: a group has 1 to {GROUP_MEMBERS_MAX} different members",
-    "NoStore": "the agent cannot reach the store",
-    "StorePreconditionFailed": "the first entry could not be written: another creator was faster",
+    Refusal.NO_HSM: "no HSM at the agent",
+    Refusal.HAVE_REALM: "the HSM is in a realm already",
+    Refusal.HAVE_OTHER_REALM: "the HSM is in a different realm",
+    Refusal.INVALID_REALM: "the HSM is not in this realm",
+    Refusal.INVALID_STATEMENT: "the realm statement was rejected: the HSMs do not hold the same realm keys",
+    Refusal.TOO_MANY_GROUPS: f"an HSM is in {GROUPS_PER_HSM_MAX} groups already",
+    Refusal.INVALID_CONFIGURATION: f"invalid configuration: a group has 1 to {GROUP_MEMBERS_MAX} different members",
+    Refusal.NO_STORE: "the agent cannot reach the store",
+    Refusal.STORE_PRECONDITION_FAILED: "the first entry could not be written: another creator was faster",
 }
 
 
@@ -57,7 +57,7 @@ def _hsm_at(view: ClusterView, url: str) -> HsmView:
         raise ToolFailure(f"{url}: no answer: {agent.error if agent else 'not asked'}", ExitCode.UNREACHABLE)
     hsm = view.by_url(url)
     if hsm is None:
-        raise ToolFailure(f"{url}: {TEXTS['NoHsm']}")
+        raise ToolFailure(f"{url}: {TEXTS[Refusal.NO_HSM]}")
     return hsm
 
 
@@ -81,7 +81,7 @@ async def check_new_realm(session: Session, url: str) -> None:
     """Ask an agent whether its HSM could begin a realm; raises `ToolFailure` if not. Changes nothing."""
     view = await ask_agents(session.rpc, [url], STATUS_TIMEOUT_S)
     if _hsm_at(view, url).realm is not None:
-        raise ToolFailure(f"{url}: {TEXTS['HaveRealm']}")
+        raise ToolFailure(f"{url}: {TEXTS[Refusal.HAVE_REALM]}")
 
 
 async def new_realm(session: Session, url: str) -> tuple[RealmId, GroupId]:
@@ -106,9 +106,9 @@ async def check_join(session: Session, realm: RealmId, urls: Sequence[str], view
     for url in urls:
         hsm = _hsm_at(asked, url)
         if hsm.realm not in (None, realm):
-            raise ToolFailure(f"{url}: {TEXTS['HaveOtherRealm']}")
+            raise ToolFailure(f"{url}: {TEXTS[Refusal.HAVE_OTHER_REALM]}")
         if hsm.public_key != peer.public_key:
-            raise ToolFailure(f"{url}: {TEXTS['InvalidStatement']}")
+            raise ToolFailure(f"{url}: {TEXTS[Refusal.INVALID_STATEMENT]}")
     return peer
 
 
@@ -140,11 +140,11 @@ async def check_new_group(session: Session, realm: RealmId, urls: Sequence[str])
             where = "in no realm" if hsm.realm is None else f"in realm {hsm.realm.hex()}"
             raise ToolFailure(f"{url}: its HSM is {where}; join it first with `cluster join-realm`")
         if len(hsm.groups) >= GROUPS_PER_HSM_MAX:
-            raise ToolFailure(f"{url}: {TEXTS['TooManyGroups']}")
+            raise ToolFailure(f"{url}: {TEXTS[Refusal.TOO_MANY_GROUPS]}")
         members.append((hsm.id, hsm.statement))
     members.sort()
     if len({hsm for hsm, _ in members}) != len(members) or not 1 <= len(members) <= GROUP_MEMBERS_MAX:
-        raise ToolFailure(TEXTS["InvalidConfiguration"])
+        raise ToolFailure(TEXTS[Refusal.INVALID_CONFIGURATION])
     return members
 
 

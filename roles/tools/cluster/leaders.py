@@ -34,17 +34,17 @@ from roles.words import describe_loads
 
 MOVES_MAX: Final = 10_000  # groups x HSMs of a large cluster: rebalancing ends long before
 TEXTS: Final = {
-    "NoHsm": "the agent has no HSM",
-    "NoStore": "the store cannot be reached",
-    "NotLeader": "leads nothing",
-    "InvalidRealm": "no such realm",
-    "InvalidGroup": "no such group",
-    "InvalidHsm": "no such HSM",
-    "Busy": "another manager is working on the group; try again",
-    "RpcError": "an agent did not answer",
-    "StepDownFailed": "the leader did not step down",
-    "LeadershipTransferRolledBack": "the new HSM refused; the old leader leads again",
-    "LeadershipTransferFailed": "no candidate took the leadership; the manager keeps trying",
+    Refusal.NO_HSM: "the agent has no HSM",
+    Refusal.NO_STORE: "the store cannot be reached",
+    Refusal.NOT_LEADER: "leads nothing",
+    Refusal.INVALID_REALM: "no such realm",
+    Refusal.INVALID_GROUP: "no such group",
+    Refusal.INVALID_HSM: "no such HSM",
+    Refusal.BUSY: "another manager is working on the group; try again",
+    Refusal.RPC_ERROR: "an agent did not answer",
+    Refusal.STEP_DOWN_FAILED: "the leader did not step down",
+    Refusal.LEADERSHIP_TRANSFER_ROLLED_BACK: "the new HSM refused; the old leader leads again",
+    Refusal.LEADERSHIP_TRANSFER_FAILED: "no candidate took the leadership; the manager keeps trying",
 }
 
 manager_option = click.option(

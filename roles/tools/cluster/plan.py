@@ -10,6 +10,7 @@ import trio
 from juicebox_hsm.consensus.types import GROUP_MEMBERS_MAX, GROUPS_PER_HSM_MAX
 from juicebox_hsm.host.cluster.layout import Layout, advice, choose_hsms, commands, make_layout, owners_of, windows
 from juicebox_hsm.host.cluster.planning import spread
+from juicebox_hsm.host.cluster.ranges import show_range
 from juicebox_hsm.host.cluster.view import ClusterView
 from juicebox_hsm.ids import RealmId
 from juicebox_hsm.wire.methods import REBALANCE
@@ -19,7 +20,7 @@ from roles.tools.cluster.change import transfer_shown
 from roles.tools.cluster.create import join_realm, new_group, new_realm
 from roles.tools.cluster.leaders import MOVES_MAX, manager_option
 from roles.tools.cluster.show import with_session
-from roles.tools.ids import resolve_id, show_range
+from roles.tools.ids import resolve_id
 from roles.tools.output import print_json
 from roles.tools.session import (
     COMMAND_TIMEOUT_S,

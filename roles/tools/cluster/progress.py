@@ -11,11 +11,11 @@ import trio
 
 from juicebox_hsm.errors import RealmError
 from juicebox_hsm.host.cluster.progress import is_same
+from juicebox_hsm.host.cluster.ranges import show_range
 from juicebox_hsm.host.cluster.view import owned_range
 from juicebox_hsm.host.services import ServiceKind
 from juicebox_hsm.wire.methods import MANAGER_STATUS
 from juicebox_hsm.wire.rpc import Empty, TransferPrepare
-from roles.tools.ids import show_range
 from roles.tools.session import Session
 from roles.words import how_far
 

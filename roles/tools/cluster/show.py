@@ -7,9 +7,10 @@ from typing import TypeVar
 
 import click
 
+from juicebox_hsm.host.cluster.ranges import show_record_id
 from juicebox_hsm.host.cluster.view import ClusterView, GroupView
 from roles.survey.overview import read_overview
-from roles.tools.ids import resolve_id, show_record_id
+from roles.tools.ids import resolve_id
 from roles.tools.output import (
     agents_json,
     groups_json,
