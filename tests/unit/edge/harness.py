@@ -5,6 +5,7 @@ from __future__ import annotations
 import ssl
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +25,30 @@ from juicebox_hsm.adapters.edge.tls import EdgeTls
 
 MemoryStream = trio.StapledStream[trio.testing.MemorySendStream, trio.testing.MemoryReceiveStream]
 HandlerFunction = Callable[[Request], Awaitable[Response]]
+
+WAIT_S = 10.0
+"""Longest wait of a client for the edge: all happens in memory, so this is no figure of speed."""
+
+VIRTUAL_WAIT_S = 3600.0
+"""The same where time jumps: longer than any time-out of the edge."""
+
+
+def patience() -> AbstractContextManager[trio.CancelScope]:
+    """Return a deadline for whatever a client waits for, so that an edge that says nothing is a failure at once."""
+    is_virtual = isinstance(trio.lowlevel.current_clock(), trio.testing.MockClock)
+    return trio.fail_after(VIRTUAL_WAIT_S if is_virtual else WAIT_S)
+
+
+async def until_hangup(stream: trio.abc.ReceiveStream) -> bytes:
+    """Return what comes until the edge hangs up."""
+    received = b""
+    with patience():
+        try:
+            while data := await stream.receive_some():
+                received += data
+        except trio.BrokenResourceError:
+            pass
+    return received
 
 
 @dataclass(frozen=True)
@@ -127,7 +152,8 @@ class EdgeFixture:
         """Return a client stream after its handshake."""
         context = self.identity.client_context(*protocols)
         stream = trio.SSLStream(self.dial(), context, server_hostname="localhost", https_compatible=True)
-        await stream.do_handshake()
+        with patience():
+            await stream.do_handshake()
         return stream
 
 
@@ -171,13 +197,15 @@ class H1Client:
 
     async def closed(self) -> bool:
         """Wait for the end of the connection; True when nothing else came."""
-        try:
-            return not self._buffer and not await self.stream.receive_some()
-        except trio.BrokenResourceError:
-            return not self._buffer
+        with patience():
+            try:
+                return not self._buffer and not await self.stream.receive_some()
+            except trio.BrokenResourceError:
+                return not self._buffer
 
     async def _more(self) -> None:
-        data = await self.stream.receive_some()
+        with patience():
+            data = await self.stream.receive_some()
         if not data:
             raise EOFError(self._buffer)
         self._buffer += data
@@ -215,7 +243,8 @@ class H2Client:
     async def read(self) -> bool:
         """Take in what came; False at the end of the connection."""
         try:
-            data = await self.stream.receive_some()
+            with patience():
+                data = await self.stream.receive_some()
         except trio.BrokenResourceError:
             return False
         if not data:
@@ -227,6 +256,12 @@ class H2Client:
                 self.h2.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
         await self.flush()
         return True
+
+    async def until_hangup(self) -> None:
+        """Take in everything until the edge hangs up."""
+        with patience():
+            while await self.read():
+                pass
 
     def of(self, kind: type, stream_id: int | None = None) -> list[h2.events.Event]:
         return [e for e in self.events if isinstance(e, kind) and stream_id in (None, getattr(e, "stream_id", None))]

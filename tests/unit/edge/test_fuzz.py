@@ -11,7 +11,7 @@ from h2.connection import H2Connection
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.edge.harness import EdgeFixture, Identity
+from tests.unit.edge.harness import EdgeFixture, Identity, until_hangup
 
 _STATUS_LINE = re.compile(rb"HTTP/1\.1 ([0-9]{3}) ")
 _DOCUMENTED = {b"100", b"200", b"400", b"413", b"431"}
@@ -64,11 +64,7 @@ async def _exchange(identity: Identity, data: bytes, cuts: list[int], *protocols
 
         async def read() -> None:
             nonlocal received
-            try:
-                while piece := await stream.receive_some():
-                    received += piece
-            except trio.BrokenResourceError:
-                pass
+            received = await until_hangup(stream)
 
         nursery.start_soon(read)
         start = 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+
 import h2.config
 import h2.connection
 import h2.events
@@ -15,7 +17,11 @@ from juicebox_hsm.adapters.edge.connection import ConnectionTable
 from juicebox_hsm.adapters.edge.exchange import Request, Response
 from juicebox_hsm.adapters.edge.h2 import H2Session
 from juicebox_hsm.adapters.edge.limits import EdgeLimits
-from tests.unit.edge.harness import EdgeFixture, H2Client, Identity
+from tests.unit.edge.harness import EdgeFixture, H2Client, Identity, until_hangup
+
+Act = Callable[[H2Client], Awaitable[None]]
+
+_PSEUDO = [(":method", "GET"), (":path", "/"), (":scheme", "https"), (":authority", "localhost")]
 
 
 async def _client(edge: EdgeFixture) -> H2Client:
@@ -37,6 +43,29 @@ async def _sent_before_hangup(client: H2Client, piece: bytes, pieces_max: int) -
         except trio.BrokenResourceError:
             return index * len(piece)
         await trio.testing.wait_all_tasks_blocked()
+    return None
+
+
+async def _open_and_reset(client: H2Client) -> None:
+    stream_id = client.h2.get_next_available_stream_id()
+    client.h2.send_headers(stream_id, _PSEUDO)
+    client.h2.reset_stream(stream_id)
+    await client.flush()
+
+
+async def _ping(client: H2Client) -> None:
+    client.h2.ping(b"12345678")
+    await client.flush()
+
+
+async def _rounds_until_calm(edge: EdgeFixture, client: H2Client, act: Act, rounds_max: int) -> int | None:
+    """Do `act` until the edge ends the connection with ENHANCE_YOUR_CALM; return how often, None if it never did."""
+    for rounds in range(1, rounds_max + 1):
+        await act(client)
+        await trio.testing.wait_all_tasks_blocked()
+        if edge.drain.connections == 0:
+            await client.until_hangup()
+            return rounds if _goaway(client) == ErrorCodes.ENHANCE_YOUR_CALM else None
     return None
 
 
@@ -143,8 +172,7 @@ async def test_stream_cap_is_announced_and_kept(identity: Identity, nursery: tri
     client.h2.remote_settings.acknowledge()
     for _ in range(101):
         await client.begin("GET", "/")
-    while await client.read():
-        pass
+    await client.until_hangup()
     assert running == 100
     assert _goaway(client) is not None
     release.set()
@@ -167,8 +195,7 @@ async def test_rapid_reset(identity: Identity, nursery: trio.Nursery) -> None:
     await client.until(h2.events.RemoteSettingsChanged)
     for _ in range(400):
         stream_id = client.h2.get_next_available_stream_id()
-        pseudo = [(":method", "GET"), (":path", "/"), (":scheme", "https"), (":authority", "x")]
-        client.h2.send_headers(stream_id, pseudo)
+        client.h2.send_headers(stream_id, _PSEUDO)
         client.h2.reset_stream(stream_id)
         try:
             await client.flush()
@@ -184,6 +211,104 @@ async def test_rapid_reset(identity: Identity, nursery: trio.Nursery) -> None:
     assert edge.drain.connections == 0
 
 
+async def test_resets_by_the_client_are_counted(identity: Identity, nursery: trio.Nursery) -> None:
+    """Requests that are reset count even when each is answered at once, so that never many run: 101 end it."""
+    heard = 0
+
+    async def handler(request: Request) -> Response:
+        nonlocal heard
+        heard += 1
+        return Response(200)
+
+    edge = EdgeFixture(identity, nursery, handler)
+    client = await _client(edge)
+    await client.until(h2.events.RemoteSettingsChanged)
+    limit = EdgeLimits().h2_resets_max
+    assert await _rounds_until_calm(edge, client, _open_and_reset, 2 * limit) == limit + 1
+    assert heard == limit + 1
+
+
+async def test_refusals_of_the_edge_are_counted(
+    identity: Identity, nursery: trio.Nursery, autojump_clock: object
+) -> None:
+    """A client that takes all places and asks on without ever resetting is refused 100 times, and then cut off."""
+    release = trio.Event()
+
+    async def handler(request: Request) -> Response:
+        await release.wait()
+        return Response(200)
+
+    limits = EdgeLimits()
+    client = await _client(EdgeFixture(identity, nursery, handler))
+    await client.until(h2.events.RemoteSettingsChanged)
+    for _ in range(limits.h2_streams_max):  # as many as are allowed: no stream is open, all places are taken
+        await _open_and_reset(client)
+    await trio.sleep(limits.h2_flood_window_s + 1)
+    await _ping(client)  # what a window begins with is not counted
+    await trio.testing.wait_all_tasks_blocked()
+    refused = 0
+    while not _goaway(client) and refused <= 2 * limits.h2_resets_max:
+        stream_id = client.h2.get_next_available_stream_id()
+        client.h2.send_headers(stream_id, _PSEUDO, end_stream=True)
+        await client.flush()
+        while not client.of(h2.events.StreamReset, stream_id) and await client.read():
+            pass
+        refused += 1
+    assert _goaway(client) == ErrorCodes.ENHANCE_YOUR_CALM
+    assert refused == limits.h2_resets_max + 1
+    release.set()
+
+
+@pytest.mark.parametrize("kind", ["pings", "resets"])
+async def test_an_honest_client_over_an_hour(
+    identity: Identity, nursery: trio.Nursery, autojump_clock: object, kind: str
+) -> None:
+    """Counts begin anew with each window: in an hour more pings and resets than a window allows do no harm.
+
+    Nor do they buy anything: a flood after the hour is a flood.
+    """
+    edge = EdgeFixture(identity, nursery)
+    client = await _client(edge)
+    await client.until(h2.events.RemoteSettingsChanged)
+    limits = EdgeLimits()
+    most = limits.h2_control_frames_max if kind == "pings" else limits.h2_resets_max
+
+    act = _ping if kind == "pings" else _open_and_reset
+    for _ in range(most + 20):
+        await act(client)
+        await trio.sleep(3600 / most)
+    await trio.sleep(limits.h2_flood_window_s + 1)
+    assert (await client.request("GET", "/")).status == 200  # what a window begins with is not counted
+    assert await _rounds_until_calm(edge, client, act, 2 * most) == most + 1
+
+
+async def test_requests_pay_for_a_few_control_frames_only(identity: Identity, nursery: trio.Nursery) -> None:
+    """An honest client sends some with each request; hundreds of requests earn no credit for a flood."""
+    client = await _client(EdgeFixture(identity, nursery))
+    await client.until(h2.events.RemoteSettingsChanged)
+    for _ in range(100):
+        for _ in range(9):
+            client.h2.ping(b"12345678")
+        assert (await client.request("GET", "/")).status == 200
+    for _ in range(100):
+        await client.request("GET", "/")
+    await client.stream.send_all(PingFrame(0, b"12345678").serialize() * (EdgeLimits().h2_control_frames_max + 50))
+    await client.until_hangup()
+    assert _goaway(client) == ErrorCodes.ENHANCE_YOUR_CALM
+
+
+async def test_bytes_that_complete_no_frame_are_counted_in_a_row(identity: Identity, nursery: trio.Nursery) -> None:
+    """A frame that comes in pieces is forgiven once it is whole, however many such frames follow each other."""
+    limits = EdgeLimits(h2_silent_bytes_max=100)
+    client = await _client(EdgeFixture(identity, nursery, limits=limits))
+    ping = PingFrame(0, b"12345678").serialize()
+    for _ in range(20):
+        for piece in (ping[:10], ping[10:]):
+            await client.stream.send_all(piece)
+            await trio.testing.wait_all_tasks_blocked()
+    assert (await client.request("GET", "/")).status == 200
+
+
 @pytest.mark.parametrize("kind", ["ping", "settings", "empty_data"])
 async def test_control_floods(identity: Identity, nursery: trio.Nursery, kind: str) -> None:
     """A flood of frames that cost work and ask for nothing ends the connection with ENHANCE_YOUR_CALM."""
@@ -196,8 +321,7 @@ async def test_control_floods(identity: Identity, nursery: trio.Nursery, kind: s
     else:
         frame = (PingFrame(0, b"12345678") if kind == "ping" else SettingsFrame(0)).serialize()
     await client.stream.send_all(frame * 2000)
-    while await client.read():
-        pass
+    await client.until_hangup()
     assert _goaway(client) == ErrorCodes.ENHANCE_YOUR_CALM
 
 
@@ -206,8 +330,7 @@ async def test_oversized_header_list(identity: Identity, nursery: trio.Nursery) 
     edge = EdgeFixture(identity, nursery)
     client = await _client(edge)
     await client.begin("GET", "/", *[(f"h{index}", "v" * 100) for index in range(40)])
-    while await client.read():
-        pass
+    await client.until_hangup()
     assert _goaway(client) is not None
     await trio.testing.wait_all_tasks_blocked()
     assert edge.drain.connections == 0
@@ -244,8 +367,7 @@ async def test_idle_connection_gets_goaway(identity: Identity, nursery: trio.Nur
     client.h2.ping(b"12345678")
     await client.flush()
     began = trio.current_time()
-    while await client.read():
-        pass
+    await client.until_hangup()
     assert 60 <= trio.current_time() - began <= 61
     assert _goaway(client) == ErrorCodes.NO_ERROR
 
@@ -256,8 +378,7 @@ async def test_preface_that_never_comes(identity: Identity, nursery: trio.Nurser
     await edge.start()
     stream = await edge.connect("h2")
     began = trio.current_time()
-    while await stream.receive_some():
-        pass
+    await until_hangup(stream)
     assert 10 <= trio.current_time() - began <= 12
 
 
@@ -341,8 +462,7 @@ async def test_invalid_frames_end_the_connection(identity: Identity, nursery: tr
     edge = EdgeFixture(identity, nursery)
     client = await _client(edge)
     await client.stream.send_all(RstStreamFrame(77, 8).serialize())
-    while await client.read():
-        pass
+    await client.until_hangup()
     assert _goaway(client) == ErrorCodes.PROTOCOL_ERROR
 
 
@@ -377,8 +497,7 @@ async def test_window_opened_while_we_send(autojump_clock: object) -> None:
     client = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True))
     client.initiate_connection()
     client.update_settings({h2.settings.SettingCodes.INITIAL_WINDOW_SIZE: 0})
-    pseudo = [(":method", "GET"), (":path", "/"), (":scheme", "https"), (":authority", "localhost")]
-    client.send_headers(1, pseudo, end_stream=True)
+    client.send_headers(1, _PSEUDO, end_stream=True)
     await to_edge.send(client.data_to_send())
     table = ConnectionTable()
     session = H2Session(table.add(0.0, 10.0), SlowStream(), handler, EdgeLimits(), lambda _: None)

@@ -29,7 +29,16 @@ from juicebox_hsm.adapters.edge.server import open_edge_listener
 from juicebox_hsm.adapters.edge.tls import EdgeTls, load_edge_context
 from juicebox_hsm.adapters.tls.streams import TlsStream
 from juicebox_hsm.errors import LocalError
-from tests.unit.edge.harness import EdgeFixture, H1Client, H2Client, Identity, MemoryStream, make_identity
+from tests.unit.edge.harness import (
+    EdgeFixture,
+    H1Client,
+    H2Client,
+    Identity,
+    MemoryStream,
+    make_identity,
+    patience,
+    until_hangup,
+)
 
 # --- certificates ---
 
@@ -171,8 +180,7 @@ async def test_old_tls_is_refused(identity: Identity, nursery: trio.Nursery) -> 
     await raw.send_all(
         b"\x16\x03\x01\x00\x2a" + b"\x01\x00\x00\x26\x03\x01" + bytes(32) + b"\x00\x00\x02\x00\x2f\x01\x00"
     )
-    while await raw.receive_some():
-        pass
+    await until_hangup(raw)
     assert edge.recorder.counts["load_balancer.connections.errors/tls"] == 1
 
 
@@ -214,7 +222,8 @@ async def test_drain_sequence(identity: Identity, nursery: trio.Nursery) -> None
     assert (await client.request("GET", "/livez")).body == b"notice"
     blocked = await connect()
     await blocked.send(b"GET /block HTTP/1.1\r\nhost: x\r\n\r\n")
-    await blocking.wait()
+    with patience():
+        await blocking.wait()
     edge.drain.begin_drain()
     assert await client.closed()  # idle ones go at once
     with pytest.raises(OSError, match="all attempts to connect"):
@@ -248,19 +257,14 @@ async def test_drain_of_h2(identity: Identity, nursery: trio.Nursery) -> None:
     await client.start()
     await idle.start()
     await client.begin("GET", "/")
-    await started.wait()
+    with patience():
+        await started.wait()
     edge.drain.begin_drain()
-    while await idle.read():
-        pass
+    await idle.until_hangup()
     await trio.testing.wait_all_tasks_blocked()
     assert edge.drain.connections == 1
     release.set()
-    received = b""
-    while True:  # by hand: the client library stops understanding after GOAWAY
-        data = await client.stream.receive_some()
-        if not data:
-            break
-        received += data
+    received = await until_hangup(client.stream)  # raw: the client library stops understanding after GOAWAY
     await trio.testing.wait_all_tasks_blocked()
     assert b"in full" in received
     assert edge.drain.connections == 0
@@ -374,7 +378,7 @@ async def test_silent_handshakes_can_be_evicted(
     stream = trio.SSLStream(await listener.dial(), identity.client_context(), server_hostname="localhost")
     assert (await H1Client(stream).request("GET", "/")).status == 200
     assert trio.current_time() - began <= 2
-    assert await silent[0].receive_some() == b""
+    assert await until_hangup(silent[0]) == b""
 
 
 def test_fit_connections(monkeypatch: pytest.MonkeyPatch) -> None:
