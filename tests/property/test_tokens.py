@@ -73,8 +73,11 @@ def test_mutated_tokens(place: int, removed: int, inserted: str) -> None:
 def test_signed_nonsense(changes: dict[str, Any], claim_changes: dict[str, Any]) -> None:
     """A tenant that signs nonsense gets a reason; what passes obeys the rules."""
     claims = {"iss": "acme", "sub": "mario", "aud": REALM.hex(), "exp": NOW + 60, "nbf": NOW, **claim_changes}
-    result = judge(signed({"alg": "HS256", "kid": "acme:1", **changes}, claims))
+    header = {"alg": "HS256", "kid": "acme:1", **changes}
+    result = judge(signed(header, claims))
     if isinstance(result, ValidToken):
+        assert (header["alg"], header["kid"]) == ("HS256", "acme:1")
+        assert "crit" not in header
         assert result.tenant == "acme"
         assert result.user == claims["sub"] != ""
         assert 0 <= result.expires - result.not_before <= tokens.LIFETIME_S_MAX

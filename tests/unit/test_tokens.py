@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.padding import PKCS1v15
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey, generate_private_key
+from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
@@ -165,6 +167,29 @@ def test_algorithm_matrix(rsa: RSAPrivateKey, algorithm: str, case: str) -> None
         claims = b64(base64.urlsafe_b64decode(claims + "==").replace(b"mario", b"luigi"))
     expected = None if case == "ok" else RejectionReason.SIGNATURE
     assert judge(f"{header}.{claims}.{signature}", stored) is expected
+
+
+def _sign(rsa_key: RSAPrivateKey, algorithm: str, message: bytes) -> bytes:
+    """Sign as the holder of the key in `asymmetric` can."""
+    match algorithm:
+        case "HS256":
+            return hmac.digest(HMAC_KEY, message, "sha256")
+        case "RS256":
+            return rsa_key.sign(message, PKCS1v15(), SHA256())
+        case _:
+            return Ed25519PrivateKey.from_private_bytes(bytes(range(32))).sign(message)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("claimed", [*ALGORITHMS, "HS384", "hs256", "none", "", None, 7, ["HS256"]])
+def test_a_header_that_claims_another_algorithm(rsa: RSAPrivateKey, algorithm: str, claimed: object) -> None:
+    """The word of the header must be the key's own, even where the signature over that very header verifies."""
+    _, public = asymmetric(rsa, algorithm)
+    header = {"alg": claimed, "kid": "acme:1"}
+    if claimed is None:
+        del header["alg"]
+    token = forge(header, sign=lambda message: _sign(rsa, algorithm, message))
+    assert judge(token, public) is (None if claimed == algorithm else RejectionReason.SIGNATURE)
 
 
 @pytest.mark.parametrize("algorithm", ["RS256", "EdDSA"])

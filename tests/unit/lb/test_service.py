@@ -18,7 +18,7 @@ from juicebox_hsm.adapters.observation.tracing import Traces, make_provider
 from juicebox_hsm.crypto.redacted import Secret
 from juicebox_hsm.ids import RealmId
 from juicebox_hsm.tenant_keys import SecretAlgorithm, TenantSecret, event_user_id, record_id
-from juicebox_hsm.tokens import TokenKey
+from juicebox_hsm.tokens import RejectionReason, TokenKey
 from juicebox_hsm.wire.client import (
     ClientOutcome,
     TransportResponse,
@@ -109,6 +109,35 @@ async def test_a_sampled_request_is_traced_into_the_agent(nursery: trio.Nursery,
     assert span.name == "POST /req"
     assert dict(span.attributes or {})["status_code"] == 200
     assert "mario" not in str(span.attributes)
+
+
+async def test_strangers_make_no_series(nursery: trio.Nursery, autojump_clock: object) -> None:
+    """What is said without a good token is in no tag of a metric or a span: anyone could make them without end."""
+    exporter = InMemorySpanExporter()
+    provider = make_provider("load_balancer", "1", exporter)
+    balancer = Balancer(FakeAgent("tls://a"), traces=Traces(provider), trace_rate=1.0)
+    await balancer.start(nursery, settle=False)
+    known = set(balancer.recorder.counts)
+    foreign = TenantSecret(Secret(b"of-nobody"), SecretAlgorithm.HMAC_SHA256)
+    for number in range(3):
+        realm = RealmId(bytes([number]) * 16)
+        strangers = [
+            body(token(tenant=f"stranger{number}"), realm=realm),
+            body(token(secret=foreign, user=f"stranger{number}"), realm=realm),
+            body(token(realm=realm, version=99), realm=realm),
+            body("no.token.atall", realm=realm),
+            b"garbage",
+            bytes(2049),
+        ]
+        for each in strangers:
+            assert (await balancer.service.answer(FakeRequest(body=each))).status in {400, 401, 413}
+    provider.shutdown()
+    reasons = {f"load_balancer.auth.failures/{reason.value}" for reason in RejectionReason}
+    made = set(balancer.recorder.counts) - known - reasons
+    allowed = ("load_balancer.auth.failures", "load_balancer.request.time.ns")
+    results = tuple(f"{allowed[1]}/{tag}=" for tag in ("result", "success"))
+    assert [name for name in made if name not in allowed and not name.startswith(results)] == []
+    assert {key for span in exporter.get_finished_spans() for key in span.attributes or {}} == {"status_code"}
 
 
 def test_ok_prefix() -> None:

@@ -194,6 +194,15 @@ async def test_pull_answers_events() -> None:
     assert 'realm_tenant_log_count_total{tenant="acme",type="/tenant_log"} 1' in caller.metrics.render()
 
 
+async def test_strangers_make_no_series() -> None:
+    """Tokens that are refused leave no tag in the metrics: anyone could make series without end."""
+    caller = Caller(Bus())
+    for changes in ({"tenant": "stranger"}, {"realm": SECOND}, {"scope": Scope.USER}, {"now_s": NOW_S + 10**6}):
+        for path in ("/tenant_log", "/tenant_log/ack"):
+            assert (await caller.post(path, {}, **changes))[0] == 401
+    assert "tenant=" not in caller.metrics.render()
+
+
 async def test_empty_page_waits_20_s_and_is_a_list(autojump_clock: trio.testing.MockClock) -> None:
     """Without events the answer is an empty array after 20 s, never null."""
     began = trio.current_time()

@@ -59,6 +59,16 @@ def test_hostile_bytes(data: bytes) -> None:
             decode(data)
 
 
+@pytest.mark.parametrize("opening", [b"\x81", b"\xa1\x00"], ids=["arrays", "maps"])
+def test_depth(opening: bytes) -> None:
+    """Nesting is refused beyond the documented depth and no earlier, in either form and by both decoders."""
+    assert cbor.DEPTH_MAX == 32  # docs/protocol/client-protocol.md 3
+    for decode in (cbor.decode, cbor.decode_strict):
+        assert decode(opening * cbor.DEPTH_MAX + b"\x00") is not None
+        with pytest.raises(DecodingError):
+            decode(opening * (cbor.DEPTH_MAX + 1) + b"\x00")
+
+
 def test_every_tag_is_refused() -> None:
     """No tag number reaches a semantic decoder, those the library knows today or may learn."""
     for tag in [*range(2_000), 43_000, 55_799, 2**16, 2**32, 2**64 - 1]:
