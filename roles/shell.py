@@ -55,7 +55,8 @@ class Kind:
     """What a kind of service is called and shows.
 
     `logger` names it in log lines, `tag` in metrics and traces; `series` are the metrics that exist from the start.
-    `sends_traces` services take part in traces; the memory of those with `guards_memory` is kept out of core files.
+    `sends_traces` services take part in traces; those with `guards_memory` hold keys, which stay
+    out of core files and debuggers.
     """
 
     logger: str

@@ -12,7 +12,7 @@ from juicebox_hsm.adapters.edge.limits import EdgeLimits, fit_connections
 from juicebox_hsm.adapters.observation.logging import configure, get_logger
 from juicebox_hsm.adapters.observation.metric_names import LOAD_BALANCER
 from juicebox_hsm.adapters.observation.tracing import ROOT_RATE
-from juicebox_hsm.adapters.process.supervision import run_service
+from juicebox_hsm.adapters.process.supervision import ExitCode, run_service
 from juicebox_hsm.errors import LocalError
 from roles.cloud_options import SecretsOptions, secrets_options
 from roles.durations import DurationType
@@ -21,7 +21,7 @@ from roles.lb.workers import WorkerPlace, run_workers, worker_place
 from roles.options import CommonOptions, role_options, shutdown_problem, workers_problem
 from roles.shell import Kind, start
 
-KIND: Final = Kind("lb", "load_balancer", LOAD_BALANCER)
+KIND: Final = Kind("lb", "load_balancer", LOAD_BALANCER, guards_memory=True)
 
 _log = get_logger("lb")
 
@@ -121,6 +121,9 @@ def command(
         trace_rate,
     )
     place = worker_place()
+    if place is not None and place.is_orphan():
+        _log.error("the parent of the workers is gone, not starting: the next one needs our ports")
+        sys.exit(ExitCode.OK)
     if workers > 1 and place is None:
         if problem := workers_problem(workers, common.listen, common.http_listen):
             raise LocalError(problem)

@@ -5,12 +5,14 @@ parent's, says there when it is ready, has reloaded and is alive, and is started
 the supervisor the parent speaks for all: ready when every worker is, reloaded when every worker has, alive while one
 is. A worker reads its files when it starts, so a HUP that finds it starting is passed on once it is ready; before that
 it has no handler, and the signal would end it. Each copy finds its place in an environment variable. Copies are made
-by exec, never by fork alone: a forked event loop is a broken one.
+by exec, never by fork alone: a forked event loop is a broken one. A worker is told who its parent is: one that asked
+the system after its parent had died would take whoever adopted it for the parent, and live for ever.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import signal
 import socket
@@ -66,9 +68,9 @@ class WorkerPlace:
 
 
 def worker_place() -> WorkerPlace | None:
-    """Return this process's place, or None in a parent or a lone process."""
-    text = os.environ.get(WORKER_VARIABLE, "")
-    return WorkerPlace(int(text), os.getppid()) if text.isascii() and text.isdigit() else None
+    """Return this process's place as its parent told it (`NUMBER:PID`), or None in a parent or a lone process."""
+    told = re.fullmatch("([0-9]{1,4}):([0-9]{1,10})", os.environ.get(WORKER_VARIABLE, ""))
+    return None if told is None else WorkerPlace(int(told[1]), int(told[2]))
 
 
 def worker_command() -> list[str]:
@@ -109,7 +111,7 @@ class _Worker:
         # WATCHDOG_PID names the parent; the period holds for the worker, too.
         environment = {name: value for name, value in os.environ.items() if name != "WATCHDOG_PID"}
         environment["NOTIFY_SOCKET"] = self.address
-        environment[WORKER_VARIABLE] = str(self.number)
+        environment[WORKER_VARIABLE] = f"{self.number}:{os.getpid()}"
         self.process = await trio.lowlevel.open_process(worker_command(), env=environment, stdin=subprocess.DEVNULL)
         self.heard_at = trio.current_time()
         return self.process

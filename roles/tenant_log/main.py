@@ -29,7 +29,7 @@ from roles.shell import Kind, Shell, ready, start, stopping
 from roles.store_options import store_option
 from roles.tenant_log.service import WAIT_S, Realms, TenantLogService
 
-KIND: Final = Kind("tenant-log", "tenant_log", Catalogue(), sends_traces=False)
+KIND: Final = Kind("tenant-log", "tenant_log", Catalogue(), sends_traces=False, guards_memory=True)
 KEEP_ALIVE_S: Final = 60  # own
 READ_S: Final = 3 * WAIT_S  # own: a connection is read during a waiting call too, so longer than the wait
 GRACE_S: Final = 3.0  # own: waiting calls are released at once; the rest is sending

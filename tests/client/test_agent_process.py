@@ -28,6 +28,7 @@ from juicebox_hsm.wire.rpc import (
     Refusal,
     Refused,
 )
+from tests.processes import end_group, start_group
 
 pytestmark = pytest.mark.processes
 START_S = 20.0
@@ -64,12 +65,11 @@ def agent(directory: Path, port: int, *more: str) -> Iterator[subprocess.Popen[b
         *more,
     ]
     with (directory / "agent.log").open("ab") as log:
-        process = subprocess.Popen(arguments, stdout=log, stderr=log)
+        process = start_group(arguments, stdout=log, stderr=log)
     try:
         yield process
     finally:
-        process.kill()
-        process.wait()
+        end_group(process)
 
 
 def prepare(directory: Path) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from tests.fakes.secret_manager import SecretManager
+from tests.processes import end_group, start_group
 from tests.unit.edge.harness import Identity, make_identity
 
 pytestmark = pytest.mark.processes
@@ -48,6 +49,7 @@ class Balancer:
         self.identity = make_identity(folder)
         self.port = _free_port()
         self.process: subprocess.Popen[bytes] | None = None
+        self.environment: dict[str, str] = {}
         self.secrets(SECRETS)
 
     def secrets(self, content: object) -> None:
@@ -65,7 +67,7 @@ class Balancer:
             arguments += ["--secrets-file", str(self.folder / "secrets.json")]
         arguments += ["--tls-key", str(self.identity.key), "--tls-cert", str(self.identity.cert), *more]
         with (self.folder / "lb.log").open("ab") as log:
-            self.process = subprocess.Popen(arguments, stdout=log, stderr=log)
+            self.process = start_group(arguments, stdout=log, stderr=log, env={**os.environ, **self.environment})
         return self.process
 
     def connect(self, identity: Identity | None = None) -> http.client.HTTPSConnection:
@@ -116,12 +118,11 @@ class Balancer:
 
 @pytest.fixture
 def balancer(tmp_path: Path) -> Iterator[Balancer]:
-    """Return a balancer that is not started; kill it at the end."""
+    """Return a balancer that is not started; end it and its workers at the end."""
     made = Balancer(tmp_path)
     yield made
     if made.process is not None:
-        made.process.kill()
-        made.process.wait()
+        end_group(made.process)
 
 
 @contextmanager
@@ -246,6 +247,14 @@ def _children(pid: int) -> list[int]:
     return sorted(found)
 
 
+def _lives(pid: int) -> bool:
+    """Tell whether a process runs; one that has ended may wait for whoever adopted it to notice."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def test_workers_end_with_their_parent(balancer: Balancer) -> None:
     """Workers whose parent was killed end by themselves, so that the next parent finds its ports free."""
     process = balancer.start("--workers", "2", http_port=_free_port())
@@ -259,9 +268,41 @@ def test_workers_end_with_their_parent(balancer: Balancer) -> None:
     process.kill()
     process.wait()
     deadline = time.monotonic() + START_S
-    while any(Path(f"/proc/{worker}").exists() for worker in workers):
+    while any(_lives(worker) for worker in workers):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+HELD_AT_ITS_START = """
+import os, pathlib, time
+folder = pathlib.Path(os.environ["TEST_FOLDER"])
+if os.environ.get("JUICEBOX_HSM_LB_WORKER", "").startswith("0"):
+    (folder / "started").write_text(str(os.getpid()))
+    for _ in range(6000):
+        if (folder / "go").exists():
+            break
+        time.sleep(0.01)
+"""
+
+
+def test_a_worker_whose_parent_dies_while_it_starts(balancer: Balancer, tmp_path: Path) -> None:
+    """It is told who its parent is, so it ends although the parent died before it could ask the system."""
+    (tmp_path / "sitecustomize.py").write_text(HELD_AT_ITS_START)
+    balancer.environment = {"PYTHONPATH": str(tmp_path), "TEST_FOLDER": str(tmp_path)}
+    process = balancer.start("--workers", "2", http_port=_free_port())
+    deadline = time.monotonic() + START_S
+    while not (tmp_path / "started").exists() or not (tmp_path / "started").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    worker = int((tmp_path / "started").read_text())
+    process.kill()
+    process.wait()
+    (tmp_path / "go").touch()
+    deadline = time.monotonic() + START_S
+    while _lives(worker):
+        assert time.monotonic() < deadline, (balancer.folder / "lb.log").read_text()
+        time.sleep(0.05)
+    assert "the parent of the workers is gone, not starting" in (balancer.folder / "lb.log").read_text()
 
 
 def test_workers(balancer: Balancer) -> None:

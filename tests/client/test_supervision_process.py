@@ -27,6 +27,7 @@ from juicebox_hsm.adapters.process.supervision import ExitCode
 from juicebox_hsm.adapters.tls.certificates import CaKind, init_ca, issue, issue_edge
 from roles.options import flag_of
 from roles.tools.demo.layout import PORTS
+from tests.processes import end_group, start_group
 
 pytestmark = pytest.mark.processes
 ROOT = Path(__file__).parents[2]
@@ -125,22 +126,45 @@ def _service(role: str, directory: Path, supervisor: Supervisor, *more: str) -> 
         yield process
 
 
+GUARD_WITNESS = """
+import atexit, ctypes, os, resource
+def tell():
+    state = ctypes.CDLL(None).prctl(3, 0, 0, 0, 0), *resource.getrlimit(resource.RLIMIT_CORE)
+    with open(os.path.join(os.environ["TEST_GUARDS"], str(os.getpid())), "w") as told:
+        told.write(str(state))
+atexit.register(tell)
+"""
+"""Makes each process tell at its end whether it is dumpable (prctl PR_GET_DUMPABLE), and its limits of core files."""
+
+
+UNREADABLE = "(0, 0, 0)"
+
+
+def _guards(directory: Path) -> list[str]:
+    """Return what the processes that have ended told."""
+    return [path.read_text() for path in (directory / "guards").iterdir()]
+
+
 @contextmanager
 def _running(command: list[str], directory: Path, supervisor: Supervisor) -> Iterator[subprocess.Popen[bytes]]:
+    (directory / "guards").mkdir()
+    (directory / "witness").mkdir()
+    (directory / "witness" / "sitecustomize.py").write_text(GUARD_WITNESS)
     environment = {
         **os.environ,
+        "PYTHONPATH": str(directory / "witness"),
+        "TEST_GUARDS": str(directory / "guards"),
         "DD_AGENT_HOST": "127.0.0.1",
         "DD_DOGSTATSD_PORT": str(supervisor.metrics.getsockname()[1]),
         "NOTIFY_SOCKET": str(supervisor.path),
         "WATCHDOG_USEC": str(round(WATCHDOG_S * 1e6)),
     }
     with (directory / "log").open("wb") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        process = start_group(command, env=environment, stdout=log, stderr=log)
     try:
         yield process
     finally:
-        process.kill()
-        process.wait()
+        end_group(process)
         supervisor.close()
 
 
@@ -175,6 +199,9 @@ def test_a_services_life_as_its_supervisor_hears_it(role: str, more: tuple[str, 
         stopping = supervisor.wait_for("STOPPING=1", after=reloading)
         supervisor.wait_for("EXTEND_TIMEOUT_USEC=", after=stopping)
         assert process.wait(WAIT_S) == ExitCode.OK, (tmp_path / "log").read_text()
+    if role != "manager":  # it holds no key of a realm or a tenant
+        workers = 2 if "--workers" in more else 1  # their parent reads no keys
+        assert _guards(tmp_path).count(UNREADABLE) == workers, "keys in memory that others may read"
 
 
 def test_the_tenant_log_reports_like_the_roles(tmp_path: Path) -> None:
@@ -191,6 +218,7 @@ def test_the_tenant_log_reports_like_the_roles(tmp_path: Path) -> None:
         assert "|#service:tenant_log,version:" in supervisor.wait_for_metric("service.uptime")
         process.send_signal(signal.SIGTERM)
         assert process.wait(WAIT_S) == ExitCode.OK, (tmp_path / "log").read_text()
+    assert _guards(tmp_path) == [UNREADABLE], "keys in memory that others may read"
 
 
 def _unit(path: Path) -> dict[str, list[str]]:

@@ -1,5 +1,6 @@
-"""Keep the memory of a process that holds realm keys out of core files and debuggers (hardware.md 2.1).
+"""Keep the memory of a process that holds keys out of core files and debuggers (hardware.md 2.1).
 
+Agents hold a realm's keys, balancers the key of record ids and tenants' keys, the tenant log tenants' keys.
 This narrows accidents, not root: whoever is root reads the memory of any process.
 """
 

@@ -26,7 +26,7 @@ import os, signal, socket, sys
 def say(text, where=os.environ["NOTIFY_SOCKET"]):
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as endpoint:
         endpoint.sendto(text.encode(), where.replace("@", "\\0", 1) if where[0] == "@" else where)
-number = os.environ["JUICEBOX_HSM_LB_WORKER"]
+number = os.environ["JUICEBOX_HSM_LB_WORKER"].partition(":")[0]
 def tell(text):
     say(f"{number} {text}", os.environ["TEST_SOCKET"])
 """
