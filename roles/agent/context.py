@@ -10,7 +10,7 @@ import datetime as dt
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Final
 
 import trio
 
@@ -28,47 +28,12 @@ from juicebox_hsm.host.witness import Following, Pace
 from juicebox_hsm.hsm.messages import NotLeader, Outcome, StepDown, StepDownOk
 from juicebox_hsm.ids import GroupId, HsmId, RealmId
 from juicebox_hsm.ports.hsm_transport import HsmTransport
+from juicebox_hsm.ports.observation import EventMeter, Log
 from juicebox_hsm.ports.rpc import RpcCaller
 from juicebox_hsm.ports.store import Store
 from roles.agent.driver import Driver
 from roles.agent.peers import Peers
 from roles.agent.watch import Follower, Persister
-
-
-class MetricsSink(Protocol):
-    """Where counts and timings go."""
-
-    def count(self, name: str, n: int = 1, **tags: str) -> None:
-        """Add to a counter."""
-        ...
-
-    def gauge(self, name: str, value: float, **tags: str) -> None:
-        """Set a gauge."""
-        ...
-
-    def timing(self, name: str, ns: int, **tags: str) -> None:
-        """Record a duration in nanoseconds."""
-        ...
-
-    def event(self, title: str, text: str) -> None:
-        """Tell an event that somebody wants to read about."""
-        ...
-
-
-class Log(Protocol):
-    """A structured logger."""
-
-    def info(self, event: str, **fields: object) -> object:
-        """Log at info."""
-        ...
-
-    def warning(self, event: str, **fields: object) -> object:
-        """Log at warning."""
-        ...
-
-    def error(self, event: str, **fields: object) -> object:
-        """Log at error."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +109,7 @@ class Agent:
         hsm: HsmTransport,
         store: Store,
         rpc: RpcCaller,
-        metrics: MetricsSink,
+        metrics: EventMeter,
         log: Log,
         nursery: trio.Nursery,
         run_leadership: LeadershipRunner,

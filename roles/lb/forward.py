@@ -10,10 +10,10 @@ from juicebox_hsm.adapters.rpc import RpcError
 from juicebox_hsm.errors import RealmError
 from juicebox_hsm.host.forwarding import Answer, Answered, Ask, AwaitTable, LeaderSearch, LookAgain, NoReply
 from juicebox_hsm.ids import GroupId, RealmId, RecordId
+from juicebox_hsm.ports.observation import Meter
 from juicebox_hsm.ports.rpc import RpcCaller
 from juicebox_hsm.wire.methods import APP
 from juicebox_hsm.wire.rpc import App, AppOk, PeerRole, Refused
-from roles.lb.context import Meter
 from roles.lb.poller import Poller
 
 

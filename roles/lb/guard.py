@@ -8,8 +8,8 @@ import trio
 
 from juicebox_hsm.errors import RealmError
 from juicebox_hsm.host.served_realms import Ruling, ServedRealms, setting_name
+from juicebox_hsm.ports.observation import Log
 from juicebox_hsm.ports.settings import Settings
-from roles.lb.context import Log
 from roles.lb.poller import Poller
 
 RETRY_S: Final = 1.0

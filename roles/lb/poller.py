@@ -19,10 +19,10 @@ from juicebox_hsm.errors import RealmError
 from juicebox_hsm.host.routing import STALE_S, AgentClaims, RoutingTable, build_table
 from juicebox_hsm.host.services import ServiceKind
 from juicebox_hsm.ports.discovery import Discovery
+from juicebox_hsm.ports.observation import Log, Meter
 from juicebox_hsm.ports.rpc import RpcCaller
 from juicebox_hsm.wire.methods import AGENT_STATUS
 from juicebox_hsm.wire.rpc import Empty, PeerRole
-from roles.lb.context import Log, Meter
 
 POLL_S: Final = 0.1
 POLL_JITTER: Final = 0.2

@@ -18,6 +18,7 @@ from juicebox_hsm.crypto.redacted import Secret
 from juicebox_hsm.errors import DecodingError
 from juicebox_hsm.host.forwarding import Answer
 from juicebox_hsm.ids import RealmId
+from juicebox_hsm.ports.observation import Log, Meter
 from juicebox_hsm.tenant_keys import event_user_id, record_id
 from juicebox_hsm.tokens import KeyLookup, RejectionReason, Scope, TokenCache, TokenRejection, ValidToken
 from juicebox_hsm.wire.client import (
@@ -34,7 +35,6 @@ from juicebox_hsm.wire.client import (
     encode_client_response,
     encode_noise_request,
 )
-from roles.lb.context import Log, Meter
 from roles.lb.forward import Forwarder, Forwarding
 from roles.lb.guard import RealmGuard
 

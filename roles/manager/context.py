@@ -5,31 +5,15 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
 
 from juicebox_hsm.adapters.faults.switch import FaultSwitch
 from juicebox_hsm.adapters.observation.tracing import Traces
 from juicebox_hsm.host.cluster.progress import TransferProgress
 from juicebox_hsm.host.cluster.view import GroupKey
+from juicebox_hsm.ports.observation import Log, Meter
 from juicebox_hsm.ports.rpc import RpcCaller
 from juicebox_hsm.ports.store import Store
 from juicebox_hsm.wire.rpc import LoopRun
-
-
-class Meter(Protocol):
-    """Counters, gauges and timings."""
-
-    def count(self, name: str, n: int = 1, **tags: str) -> None:
-        """Add to a counter."""
-        ...
-
-    def gauge(self, name: str, value: float, **tags: str) -> None:
-        """Set a gauge."""
-        ...
-
-    def timing(self, name: str, ns: int, **tags: str) -> None:
-        """Record a duration in nanoseconds."""
-        ...
 
 
 @dataclass(slots=True)
@@ -68,7 +52,7 @@ class ManagerContext:
     name: str
     now_ms: Callable[[], int]
     meter: Meter
-    log: Any
+    log: Log
     traces: Traces | None = None
     faults: FaultSwitch = field(default_factory=FaultSwitch)
     certificate_end: Callable[[], dt.datetime | None] = no_certificate
