@@ -16,7 +16,7 @@ from juicebox_hsm.hsm import records
 from juicebox_hsm.hsm.messages import AppRequest, AppRequestOk, Handshake, HandshakeOk, NotLeader, Outcome
 from juicebox_hsm.hsm.state import HsmState, LeaderState
 from juicebox_hsm.ids import RECORD_ID_BYTES, RecordId
-from juicebox_hsm.merkle.kernel import BadEncoding, InvalidProof, Refreshed, StaleProof, Tree
+from juicebox_hsm.merkle.kernel import EMPTY_DELTA, BadEncoding, InvalidProof, Refreshed, StaleProof, Tree
 from juicebox_hsm.wire.client import (
     HandshakeRequest,
     HandshakeResponse,
@@ -37,9 +37,6 @@ SESSION_LIFETIME_NS: Final = 5_000_000_000
 
 CIPHERTEXT_BYTES_MAX: Final = 2048
 EPHEMERAL_BYTES: Final = 32
-
-EMPTY_DELTA: Final = b"\x01\x50" + bytes(8)
-"""Nothing added, nothing removed (merkle.md 3.3)."""
 
 _PROOF_KEY: Final = slice(2, 34)
 

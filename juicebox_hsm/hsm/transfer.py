@@ -19,7 +19,7 @@ from juicebox_hsm.consensus.types import (
     TransferringIn,
     TransferringOut,
 )
-from juicebox_hsm.hsm.app import EMPTY_DELTA, proof_key
+from juicebox_hsm.hsm.app import proof_key
 from juicebox_hsm.hsm.messages import (
     CancelPreparedTransfer,
     CompleteTransfer,
@@ -37,7 +37,7 @@ from juicebox_hsm.hsm.messages import (
 )
 from juicebox_hsm.hsm.state import GroupState, HsmState, LeaderState
 from juicebox_hsm.ids import ID_BYTES, LOG_INDEX_MAX, GroupId
-from juicebox_hsm.merkle.kernel import BadEncoding, InvalidProof, NotAdjacent, StaleProof, Tree
+from juicebox_hsm.merkle.kernel import EMPTY_DELTA, BadEncoding, InvalidProof, NotAdjacent, StaleProof, Tree
 
 NONCE_BYTES: Final = 16
 

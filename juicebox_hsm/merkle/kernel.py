@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from juicebox_hsm.merkle._native import CData  # known to the stub only
 
 __all__ = [
+    "EMPTY_DELTA",
     "BadEncoding",
     "Delta",
     "DeltaRows",
@@ -224,6 +225,10 @@ def delta_rows(delta: bytes) -> DeltaRows:
         removes.append(packed[at:end])
         at = end
     return DeltaRows(adds, removes)
+
+
+EMPTY_DELTA: Final = b"\x01\x50" + bytes(8)
+"""Nothing added, nothing removed (merkle.md 3.3); what `squash` makes of no deltas."""
 
 
 def squash(deltas: Sequence[bytes]) -> bytes:

@@ -9,7 +9,6 @@ from juicebox_hsm.adapters.clock.retrying import retrying
 from juicebox_hsm.consensus.types import LogEntry, Witness
 from juicebox_hsm.errors import RealmError, check
 from juicebox_hsm.host.leadership.events import Inherited
-from juicebox_hsm.host.leadership.produce import EMPTY_DELTA
 from juicebox_hsm.host.log import AppendOutcome
 from juicebox_hsm.host.retry import HSM_RETRY, STORE_RETRY
 from juicebox_hsm.host.witness import position_after
@@ -27,6 +26,7 @@ from juicebox_hsm.hsm.messages import (
     StatusOk,
 )
 from juicebox_hsm.ids import GroupId, HsmId, RealmId
+from juicebox_hsm.merkle.kernel import EMPTY_DELTA
 from juicebox_hsm.wire.rpc import (
     Done,
     GroupCreated,

@@ -15,7 +15,6 @@ from juicebox_hsm.errors import RealmError, check
 from juicebox_hsm.host.group import GroupState
 from juicebox_hsm.host.leadership.events import CommitWait, TransferMade, WaitTimedOut
 from juicebox_hsm.host.leadership.machine import Leadership
-from juicebox_hsm.host.leadership.produce import EMPTY_DELTA
 from juicebox_hsm.host.retry import STORE_RETRY
 from juicebox_hsm.host.transfer import (
     REFUSALS,
@@ -44,6 +43,7 @@ from juicebox_hsm.hsm.messages import (
     TransferStatementOk,
 )
 from juicebox_hsm.ids import GroupId, OwnedRange, RealmId
+from juicebox_hsm.merkle.kernel import EMPTY_DELTA
 from juicebox_hsm.ports.errors import MissingNode
 from juicebox_hsm.wire.rpc import (
     ArrivedCall,

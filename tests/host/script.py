@@ -23,11 +23,11 @@ from juicebox_hsm.consensus.types import (
 from juicebox_hsm.host.leadership import effects as does
 from juicebox_hsm.host.leadership import events as on
 from juicebox_hsm.host.leadership.machine import Leadership
-from juicebox_hsm.host.leadership.produce import EMPTY_DELTA
 from juicebox_hsm.host.leadership.state import UNCOMMITTED_MAX, Limits
 from juicebox_hsm.host.log import Intent, LogRow
 from juicebox_hsm.hsm.messages import AppRequestOk, CommitOk, NotLeader, Outcome, Response, ResultKind, ResultType
 from juicebox_hsm.ids import GroupId, HsmId, OwnedRange, RealmId, RecordId
+from juicebox_hsm.merkle.kernel import EMPTY_DELTA
 from juicebox_hsm.wire.client import TransportRequest, TransportResponse
 
 REALM, GROUP = RealmId(b"r" * 16), GroupId(b"g" * 16)

@@ -58,10 +58,8 @@ from juicebox_hsm.host.leadership.state import (
 )
 from juicebox_hsm.host.log import Intent, LogRow
 from juicebox_hsm.hsm.messages import AppRequestOk, NotLeader, Outcome
-from juicebox_hsm.merkle.kernel import squash
+from juicebox_hsm.merkle.kernel import EMPTY_DELTA, squash
 from juicebox_hsm.wire.rpc import Refusal
-
-EMPTY_DELTA: Final = squash([])
 
 REFUSALS: Final = {
     Outcome.INVALID_PROOF: (Refusal.INVALID_PROOF, False),

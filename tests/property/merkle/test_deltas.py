@@ -111,4 +111,4 @@ def test_order_and_disjointness_are_required() -> None:
         assert [outcome(lambda d=delta, f=form: f.decode_delta(d)) is BadEncoding for delta in good] == [False] * 3
         assert {outcome(lambda d=delta, f=form: f.decode_delta(d)) for delta in bad} == {BadEncoding}
         assert outcome(lambda f=form: f.squash([good[0], bad[0]])) is BadEncoding
-        assert form.squash([]) == header + none + none
+        assert form.squash([]) == header + none + none == kernel.EMPTY_DELTA

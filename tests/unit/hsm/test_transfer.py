@@ -8,7 +8,6 @@ import pytest
 
 from juicebox_hsm.consensus.types import Partition, TransferringIn, TransferringOut
 from juicebox_hsm.hsm import transfer
-from juicebox_hsm.hsm.app import EMPTY_DELTA
 from juicebox_hsm.hsm.messages import (
     CancelPreparedTransfer,
     CompleteTransfer,
@@ -28,7 +27,7 @@ from juicebox_hsm.hsm.messages import (
 )
 from juicebox_hsm.hsm.state import LeaderState
 from juicebox_hsm.ids import FULL_RANGE, GroupId, OwnedRange, RealmId, RecordId
-from juicebox_hsm.merkle.kernel import Side
+from juicebox_hsm.merkle.kernel import EMPTY_DELTA, Side
 from juicebox_hsm.wire import requests as secrets
 from tests.fakes.hsm import World, expect, refused
 
