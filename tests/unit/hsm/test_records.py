@@ -239,6 +239,7 @@ def test_m13_bad_records_are_refused() -> None:
         trailer(body, 2**32 - 1),
         trailer(body, size - 1),
         trailer(body, size + 1),
+        trailer(body.ljust(747, b"\0"), size),
         trailer(b"\xa1\x72registration_state" + b"\x65Other", 25),
         trailer(body[:size].replace(b"num_guesses\x03", b"num_guesses\x20"), size),
         trailer(body[:size].replace(b"num_guesses", b"num_guessex"), size),
