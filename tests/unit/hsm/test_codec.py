@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from juicebox_hsm.consensus.types import Leader, LogEntry, Role, RoleStatus, SteppingDown, Witness
-from juicebox_hsm.errors import DecodingError
+from juicebox_hsm.errors import DecodingError, InvariantViolation
 from juicebox_hsm.hsm.codec import (
     FORMS,
     REQUEST_BYTES_MAX,
@@ -41,6 +41,8 @@ from juicebox_hsm.hsm.messages import (
     CaptureJump,
     CaptureJumpOk,
     CaptureNext,
+    Handshake,
+    JoinRealmOk,
     NewRealm,
     NotCaptured,
     NotLeader,
@@ -55,7 +57,7 @@ from juicebox_hsm.hsm.messages import (
     StepDownOk,
     TransferOutOk,
 )
-from juicebox_hsm.ids import FULL_RANGE, GroupId, OwnedRange, RecordId
+from juicebox_hsm.ids import FULL_RANGE, GroupId, HsmId, OwnedRange, RealmId, RecordId
 from juicebox_hsm.wire import requests as secrets
 from tests.fakes.hsm import World, expect, snapshot
 
@@ -166,9 +168,48 @@ def test_m20_metrics_stay_empty() -> None:
 
 
 def test_size_limit() -> None:
-    """A request above 1 MiB is refused before it is parsed."""
-    with pytest.raises(DecodingError):
-        decode_request(bytes(REQUEST_BYTES_MAX + 1))
+    """A request of 1 MiB is read, and one byte more makes it too large, however well-formed it is."""
+
+    def sized(payload_bytes: int) -> bytes:
+        ids = RealmId(bytes(16)), GroupId(bytes(16)), RecordId(bytes(32))
+        return encode_request(Handshake(*ids, 1, bytes(32), bytes(payload_bytes)))
+
+    room = 2 * REQUEST_BYTES_MAX - len(sized(REQUEST_BYTES_MAX))
+    assert len(sized(room)) == REQUEST_BYTES_MAX
+    decode_request(sized(room))
+    with pytest.raises(DecodingError, match="at most 1048576 bytes"):
+        decode_request(sized(room + 1))
+
+
+def test_only_the_canonical_form_is_read() -> None:
+    """The same request or answer in other bytes is refused: longer lengths, bytes behind, another order of fields."""
+    request, answer = encode_request(Status()), encode_response(NewRealm, Outcome.HAVE_REALM)
+    assert decode_request(request) == Status()
+    assert decode_response(NewRealm, answer) is Outcome.HAVE_REALM
+    for data, decode in ((request, decode_request), (answer, lambda data: decode_response(NewRealm, data))):
+        document = cbor2.loads(data)
+        others = [
+            data + b"\0",
+            b"\xb8\x02" + data[1:],
+            data[:1] + b"\x78\x03" + data[2:],
+            cbor2.dumps(dict(reversed(document.items()))),
+        ]
+        for other in others[1:]:
+            assert cbor2.loads(other) == document
+        for other in others:
+            with pytest.raises(DecodingError):
+                decode(other)
+
+
+def test_answers_that_no_request_documents_are_never_sent() -> None:
+    """An HSM stops rather than answer what its request does not document."""
+    for kind, form in FORMS.items():
+        wrong: list[Response] = [outcome for outcome in Outcome if outcome not in form.refusals]
+        wrong += [] if form.not_leader else [NotLeader()]
+        wrong += [CaptureJumpOk()] if form.success is not CaptureJumpOk else [JoinRealmOk(HsmId(bytes(16)))]
+        for answer in wrong:
+            with pytest.raises(InvariantViolation, match="documents"):
+                encode_response(kind, answer)
 
 
 BAD_ITEMS: list[tuple[Codec, list[object]]] = [
