@@ -9,9 +9,9 @@ from typing import Final
 
 from juicebox_hsm.consensus.types import LogEntry, Partition, TransferringOut
 from juicebox_hsm.host.retry import STORE_RETRY
-from juicebox_hsm.host.tree import TreeSide
 from juicebox_hsm.hsm.messages import Outcome
 from juicebox_hsm.ids import GroupId, OwnedRange, RecordId, next_record_id
+from juicebox_hsm.merkle.walk import Side
 from juicebox_hsm.wire.rpc import Range, Refusal
 
 STALE_PAUSE_S: Final = 0.001
@@ -49,12 +49,12 @@ def stale_pause_s(attempt: int) -> float:
     return STORE_RETRY.delay_s(attempt - QUICK_ATTEMPTS_MAX + 1)
 
 
-def joining_edges(own: Partition | None, incoming: Partition) -> tuple[TreeSide, TreeSide] | None:
+def joining_edges(own: Partition | None, incoming: Partition) -> tuple[Side, Side] | None:
     """Return the edges (of our tree, of the incoming one) that prove a join; None when the ranges do not meet."""
     if own is None or own.range.join(incoming.range) is None:
         return None
     below = next_record_id(own.range.end) == incoming.range.start
-    return (TreeSide.RIGHT, TreeSide.LEFT) if below else (TreeSide.LEFT, TreeSide.RIGHT)
+    return (Side.RIGHT, Side.LEFT) if below else (Side.LEFT, Side.RIGHT)
 
 
 def split_point(last: LogEntry, wanted: OwnedRange) -> RecordId | Refusal | None:
