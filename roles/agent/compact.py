@@ -45,9 +45,12 @@ if TYPE_CHECKING:
 
 
 async def keep_house(driver: Driver) -> None:
-    """Settle, resolve and compact until cancelled with the leadership."""
+    """Settle, resolve and compact until cancelled with the leadership, whose trouble ends with it."""
     await wait_for_witnesses(driver.agent, driver.group, driver.members)
-    await driver.run_lane(Lane.HOUSE, _carry_out, first=PredecessorsQuiet())
+    try:
+        await driver.run_lane(Lane.HOUSE, _carry_out, first=PredecessorsQuiet())
+    finally:
+        driver.agent.clear_trouble(_trouble(driver))
 
 
 async def leave_house(driver: Driver) -> None:
@@ -64,11 +67,10 @@ async def leave_house(driver: Driver) -> None:
 
 
 async def _carry_out(driver: Driver, effect: Long) -> Long | None:
-    trouble = f"compaction {driver.group.group.hex()}"
     try:
         event = await _do(driver, effect)
     except RealmError as error:
-        driver.agent.note_trouble(trouble, error)
+        driver.agent.note_trouble(_trouble(driver), error)
         return driver.step(HouseFailed())
     return driver.step(event)
 
@@ -111,7 +113,11 @@ def _report(driver: Driver) -> None:
     agent, shown = driver.agent, driver.leader.snapshot(trio.current_time())
     agent.metrics.gauge("agent.compaction.uncompacted_rows.count", shown.uncompacted_rows)
     agent.metrics.gauge("agent.compaction.uncompacted_rows.first_index", shown.uncompacted_first)
-    agent.clear_trouble(f"compaction {driver.group.group.hex()}")
+    agent.clear_trouble(_trouble(driver))
+
+
+def _trouble(driver: Driver) -> str:
+    return f"compaction {driver.group.group.hex()}"
 
 
 # --- what earlier leaderships left -----------------------------------------------------------------------

@@ -407,6 +407,29 @@ async def test_rows_of_earlier_leaderships_are_compacted_after_trouble(tmp_path:
         assert not failures
 
 
+async def test_trouble_with_compaction_ends_with_the_leadership(tmp_path: Path) -> None:
+    """An agent that no longer leads a group is not unready over its compaction, which is another's by then."""
+    async with simulation(tmp_path) as sim:
+        group = await sim.new_realm(3)
+        await sim.settle_peers()
+        trouble = f"compaction {group.hex()}"
+        old = sim.leader_of(group)
+        assert old is not None
+
+        async def fail(*_: object) -> None:
+            raise StoreUnavailable("busy")
+
+        old.log.write_certificate = fail  # type: ignore[attr-defined]
+        client = sim.client("alice")
+        await client.register(b"1234", b"secret", b"info", 3)
+        with trio.fail_after(10):
+            while trouble not in old.agent.troubles:
+                await client.recover(b"1234", b"info")
+                await trio.sleep(0.1)
+        assert await sim.hand_over_group(old, group) is not None
+        await until(lambda: trouble not in old.agent.troubles)
+
+
 async def test_corrupted_log_met_while_jumping_ends_the_process(tmp_path: Path) -> None:
     """Rows that the HSM refuses in a jump over compacted ones end the agent, as any stored row it refuses does."""
     async with simulation(tmp_path) as sim:
