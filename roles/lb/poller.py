@@ -64,7 +64,10 @@ class Poller:
         metrics: Meter,
         log: Log,
         traces: Traces | None = None,
+        poll_s: float = POLL_S,
     ) -> None:
+        """`poll_s` is the mean pause between two looks at an agent that answers."""
+        self._poll_s = poll_s
         self._traces = traces
         self.table = RoutingTable()
         self._rpc = rpc
@@ -143,21 +146,21 @@ class Poller:
             self._log.warning("cannot read discovery; known agents stay in use", error=str(error))
             return
         urls = {entry.url for entry in found}
-        for url in urls - self._agents.keys():
+        for url in sorted(urls - self._agents.keys()):
             agent = self._agents[url] = _Agent(url, trio.current_time())
             if self._nursery is not None:
                 self._nursery.start_soon(self._poll_forever, agent)
-        for url in self._agents.keys() - urls:
+        for url in sorted(self._agents.keys() - urls):
             agent = self._agents.pop(url)
             agent.scope.cancel()
             self._publish()
 
     async def _poll_forever(self, agent: _Agent) -> None:
-        pause_s = POLL_S
+        pause_s = self._poll_s
         with agent.scope:
             while True:
                 await trio.sleep(pause_s * self._rng.uniform(1 - POLL_JITTER, 1 + POLL_JITTER))
-                pause_s = POLL_S if await self._ask(agent) else min(2 * pause_s, BACKOFF_S_MAX)
+                pause_s = self._poll_s if await self._ask(agent) else min(2 * pause_s, BACKOFF_S_MAX)
 
     async def _ask(self, agent: _Agent) -> bool:
         """Poll an agent once; False when it did not answer."""
