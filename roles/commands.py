@@ -35,6 +35,9 @@ TOOLS: Final = {
     ),
     "hsm": LazyCommand("roles.tools.hsm.command", "Prepare an HSM: realm keys and state directory."),
     "secrets": LazyCommand("roles.tools.secrets.command", "Write and check the secrets file: record id key, tenants."),
+    "simulate": LazyCommand(
+        "roles.tools.simulate.command", "Play whole realms in one thread, each from one seed, and judge them."
+    ),
     "store": LazyCommand("roles.tools.store.command", "Make, check, tidy, back up and restore the store."),
     "tenant-log": LazyCommand(
         "roles.tools.tenant_log.command", "Serve and read tenants' events: every guess, for auditors."

@@ -162,7 +162,7 @@ class Reachable:
         urls = dict(answered)
         missed = {member for member in self._urls if member not in answered}
         new = missed - self._missed
-        for member in new:
+        for member in sorted(new):
             if self._urls[member] in registered:
                 urls[member] = self._urls[member]
         self._missed = missed
