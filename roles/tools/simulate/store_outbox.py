@@ -16,7 +16,7 @@ from juicebox_hsm.host.events import (
     TenantCursor,
 )
 from juicebox_hsm.ids import GroupId, RealmId
-from juicebox_hsm.ports.errors import StoreAmbiguous
+from juicebox_hsm.ports.errors import StoreAmbiguous, StoreUnavailable
 from roles.tools.simulate.store_data import GroupLog, RealmData, TenantRows
 from roles.tools.simulate.store_gate import SETTLED_LATE_S, Gate
 
@@ -50,22 +50,30 @@ class SimulatedOutbox:
         def writer(tenant: str, expected_tail: int | None) -> Callable[[], int]:
             return lambda: data.record(realm, tenant, by_tenant[tenant], expected_tail)
 
-        for tenant in by_tenant:
-            tails[tenant] = await self._gate.write(
-                "record", writer(tenant, None), unseen=StoreAmbiguous, late=writer(tenant, known[tenant])
-            )
-        if not settled:
-            return tails
+        try:
+            for tenant in by_tenant:
+                tails[tenant] = await self._gate.write(
+                    "record", writer(tenant, None), unseen=StoreAmbiguous, late=writer(tenant, known[tenant])
+                )
+            await self._settle(realm, settled, lazily=bool(events))
+        except StoreUnavailable as error:
+            if not tails:
+                raise
+            raise StoreAmbiguous(f"some events are written, others not: {error}") from None
+        return tails
+
+    async def _settle(self, realm: RealmId, settled: Mapping[GroupId, int], *, lazily: bool) -> None:
+        """Raise settled indexes, or have them raised in a moment if the process lives."""
+        data = self._gate.data
 
         def raise_if_alive() -> None:
             if not self._gate.is_closed:
                 data.raise_settled(realm, settled)
 
-        if self._gate.lazy_settled and events:
+        if settled and self._gate.lazy_settled and lazily:
             data.later(SETTLED_LATE_S, raise_if_alive)
-        else:
-            await self._gate.write("settle", lambda: data.raise_settled(realm, settled), unseen=StoreAmbiguous)
-        return tails
+        elif settled:
+            await self._gate.write("settle", lambda: data.raise_settled(realm, settled))
 
     async def settled(self, realm: RealmId, group: GroupId) -> int:
         """Return the group's settled index, 0 when never written."""

@@ -198,6 +198,25 @@ async def test_events_of_unknown_outcome(autojump_clock: trio.testing.MockClock)
     assert ((1, 1), (2, 1)) in seen
 
 
+async def test_a_record_that_is_refused_in_the_middle(autojump_clock: trio.testing.MockClock) -> None:
+    """Once an event is written a record is not refused any more, which would invite to write it again: it is torn."""
+    seen = set()
+    for seed in range(60):
+        shared, view = await opened(seed)
+        view.faults.refuse = 0.5
+        try:
+            await view.store.outbox.record(REALM, [event(1), event(2, "b")], {GROUP: 2})
+        except StoreUnavailable:
+            seen.add("unavailable")
+            assert not await shared.view("two").store.outbox.cursors(REALM)
+        except StoreAmbiguous:
+            seen.add("ambiguous")
+            assert await shared.view("two").store.outbox.cursors(REALM)
+        else:
+            seen.add("written")
+    assert seen == {"unavailable", "ambiguous", "written"}
+
+
 async def record_until_unseen(store: Store) -> None:
     """Record the same two events until the outcome is unknown."""
     while True:
