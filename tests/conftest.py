@@ -1,52 +1,58 @@
-"""Shared test configuration: hypothesis profiles, the slow switch, and the freshness of the C extension."""
+"""Shared test configuration: order, time limits, the slow switch, fresh logs, the freshness of the C extension."""
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
-import os
-import sys
+import logging as stdlib
+import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, settings
-from hypothesis.database import DirectoryBasedExampleDatabase, MultiplexedDatabase, ReadOnlyDatabase
+import structlog
 
+import tests.examples  # noqa: F401 -- loads the hypothesis profile
 from juicebox_hsm.adapters.observation import logging
+from tests.ci import in_ci
+from tests.order import shuffled
 from tests.time_limit import pytest_runtest_call, pytest_runtest_protocol, pytest_runtest_setup, pytest_runtest_teardown
 
 # every test has a time limit
 __all__ = ["pytest_runtest_call", "pytest_runtest_protocol", "pytest_runtest_setup", "pytest_runtest_teardown"]
 
-FOUND = DirectoryBasedExampleDatabase(Path(__file__).parent / "data" / "found")
-LOCAL = DirectoryBasedExampleDatabase(Path(__file__).parent.parent / ".hypothesis" / "examples")
-
-settings.register_profile(
-    "default",
-    max_examples=60,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow],
-    database=MultiplexedDatabase(LOCAL, ReadOnlyDatabase(FOUND)),
-)
-settings.register_profile(
-    "long", max_examples=5000, deadline=None, suppress_health_check=list(HealthCheck), database=FOUND
-)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
-
-
-@pytest.fixture(autouse=True)
-def _own_lines(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let no test's log lines be left out, or counted, because of what another one logged."""
-    monkeypatch.setattr(logging, "_limiter", logging._Limiter())
+SEEDS = 2**32
+SEED = pytest.StashKey[int]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add --slow and --update-transcripts."""
+    """Add --slow, --update-transcripts and --shuffle-seed."""
     parser.addoption("--slow", action="store_true", help="also run soaks and long searches")
     parser.addoption("--update-transcripts", action="store_true", help="write tests/host/transcripts anew")
+    parser.addoption(
+        "--shuffle-seed", type=int, metavar="N", help="shuffle the tests; continuous integration draws and shows a seed"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Choose the seed of the order, if there is one."""
+    seed = config.getoption("--shuffle-seed")
+    if seed is None and in_ci():
+        seed = random.SystemRandom().randrange(SEEDS)
+    if seed is not None:
+        config.stash[SEED] = seed
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Show the seed, so that an order that fails can be had again."""
+    if SEED in config.stash:
+        terminalreporter.write_line(f"this order again: --shuffle-seed {config.stash[SEED]}")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect slow tests unless asked for: they are a separate command, not a skipped part of this one."""
+    """Shuffle if asked; deselect slow tests unless asked for: they are a separate command, not a skipped part."""
+    if SEED in config.stash:
+        items[:] = shuffled(items, config.stash[SEED])
     if config.getoption("--slow"):
         return
     kept = [item for item in items if item.get_closest_marker("slow") is None]
@@ -57,11 +63,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(autouse=True)
-def _no_lines_held_back() -> None:
-    """Forget which places logged a moment ago: how many lines of one test appear must not depend on those before."""
-    logging = sys.modules.get("juicebox_hsm.adapters.observation.logging")
-    if logging is not None:
-        logging._limiter.__init__()
+def _fresh_log() -> Iterator[None]:
+    """Give each test a log as a process begins with: what was said and configured before is forgotten."""
+    root = stdlib.getLogger()
+    handlers, level = list(root.handlers), root.level
+    logging._output.level, logging._output.stream = stdlib.INFO, None
+    logging._processors[:] = logging._chain(as_json=True, colors=False)
+    logging._limiter._places.clear()
+    structlog.contextvars.clear_contextvars()
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    atexit.unregister(logging.report_suppressed)
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from random import Random
 
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from juicebox_hsm.history import Call, Op, Outcome, check_user
+from tests.examples import examples
 from tests.property.history_model import PHASES, Simulation, explainable
 
 _FINAL = {Op.REGISTER: 2, Op.RECOVER: 3, Op.DELETE: 1}
@@ -20,7 +21,7 @@ _FINAL = {Op.REGISTER: 2, Op.RECOVER: 3, Op.DELETE: 1}
     loss=st.sampled_from([0.0, 0.05, 0.1]),
     count=st.integers(1, 25),
 )
-@settings(max_examples=100)
+@examples(100)
 def test_what_an_exact_realm_does_is_explained(seed: int, lanes: int, loss: float, count: int) -> None:
     """Whatever is lost, repeated, late or at the same time: an exact realm is never accused."""
     simulation = Simulation(Random(seed), lanes=lanes, loss=loss, count=count)
@@ -55,7 +56,7 @@ def _results(call: Call, secrets: list[str]) -> list[Call]:
 
 
 @given(seed=st.integers(0, 2**32), count=st.integers(1, 20), data=st.data())
-@settings(max_examples=100)
+@examples(100)
 def test_every_false_answer_in_a_sequential_history_is_noticed(seed: int, count: int, data: st.DataObject) -> None:
     """With one call at a time and nothing lost there is one right answer: any other is a violation at that call."""
     simulation = Simulation(Random(seed), lanes=1, loss=0.0, count=count)
@@ -72,7 +73,7 @@ def test_every_false_answer_in_a_sequential_history_is_noticed(seed: int, count:
 
 
 @given(seed=st.integers(0, 2**32), lanes=st.integers(1, 2), count=st.integers(2, 4), data=st.data())
-@settings(max_examples=200)
+@examples(200)
 def test_the_verdict_is_that_of_the_slow_checker(seed: int, lanes: int, count: int, data: st.DataObject) -> None:
     """On small histories, true and falsified, trying all orders of all requests decides the same."""
     simulation = Simulation(Random(seed), lanes=lanes, loss=0.2, count=count, barriers=False)

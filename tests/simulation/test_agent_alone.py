@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import dataclasses
 import datetime as dt
 import io
@@ -66,8 +65,6 @@ async def test_lines_about_a_group_name_it(tmp_path: Path) -> None:
         one.log.on_append = append
         await sim.client("alice").register(b"1234", b"secret", b"info", 3)
         speaker.info("outside")
-    logging.configure("info", json=True)
-    atexit.unregister(logging.report_suppressed)
     lines = [json.loads(line) for line in output.getvalue().splitlines()]
     about = {line["message"]: (line.get("realm"), line.get("group")) for line in lines}
     for message in ("leadership began", "appending"):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
@@ -18,6 +18,7 @@ from juicebox_hsm.consensus.types import LogEntry
 from juicebox_hsm.hsm import capture, leadership, transfer
 from juicebox_hsm.hsm.messages import CaptureJump, CaptureJumpOk, Commit, CommitOk, NotLeader, NotWitness, Outcome
 from juicebox_hsm.hsm.state import GroupState, HsmState
+from tests.examples import examples
 from tests.property.hsm.adversary import Adversary
 from tests.property.hsm.schedules import ACTIONS, MOVING_ACTIONS, UNALTERED_ACTIONS, Action, run
 
@@ -120,11 +121,11 @@ class MaliciousHost(RuleBasedStateMachine):
         self.act(chosen, seed)
 
 
-MaliciousHost.TestCase.settings = settings(max_examples=40, stateful_step_count=50, deadline=None)
+MaliciousHost.TestCase.settings = examples(40, stateful_step_count=50)
 test_i1_to_i14_stateful = MaliciousHost.TestCase
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(seeds)
 def test_i1_to_i14_long_schedules(seed: int) -> None:
     """No invariant breaks in long random schedules with weights of their own."""

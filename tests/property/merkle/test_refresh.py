@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
@@ -13,6 +12,7 @@ from juicebox_hsm.ids import FULL_RANGE
 from juicebox_hsm.merkle import kernel
 from juicebox_hsm.merkle.nodes import StaleProof
 from roles.tools.bench.memory_tree import MemoryTree
+from tests.examples import examples
 from tests.merkle_model import model
 from tests.property.merkle.forms import FORMS, Records, keys, new_tree, number_key, outcome
 
@@ -105,7 +105,7 @@ class RefreshMachine(RuleBasedStateMachine):
             assert tree.valid_roots() == self._valid()
 
 
-RefreshMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
+RefreshMachine.TestCase.settings = examples(100, stateful_step_count=30)
 
 
 class TestP7Refresh(RefreshMachine.TestCase):  # type: ignore[valid-type]

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import atexit
 import enum
 import io
 import json
 import logging as stdlib
-from collections.abc import Iterator
 
 import pytest
 import trio
@@ -40,19 +38,6 @@ class Clock:
     def __call__(self) -> float:
         """Return the time."""
         return self.now
-
-
-@pytest.fixture(autouse=True)
-def restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Leave logging as it was."""
-    root = stdlib.getLogger()
-    handlers, level = list(root.handlers), root.level
-    yield
-    monkeypatch.undo()
-    logging.configure("info", json=True)
-    root.handlers[:] = handlers
-    root.setLevel(level)
-    atexit.unregister(logging.report_suppressed)
 
 
 @pytest.fixture

@@ -8,9 +8,10 @@ import trio
 import trio.testing
 from h2.config import H2Configuration
 from h2.connection import H2Connection
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.examples import examples
 from tests.unit.edge.harness import EdgeFixture, Identity, until_hangup
 
 _STATUS_LINE = re.compile(rb"HTTP/1\.1 ([0-9]{3}) ")
@@ -85,7 +86,7 @@ async def _exchange(identity: Identity, data: bytes, cuts: list[int], *protocols
 
 
 @given(data=_H1_INPUT, cuts=st.lists(st.integers(0, 1000), max_size=3))
-@settings(max_examples=70)
+@examples(70)
 def test_random_bytes_over_h1(identity: Identity, data: bytes, cuts: list[int]) -> None:
     """Whatever bytes arrive in whatever pieces, answers are whole and documented and the connection ends cleanly."""
     received, edge = trio.run(_exchange, identity, data, cuts, "http/1.1")
@@ -95,7 +96,7 @@ def test_random_bytes_over_h1(identity: Identity, data: bytes, cuts: list[int]) 
 
 
 @given(data=_h2_frames(), cuts=st.lists(st.integers(0, 1000), max_size=3))
-@settings(max_examples=70)
+@examples(70)
 def test_random_frames_over_h2(identity: Identity, data: bytes, cuts: list[int]) -> None:
     """Whatever frames arrive after a good preface, nothing unexpected is raised and the connection ends."""
     preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\x00\x00\x00\x04\x00\x00\x00\x00\x00"

@@ -9,7 +9,7 @@ from typing import Any
 
 import cbor2
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from juicebox_hsm.consensus.types import Leader, LogEntry, Role, RoleStatus, SteppingDown, Witness
@@ -59,6 +59,7 @@ from juicebox_hsm.hsm.messages import (
 )
 from juicebox_hsm.ids import FULL_RANGE, GroupId, HsmId, OwnedRange, RealmId, RecordId
 from juicebox_hsm.wire import requests as secrets
+from tests.examples import examples
 from tests.fakes.hsm import World, expect, snapshot
 
 LOWER = OwnedRange(RecordId(bytes(32)), RecordId(b"\x7f" + b"\xff" * 31))
@@ -352,7 +353,7 @@ def feed(world: World, data: bytes) -> None:
         decode_response(type(decode_request(data)), reply)
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(st.binary(max_size=200))
 def test_i17_random_bytes(data: bytes) -> None:
     """Random bytes never get past the decoder."""
@@ -360,7 +361,7 @@ def test_i17_random_bytes(data: bytes) -> None:
         decode_request(data)
 
 
-@settings(max_examples=30)
+@examples(30)
 @given(st.integers(0, 2**32))
 def test_i17_mutated_bytes(seed: int) -> None:
     """Flipped, cut, duplicated and swapped bytes of real requests end in a refusal or a documented answer."""
@@ -411,7 +412,7 @@ def mutate_item(item: Any, chooser: random.Random) -> Any:
     return chooser.choice(STRANGE)
 
 
-@settings(max_examples=30)
+@examples(30)
 @given(st.integers(0, 2**32))
 def test_i17_mutated_documents(seed: int) -> None:
     """Well-formed CBOR with one strange node ends in a refusal or a documented answer."""
@@ -488,7 +489,7 @@ def retarget(request: Request, world: World, chooser: random.Random) -> Request:
     return dataclasses.replace(request, **changes)
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(st.integers(0, 2**32))
 def test_i17_hostile_contents_in_process(seed: int) -> None:
     """Requests whose fields have impossible lengths and numbers get a documented answer, never an exception."""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import atexit
 import io
 import json
-from collections.abc import Iterator
 
 import pytest
 import trio
@@ -299,13 +297,11 @@ async def test_nothing_secret_is_logged(nursery: trio.Nursery, autojump_clock: o
 
 
 @pytest.fixture
-def log(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
+def log() -> io.StringIO:
     """Give balancers the real log, at its most talkative, and return what it writes."""
     output = io.StringIO()
     logging.configure("trace", json=True, stream=output)
-    yield output
-    logging.configure("info", json=True)
-    atexit.unregister(logging.report_suppressed)
+    return output
 
 
 async def test_lines_name_the_request(nursery: trio.Nursery, autojump_clock: object, log: io.StringIO) -> None:

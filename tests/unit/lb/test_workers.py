@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import io
 import json
 import os
@@ -96,8 +95,6 @@ async def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
     monkeypatch.setattr(workers, "RESTART_S", 0.0)
     logging.configure("info", json=True, stream=made.log)
     yield made
-    logging.configure("info", json=True)
-    atexit.unregister(logging.report_suppressed)
     made.supervisor.socket.close()
     made.told.socket.close()
 

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import chdir, closing
 from pathlib import Path
 
 import pytest
@@ -23,12 +23,12 @@ CONFIGURATION = {
     "realms": [{"id": REALM, "address": "https://127.0.0.1:1/", "public_key": "09" + "00" * 31}],
     "register_threshold": 1, "recover_threshold": 1, "pin_hashing_mode": "FastInsecure",
 }  # fmt: skip
-AGENT = "--role agent --store sqlite:st.db --cluster-tls tls/agent --hsm-dir hsm --listen 127.0.0.1:0 --allow-loopback"
+AGENT = "--role agent --store sqlite:my.db --cluster-tls tls/agent --hsm-dir hsm --listen 127.0.0.1:0 --allow-loopback"
 LB = (
-    "--role lb --store sqlite:st.db --cluster-tls tls/lb --secrets-file s.json --tls-key edge.key --tls-cert edge.pem "
+    "--role lb --store sqlite:my.db --cluster-tls tls/lb --secrets-file s.json --tls-key edge.key --tls-cert edge.pem "
     "--listen 127.0.0.1:0 --allow-loopback"
 )
-MANAGER = "--role manager --store sqlite:st.db --cluster-tls tls/manager --listen 127.0.0.1:0 --allow-loopback"
+MANAGER = "--role manager --store sqlite:my.db --cluster-tls tls/manager --listen 127.0.0.1:0 --allow-loopback"
 CLUSTER = "--store sqlite:st.db --cluster-tls tls/operator"
 
 
@@ -65,9 +65,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         issue_edge(path / "edge-ca", ["localhost"], path / f"{name}.pem", path / f"{name}.key")
     generate_keys(path / "k", "test")
     init_hsm_dir(path / "k", path / "hsm")
-    os.chdir(path)
     for command in ("secrets init-record-id --file s.json", "secrets add-tenant test-acme --file s.json"):
-        with pytest.raises(SystemExit) as ended:
+        with chdir(path), pytest.raises(SystemExit) as ended:
             main(command.split())
         assert ended.value.code == 0
     (path / "bad.toml").write_text("x = [")
@@ -199,7 +198,7 @@ def busy() -> Iterator[int]:
 
 
 ROLES = [
-    (AGENT.replace(" --store sqlite:st.db", ""), 2, "--store is required"),
+    (AGENT.replace(" --store sqlite:my.db", ""), 2, "--store is required"),
     (f"{AGENT} --event-retention 6d", 2, "at least 7d and at most 31d"),
     (f"{AGENT} --event-retention 32d", 2, "at least 7d and at most 31d"),
     (f"{AGENT} --hsm-dir nodir", 78, "--hsm-dir nodir: no such directory"),

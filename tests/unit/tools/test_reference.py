@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
-from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from typing import Any
 
 import click
 import pytest
 
+from tests.scripts import load_script
+
 ROOT = Path(__file__).parents[3]
 
 
-def _load() -> Any:
-    loader = SourceFileLoader("reference", str(ROOT / "scripts" / "reference"))
-    spec = importlib.util.spec_from_loader("reference", loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
-    return module
-
-
-REFERENCE = _load()
+REFERENCE = load_script("reference")
 COMMANDS = dict(REFERENCE.commands())
 
 
