@@ -51,6 +51,7 @@ class SeedsType(click.ParamType[range]):
     help="What goes wrong; mixed takes one profile after the other.",
 )
 @click.option("--without", metavar="TRICKS", default="", help="Comma-separated tricks that are not played.")
+@click.option("--first", is_flag=True, help="Stop at the first seed that breaks a rule.")
 @click.option("--replay", is_flag=True, help="Print the world's trace around the failure, or its end.")
 @click.option("--coverage", is_flag=True, help="Print what happened how often, and what never did.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write the results there.")
@@ -61,6 +62,7 @@ def command(
     profile: str,
     without: str,
     *,
+    first: bool,
     replay: bool,
     coverage: bool,
     json_file: Path | None,
@@ -87,6 +89,8 @@ def command(
             click.echo(failure_line(result, without))
         if replay:
             _print_trace(result)
+        if first and result.rule:
+            break
     click.echo(summary_line(summary, results))
     if coverage:
         _print_coverage(summary)
