@@ -166,7 +166,7 @@ def optional_secrets_options(function: F) -> F:
 
 def _take_secrets(function: F, *, is_needed: bool) -> F:
     project_help = (
-        "Read secrets from Secret Manager of this project. Default without --secrets-file: the store's project."
+        "Read the keys from Secret Manager of this project. Default without --secrets-file: the store's project."
     )
 
     @functools.wraps(function)
@@ -186,13 +186,13 @@ def _take_secrets(function: F, *, is_needed: bool) -> F:
             click.option(
                 "--secrets-file",
                 type=click.Path(path_type=Path, dir_okay=False),
-                help="Secrets: record id key and tenants' token keys. Without it, Secret Manager.",
+                help="File of the record id key and the tenants' keys. Without it, Secret Manager.",
             ),
             *_flags(SECRETS, "Secret Manager", project_help),
             click.option(
                 "--raw-secrets",
                 is_flag=True,
-                help="Take tenants' secrets that are not JSON for raw HMAC keys, with a warning each; for migration.",
+                help="Take tenants' keys that are not JSON for raw HMAC keys, with a warning each; for migration.",
             ),
         ]
     ):

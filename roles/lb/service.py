@@ -2,6 +2,10 @@
 
 The order of checks is fixed: version, size, decoding, token, realm, record id, then the agent. Authentication comes
 before anything that costs others work. Clients never learn why a token was refused; logs and counters do.
+
+A request's way through the balancer, each called by the one before or returned to by it: `H1Session` or `H2Session`,
+`Routes.answer`, `ClientService.answer`, `decode_client_request`, `TokenCache.validate`, `RealmGuard`, `record_id`,
+`Forwarder.forward`, `LeaderSearch.next_step` (which reads the route from the `RoutingTable`), `RpcPool.call`.
 """
 
 from __future__ import annotations
