@@ -12,6 +12,7 @@ from typing import Final
 
 from juicebox_hsm.consensus.macs import (
     NULL,
+    TRUE,
     array_head,
     encode_consumed,
     encode_partition,
@@ -34,7 +35,7 @@ from juicebox_hsm.errors import DecodingError
 from juicebox_hsm.ids import ID_BYTES, RECORD_ID_BYTES, GroupId, HsmId, OwnedRange, RealmId, RecordId
 from juicebox_hsm.wire import cbor
 
-_ENTRY_INDEX: Final = {size: cbor.map_head(size) + cbor.text("index") for size in (6, 7)}
+_ENTRY_INDEX: Final = {size: cbor.map_head(size) + cbor.text("index") for size in (6, 7, 8)}
 _PARTITION: Final = cbor.text("partition")
 _TRANSFERRING: Final = cbor.text("transferring")
 _IN: Final = cbor.map_head(1) + cbor.text("In")
@@ -43,6 +44,7 @@ _PREV_MAC: Final = cbor.text("prev_mac")
 _ENTRY_MAC: Final = cbor.text("entry_mac")
 _HSM: Final = cbor.text("hsm")
 _CONSUMED: Final = cbor.text("consumed")
+_RETIRED: Final = cbor.text("retired") + TRUE
 _CAPTURED_HSM: Final = cbor.map_head(6) + cbor.text("hsm")
 _VOTE_HSM: Final = cbor.map_head(4) + cbor.text("hsm")
 _REALM: Final = cbor.text("realm")
@@ -81,7 +83,7 @@ def encode_log_entry(entry: LogEntry) -> bytes:
         transferring = _OUT + encode_transferring_out(marker)
     return b"".join(
         (
-            _ENTRY_INDEX[7 if entry.consumed else 6],
+            _ENTRY_INDEX[6 + bool(entry.consumed) + entry.retired],
             cbor.uint(entry.index),
             _PARTITION,
             encode_partition(entry.partition),
@@ -94,6 +96,7 @@ def encode_log_entry(entry: LogEntry) -> bytes:
             _HSM,
             cbor.byte_string(entry.hsm),
             *((_CONSUMED, encode_consumed(entry.consumed)) if entry.consumed else ()),
+            _RETIRED if entry.retired else b"",
         )
     )
 
@@ -127,9 +130,16 @@ def log_entry_from_item(item: object) -> LogEntry:
             entry_mac=_strict_bytes(fields["entry_mac"], MAC_BYTES),
             hsm=HsmId(_strict_bytes(fields["hsm"], ID_BYTES)),
             consumed=_consumed(fields["consumed"]) if "consumed" in fields else (),
+            retired=_retired(fields["retired"]) if "retired" in fields else False,
         )
     except KeyError as missing:
         raise DecodingError(f"log entry lacks {missing}") from None
+
+
+def _retired(item: object) -> bool:
+    if item is not True:
+        raise DecodingError("retired is true when present")
+    return True
 
 
 def _index(item: object) -> int:

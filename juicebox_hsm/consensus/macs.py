@@ -23,6 +23,7 @@ from juicebox_hsm.ids import LOG_INDEX_MAX, GroupId, HsmId, OwnedRange, RealmId
 from juicebox_hsm.wire import cbor
 
 NULL: Final = b"\xf6"
+TRUE: Final = b"\xf5"
 
 _RANGE_START: Final = cbor.map_head(2) + cbor.text("start")
 _END: Final = cbor.text("end")
@@ -39,10 +40,12 @@ _INDEX: Final = cbor.text("index")
 _HSM: Final = cbor.text("hsm")
 _KEYS: Final = cbor.text("keys")
 _CONFIGURATION: Final = cbor.text("configuration")
+_GENERATIONS: Final = cbor.text("generations")
 _ENTRY_MAC: Final = cbor.text("entry_mac")
 _TRANSFERRING_OUT: Final = cbor.text("transferring_out")
 _TRANSFERRING_IN: Final = cbor.text("transferring_in")
 _CONSUMED: Final = cbor.text("consumed")
+_RETIRED: Final = cbor.text("retired")
 _PREV_MAC: Final = cbor.text("prev_mac")
 _SOURCE: Final = cbor.text("source")
 _DESTINATION: Final = cbor.text("destination")
@@ -109,12 +112,15 @@ def encode_consumed(value: Sequence[tuple[GroupId, int]]) -> bytes:
 # Messages -----------------------------------------------------------------------------------------------------
 
 
-def group_configuration_message(realm: RealmId, group: GroupId, configuration: Sequence[HsmId]) -> bytes:
-    """Encode the message of the group configuration statement."""
+def group_configuration_message(
+    realm: RealmId, group: GroupId, configuration: Sequence[HsmId], generations: Sequence[int] = ()
+) -> bytes:
+    """Encode the message of the group configuration statement; `generations` are left out when empty."""
     members = b"".join(map(cbor.byte_string, configuration))
+    bound = (_GENERATIONS, array_head(len(generations)), *map(cbor.uint, generations)) if generations else ()
     return b"".join(
         (
-            cbor.map_head(3),
+            cbor.map_head(4 if generations else 3),
             _REALM,
             cbor.byte_string(realm),
             _GROUP,
@@ -122,6 +128,7 @@ def group_configuration_message(realm: RealmId, group: GroupId, configuration: S
             _CONFIGURATION,
             array_head(len(configuration)),
             members,
+            *bound,
         )
     )
 
@@ -163,7 +170,7 @@ def captured_message(hsm: HsmId, realm: RealmId, group: GroupId, index: int, ent
     )
 
 
-_ENTRY_HSM: Final = {size: cbor.map_head(size) + _HSM for size in (7, 8, 9)}
+_ENTRY_HSM: Final = {size: cbor.map_head(size) + _HSM for size in (7, 8, 9, 10)}
 
 
 def log_entry_message(realm: RealmId, group: GroupId, entry: LogEntry) -> bytes:
@@ -177,6 +184,8 @@ def log_entry_message(realm: RealmId, group: GroupId, entry: LogEntry) -> bytes:
         tail = (_TRANSFERRING_IN, encode_transferring_in(marker))
     if entry.consumed:
         tail += (_CONSUMED, encode_consumed(entry.consumed))
+    if entry.retired:
+        tail += (_RETIRED, TRUE)
     return b"".join(
         (
             _ENTRY_HSM[7 + len(tail) // 2],
@@ -263,8 +272,13 @@ class Macs:
     def __init__(self, mac_key: bytes) -> None:
         self._key = mac_key
 
-    def group_configuration(self, realm: RealmId, group: GroupId, configuration: Sequence[HsmId]) -> bytes:
-        """Sign the configuration of a group."""
+    def group_configuration(
+        self, realm: RealmId, group: GroupId, configuration: Sequence[HsmId], generations: Sequence[int] = ()
+    ) -> bytes:
+        """Sign the configuration of a group, and its members' generations unless all are 0."""
+        if any(generations):
+            message = group_configuration_message(realm, group, configuration, generations)
+            return mac(self._key, b"groupcfg2", message)
         return mac(self._key, b"groupcfg", group_configuration_message(realm, group, configuration))
 
     def hsm_realm(self, realm: RealmId, hsm: HsmId, keys: Sequence[bytes]) -> bytes:

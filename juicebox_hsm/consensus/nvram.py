@@ -1,7 +1,7 @@
 """What an HSM keeps across restarts, and its bytes in NVRAM (hsm.md 5).
 
 Stored bytes = `CBOR(state) || BLAKE2s-256(CBOR(state))`. The digest detects corruption, not attack: authenticity
-and freshness are the back end's business. The worst legal state takes 3956 of 4000 bytes; do not lengthen field
+and freshness are the back end's business. The worst legal state takes 3976 of 4000 bytes; do not lengthen field
 names or add fields without redoing that sum.
 """
 
@@ -34,7 +34,7 @@ class Deserialization(RealmError):
 
 @dataclass(frozen=True, slots=True)
 class PersistentGroup:
-    """A membership; `captured` is the persisted (index, mac). Never forgotten while the HSM id lives."""
+    """A membership; `captured` is the persisted (index, mac). Forgotten only for a retired group."""
 
     configuration: tuple[HsmId, ...]
     captured: tuple[int, bytes] | None
@@ -42,11 +42,15 @@ class PersistentGroup:
 
 @dataclass(frozen=True, slots=True)
 class PersistentRealm:
-    """The realm, this HSM's own hsmrealm statement and its groups."""
+    """The realm, this HSM's own hsmrealm statement and its groups.
+
+    `generation` counts the groups it has forgotten (u64): a statement admits an HSM to a group in one generation only.
+    """
 
     id: RealmId
     statement: bytes
     groups: Mapping[GroupId, PersistentGroup]
+    generation: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +73,8 @@ def encode_state(state: PersistentState) -> bytes:
             for group in sorted(state.realm.groups)
         }
         realm = {"id": state.realm.id, "statement": state.realm.statement, "groups": groups}
+        if state.realm.generation:
+            realm["generation"] = state.realm.generation
     body: bytes = cbor2.dumps({"id": state.id, "realm": realm})
     check(len(body) + DIGEST_BYTES <= NVRAM_BYTES_MAX, "a legal persistent state fits the NVRAM")
     return body + digest(body)
@@ -126,6 +132,7 @@ def _realm(item: object) -> PersistentRealm:
         RealmId(_fixed(fields["id"], ID_BYTES)),
         _fixed(fields["statement"], MAC_BYTES),
         {GroupId(_fixed(group, ID_BYTES)): _group(value) for group, value in groups.items()},
+        cbor.as_uint(fields["generation"], cbor.U64_MAX) if "generation" in fields else 0,
     )
 
 

@@ -51,6 +51,7 @@ class LogEntry:
     """One entry of a group's log. `index` starts at 1; `prev_mac` of entry 1 is 32 zero bytes.
 
     `consumed` maps source groups to the highest source index whose transfer was taken in (H2), sorted by group.
+    `retired` ends the log: no HSM makes an entry after one that has it (I20).
     """
 
     index: int
@@ -60,6 +61,7 @@ class LogEntry:
     entry_mac: bytes
     hsm: HsmId
     consumed: tuple[tuple[GroupId, int], ...] = ()
+    retired: bool = False
 
 
 @dataclass(frozen=True, slots=True)

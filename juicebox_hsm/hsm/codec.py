@@ -140,7 +140,8 @@ _GROUP: Final = struct(
         ("role", ROLE),
     ),
 )
-_REALM: Final = struct(m.RealmStatus, (("id", ID), ("statement", MAC), ("groups", array(_GROUP))))
+_REALM: Final = struct(m.RealmStatus, (("id", ID), ("statement", MAC), ("groups", array(_GROUP))), ("generation", U64))
+_GENERATIONS: Final = ("generations", array(U64))
 
 _MEMBER: Final = frozenset({Outcome.INVALID_REALM, Outcome.INVALID_GROUP})
 _ENTRY_AND_CLOCK: Final = struct(m.TransferEntryOk, (("entry", ENTRY), ("clock", U64)))
@@ -170,20 +171,22 @@ FORMS: Final[dict[type, Form]] = {
     ),
     m.NewGroup: Form(
         "NewGroup",
-        struct(m.NewGroup, (("realm", ID), ("members", array(row(ID, MAC))))),
+        struct(m.NewGroup, (("realm", ID), ("members", array(row(ID, MAC)))), _GENERATIONS),
         m.NewGroupOk,
         struct(m.NewGroupOk, (("group", ID), ("statement", MAC), ("entry", ENTRY), ("role", ROLE))),
         frozenset(
             {Outcome.INVALID_REALM, Outcome.INVALID_CONFIGURATION, Outcome.INVALID_STATEMENT, Outcome.TOO_MANY_GROUPS}
+            | {Outcome.STALE_GENERATION}
         ),
     ),
     m.JoinGroup: Form(
         "JoinGroup",
-        struct(m.JoinGroup, (*_REALM_GROUP, ("configuration", array(ID)), ("statement", MAC))),
+        struct(m.JoinGroup, (*_REALM_GROUP, ("configuration", array(ID)), ("statement", MAC)), _GENERATIONS),
         m.RoleOk,
         _value(ROLE),
         frozenset(
             {Outcome.INVALID_REALM, Outcome.INVALID_CONFIGURATION, Outcome.INVALID_STATEMENT, Outcome.TOO_MANY_GROUPS}
+            | {Outcome.STALE_GENERATION}
         ),
     ),
     m.BecomeLeader: Form(
@@ -255,7 +258,7 @@ FORMS: Final[dict[type, Form]] = {
                 ("statement", MAC),
             ),
         ),
-        _MEMBER | {Outcome.UNACCEPTABLE_RANGE, Outcome.OTHER_TRANSFER_PENDING},
+        _MEMBER | {Outcome.UNACCEPTABLE_RANGE, Outcome.OTHER_TRANSFER_PENDING, Outcome.RETIRED},
         not_leader=True,
     ),
     m.CancelPreparedTransfer: Form(
@@ -335,6 +338,21 @@ FORMS: Final[dict[type, Form]] = {
         _ENTRY_AND_CLOCK,
         _MEMBER | {Outcome.NOT_TRANSFERRING},
         not_leader=True,
+    ),
+    m.RetireGroup: Form(
+        "RetireGroup",
+        struct(m.RetireGroup, _REALM_GROUP),
+        m.RetireGroupOk,
+        struct(m.RetireGroupOk, (("entry", optional(ENTRY)), ("wait_til_committed", U64), ("clock", U64))),
+        _MEMBER | {Outcome.STILL_OWNER, Outcome.OTHER_TRANSFER_PENDING},
+        not_leader=True,
+    ),
+    m.ForgetGroup: Form(
+        "ForgetGroup",
+        struct(m.ForgetGroup, (*_REALM_GROUP, ("entry", ENTRY), ("captures", array(CAPTURED)))),
+        m.ForgetGroupOk,
+        struct(m.ForgetGroupOk, (("generation", U64),)),
+        _MEMBER | {Outcome.INVALID_MAC, Outcome.NOT_RETIRED, Outcome.NO_QUORUM},
     ),
     m.Handshake: Form(
         "HandshakeRequest",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import assert_never
 
-from juicebox_hsm.hsm import app, capture, leadership, membership, transfer
+from juicebox_hsm.hsm import app, capture, leadership, membership, retirement, transfer
 from juicebox_hsm.hsm.messages import (
     AppRequest,
     BecomeLeader,
@@ -13,6 +13,7 @@ from juicebox_hsm.hsm.messages import (
     CaptureNext,
     Commit,
     CompleteTransfer,
+    ForgetGroup,
     Handshake,
     JoinGroup,
     JoinRealm,
@@ -22,6 +23,7 @@ from juicebox_hsm.hsm.messages import (
     PrepareTransfer,
     Request,
     Response,
+    RetireGroup,
     Status,
     StepDown,
     TransferIn,
@@ -101,5 +103,9 @@ def _dispatch(state: HsmState, request: Request) -> Response:  # noqa: C901, PLR
             return transfer.transfer_in(state, request)
         case CompleteTransfer():
             return transfer.complete_transfer(state, request)
+        case RetireGroup():
+            return retirement.retire_group(state, request)
+        case ForgetGroup():
+            return retirement.forget_group(state, request)
         case _:
             assert_never(request)

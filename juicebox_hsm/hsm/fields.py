@@ -77,16 +77,20 @@ def write_map(names: tuple[str, ...], values: list[bytes]) -> bytes:
     return cbor.map_head(len(names)) + b"".join(pairs)
 
 
-def struct(build: Callable[..., Any], fields: Fields) -> Codec:
-    """Return the codec of a dataclass whose attributes carry the names of its wire fields."""
-    names = tuple(name for name, _ in fields)
+def struct(build: Callable[..., Any], fields: Fields, last: tuple[str, Codec] | None = None) -> Codec:
+    """Return the codec of a dataclass whose attributes carry the names of its wire fields.
+
+    A `last` field has a default that is false, and is left out of the bytes while it has it.
+    """
 
     def write(value: Any) -> bytes:
-        return write_map(names, [codec.write(getattr(value, name)) for name, codec in fields])
+        shown = (*fields, last) if last is not None and getattr(value, last[0]) else fields
+        return write_map(tuple(name for name, _ in shown), [codec.write(getattr(value, name)) for name, codec in shown])
 
     def read(item: object) -> Any:
-        values = read_fields(item, names)
-        return build(*[codec.read(value) for (_, codec), value in zip(fields, values, strict=True)])
+        shown = (*fields, last) if last is not None and last[0] in cbor.as_map(item) else fields
+        values = read_fields(item, tuple(name for name, _ in shown))
+        return build(*[codec.read(value) for (_, codec), value in zip(shown, values, strict=True)])
 
     return Codec(write, read)
 

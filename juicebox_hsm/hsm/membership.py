@@ -21,7 +21,7 @@ from juicebox_hsm.hsm.messages import (
     RoleOk,
     StatusOk,
 )
-from juicebox_hsm.hsm.state import GroupState, HsmState, LeaderState, WitnessState
+from juicebox_hsm.hsm.state import GENERATION_MAX, GroupState, HsmState, LeaderState, WitnessState
 from juicebox_hsm.ids import FULL_RANGE, GroupId, HsmId, RealmId
 from juicebox_hsm.merkle.kernel import empty_root
 
@@ -41,7 +41,7 @@ def status(state: HsmState) -> StatusOk:
             )
             for group in sorted(realm.groups)
         )
-        reported = RealmStatus(realm.id, realm.statement, groups)
+        reported = RealmStatus(realm.id, realm.statement, groups, realm.generation)
     return StatusOk(state.persistent.id, reported, state.keys.communication_public)
 
 
@@ -94,6 +94,15 @@ def _is_configuration(state: HsmState, members: tuple[HsmId, ...]) -> bool:
     )
 
 
+def _own_generation(state: HsmState, members: tuple[HsmId, ...], generations: tuple[int, ...]) -> int | None:
+    """Return the generation that `generations` (empty for all 0) claim for this HSM; None if they are no such list."""
+    if not generations:
+        return 0
+    if len(generations) != len(members) or not all(0 <= claimed <= GENERATION_MAX for claimed in generations):
+        return None
+    return generations[members.index(state.persistent.id)]
+
+
 def new_group(state: HsmState, request: NewGroup) -> NewGroupOk | Outcome:
     """Create a group without a partition, led by this HSM."""
     realm = state.in_realm(request.realm)
@@ -108,28 +117,42 @@ def new_group(state: HsmState, request: NewGroup) -> NewGroupOk | Outcome:
     configuration = tuple(hsm for hsm, _ in request.members)
     if not _is_configuration(state, configuration):
         return Outcome.INVALID_CONFIGURATION
+    own = _own_generation(state, configuration, request.generations)
+    if own is None:
+        return Outcome.INVALID_CONFIGURATION
+    if own != realm.generation:  # a later one would let this HSM come back to the group after it forgot it
+        return Outcome.STALE_GENERATION
     group = GroupId(state.draw_id())
     state.persist_group(realm, group, configuration)
     entry = state.new_entry(group, None, None)
     member = GroupState(group, configuration, state.new_leader(entry), state.platform.clock_start)
     state.groups[group] = member
-    statement = state.macs.group_configuration(realm.id, group, configuration)
+    statement = state.macs.group_configuration(realm.id, group, configuration, request.generations)
     return NewGroupOk(group, statement, entry, member.status())
 
 
 def join_group(state: HsmState, request: JoinGroup) -> RoleOk | Outcome:
-    """Join a group that a peer created; repeating it changes nothing."""
+    """Join a group that a peer created; repeating it changes nothing.
+
+    The statement admits this HSM in one generation, and leaving any group ends that: what it captured of a group that
+    it forgot cannot be asked of it a second time (I21).
+    """
     if not _is_configuration(state, request.configuration):
+        return Outcome.INVALID_CONFIGURATION
+    own = _own_generation(state, request.configuration, request.generations)
+    if own is None:
         return Outcome.INVALID_CONFIGURATION
     realm = state.in_realm(request.realm)
     if realm is None:
         return Outcome.INVALID_REALM
-    expected = state.macs.group_configuration(realm.id, request.group, request.configuration)
+    expected = state.macs.group_configuration(realm.id, request.group, request.configuration, request.generations)
     if not same(expected, request.statement):
         return Outcome.INVALID_STATEMENT
     known = state.groups.get(request.group)
     if known is not None:
         return RoleOk(known.status())
+    if own != realm.generation:
+        return Outcome.STALE_GENERATION
     if len(realm.groups) >= GROUPS_PER_HSM_MAX:
         return Outcome.TOO_MANY_GROUPS
     state.persist_group(realm, request.group, request.configuration)

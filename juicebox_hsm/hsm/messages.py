@@ -46,6 +46,10 @@ class Outcome(enum.Enum):
     MISSING_SESSION = "MissingSession"
     DECODING_ERROR = "DecodingError"
     INVALID_RECORD_DATA = "InvalidRecordData"
+    STILL_OWNER = "StillOwner"
+    RETIRED = "Retired"
+    NOT_RETIRED = "NotRetired"
+    STALE_GENERATION = "StaleGeneration"
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,11 +125,12 @@ class GroupStatus:
 
 @dataclass(frozen=True, slots=True)
 class RealmStatus:
-    """The realm the HSM is in, with its own hsmrealm statement."""
+    """The realm the HSM is in, with its own hsmrealm statement; `generation` counts the groups it has forgotten."""
 
     id: RealmId
     statement: bytes
     groups: tuple[GroupStatus, ...]
+    generation: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,10 +176,14 @@ class JoinRealmOk:
 
 @dataclass(frozen=True, slots=True)
 class NewGroup:
-    """Create a group of `members` (id, hsmrealm statement), this HSM included."""
+    """Create a group of `members` (id, hsmrealm statement), this HSM included.
+
+    `generations` are the members' in the same order, or empty when all are 0.
+    """
 
     realm: RealmId
     members: tuple[tuple[HsmId, bytes], ...]
+    generations: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,12 +198,13 @@ class NewGroupOk:
 
 @dataclass(frozen=True, slots=True)
 class JoinGroup:
-    """Join a group another HSM created, proven by its groupcfg statement."""
+    """Join a group another HSM created, proven by its groupcfg statement over configuration and `generations`."""
 
     realm: RealmId
     group: GroupId
     configuration: tuple[HsmId, ...]
     statement: bytes
+    generations: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,6 +335,40 @@ class TransferEntryOk:
 
 
 @dataclass(frozen=True, slots=True)
+class RetireGroup:
+    """End a group that owns nothing, at its leader."""
+
+    realm: RealmId
+    group: GroupId
+
+
+@dataclass(frozen=True, slots=True)
+class RetireGroupOk:
+    """`entry` is None when the log ends with a retired entry already; `wait_til_committed` is that entry's index."""
+
+    entry: LogEntry | None
+    wait_til_committed: int
+    clock: int
+
+
+@dataclass(frozen=True, slots=True)
+class ForgetGroup:
+    """Leave a group for good, proven by its retired entry and captures of it by a strict majority."""
+
+    realm: RealmId
+    group: GroupId
+    entry: LogEntry
+    captures: tuple[Captured, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ForgetGroupOk:
+    """The group is gone; `generation` is this HSM's new one."""
+
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
 class TransferOut:
     """Give `range` away at the source's leader. `proof` is an encoded read proof at the split key, or None."""
 
@@ -442,11 +486,11 @@ class AppRequestOk:
 Request = (
     Status | NewRealm | JoinRealm | NewGroup | JoinGroup | BecomeLeader | StepDown | CaptureNext | CaptureJump
     | PersistState | Commit | PrepareTransfer | CancelPreparedTransfer | TransferOut | TransferStatement
-    | TransferIn | CompleteTransfer | Handshake | AppRequest
+    | TransferIn | CompleteTransfer | Handshake | AppRequest | RetireGroup | ForgetGroup
 )  # fmt: skip
 
 Response = (
     StatusOk | NewRealmOk | JoinRealmOk | NewGroupOk | RoleOk | StepDownOk | CaptureJumpOk | PersistStateOk
     | CommitOk | PrepareTransferOk | TransferEntryOk | TransferOutOk | TransferStatementOk | TransferInOk
-    | HandshakeOk | AppRequestOk | Outcome | NotLeader | NotWitness | NotCaptured
+    | HandshakeOk | AppRequestOk | RetireGroupOk | ForgetGroupOk | Outcome | NotLeader | NotWitness | NotCaptured
 )  # fmt: skip

@@ -8,7 +8,7 @@ write fails, the exception leaves `Hsm.handle` and the instance stays poisoned.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, assert_never
 
 from juicebox_hsm.consensus.macs import Macs, same
@@ -39,6 +39,9 @@ from juicebox_hsm.hsm.sessions import Sessions
 from juicebox_hsm.ids import ID_BYTES, LOG_INDEX_MAX, GroupId, HsmId, RealmId
 from juicebox_hsm.merkle.kernel import Tree
 from juicebox_hsm.wire.client import NoiseResponse
+
+GENERATION_MAX: Final = 2**64 - 1
+"""The largest an HSM can store (nvram.py); nobody retires that many groups."""
 
 
 class Poisoned(RealmError):
@@ -263,7 +266,7 @@ class HsmState:
     def persist_group(self, realm: PersistentRealm, group: GroupId, configuration: tuple[HsmId, ...]) -> None:
         """Make the membership in a further group durable."""
         groups = {**realm.groups, group: PersistentGroup(configuration, None)}
-        self.persist(PersistentState(self.persistent.id, PersistentRealm(realm.id, realm.statement, groups)))
+        self.persist(PersistentState(self.persistent.id, replace(realm, groups=groups)))
 
     def persist_captured(self) -> None:
         """Make every captured pair durable."""
@@ -273,7 +276,20 @@ class HsmState:
         groups = {
             group: PersistentGroup(kept.configuration, self.captured.get(group)) for group, kept in realm.groups.items()
         }
-        self.persist(PersistentState(self.persistent.id, PersistentRealm(realm.id, realm.statement, groups)))
+        self.persist(PersistentState(self.persistent.id, replace(realm, groups=groups)))
+
+    def forget_group(self, realm: PersistentRealm, group: GroupId) -> int:
+        """Drop a group for good, durably and then from memory, and return the generation this begins (I21).
+
+        The generation rises in the same write that drops the group: no statement admits this HSM to it again.
+        """
+        check(realm.generation < GENERATION_MAX, "generations are exhausted")
+        groups = {kept: membership for kept, membership in realm.groups.items() if kept != group}
+        left = replace(realm, groups=groups, generation=realm.generation + 1)
+        self.persist(PersistentState(self.persistent.id, left))
+        self.groups.pop(group)
+        self.captured.pop(group, None)
+        return left.generation
 
     # Common checks ------------------------------------------------------------------------------------------
 
@@ -326,13 +342,20 @@ class HsmState:
         partition: Partition | None,
         transferring: Transferring | None = None,
         consumed: tuple[tuple[GroupId, int], ...] = (),
+        *,
+        retired: bool = False,
     ) -> LogEntry:
-        """Return the signed successor of `last`, or entry 1."""
+        """Return the signed successor of `last`, or entry 1.
+
+        The only place where entries are made, so that what it refuses is in no log: a successor of a retired entry
+        (I20), and with it any later owner, marker or reply of that group.
+        """
         realm = self.persistent.realm
         check(realm is not None, "entries are made by members of a realm")
         index, prev_mac = (1, ZERO_MAC) if last is None else (last.index + 1, last.entry_mac)
         check(index <= LOG_INDEX_MAX, "log indexes are exhausted")
+        check(last is None or not last.retired, "no entry follows a retired one")
         hsm = self.persistent.id
-        entry = LogEntry(index, partition, transferring, prev_mac, ZERO_MAC, hsm, consumed)
+        entry = LogEntry(index, partition, transferring, prev_mac, ZERO_MAC, hsm, consumed, retired)
         mac = self.macs.log_entry(realm.id, group, entry)  # type: ignore[union-attr]  # checked above
-        return LogEntry(index, partition, transferring, prev_mac, mac, hsm, consumed)
+        return LogEntry(index, partition, transferring, prev_mac, mac, hsm, consumed, retired)

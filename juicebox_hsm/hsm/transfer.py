@@ -76,6 +76,8 @@ def prepare_transfer(state: HsmState, request: PrepareTransfer) -> PrepareTransf
         return found
     group, leader = found
     last = leader.log.last
+    if last.retired:
+        return Outcome.RETIRED
     marker = last.transferring
     entry = None
     if marker is None:

@@ -76,12 +76,13 @@ class LogContract:
         assert len(part) >= 5
 
     async def test_every_field_survives(self, store: Store) -> None:
-        """Partitions, both kinds of transfer and consumed sources are read as they were written."""
+        """Partitions, both kinds of transfer, consumed sources and the end of a log are read as they were written."""
         part = Partition(MIDDLE, b"\x07" * 32)
         consumed = ((GroupId(b"\x01" * 16), 5), (GroupId(b"\x02" * 16), 2**40))
         entries = [
             LogEntry(1, part, TransferringIn(OTHER_GROUP, MIDDLE, 1), bytes(32), mac(1), HSM, consumed),
             LogEntry(2, None, TransferringOut(OTHER_GROUP, part, 2), mac(1), mac(2), HsmId(b"\x99" * 16)),
+            LogEntry(3, None, None, mac(2), mac(3), HSM, consumed, retired=True),
         ]
         assert await append(store, entries) is APPENDED
         assert await store.log.read_from(REALM, GROUP, 1, 10) == entries

@@ -22,6 +22,8 @@ from juicebox_hsm.hsm.messages import (
     Commit,
     CommitOk,
     CompleteTransfer,
+    ForgetGroup,
+    ForgetGroupOk,
     Handshake,
     HandshakeOk,
     JoinGroup,
@@ -37,6 +39,8 @@ from juicebox_hsm.hsm.messages import (
     PrepareTransferOk,
     Request,
     Response,
+    RetireGroup,
+    RetireGroupOk,
     RoleOk,
     Status,
     StatusOk,
@@ -236,6 +240,11 @@ class World:
         assert realm is not None
         return realm.statement
 
+    def generation(self, number: int) -> int:
+        realm = self.hsms[number]._state.persistent.realm
+        assert realm is not None
+        return realm.generation
+
     def crash(self, number: int) -> None:
         """Lose the volatile state of an HSM and start it again."""
         self.hsms[number] = self.platforms[number].restart()
@@ -245,11 +254,13 @@ class World:
         leader = members[0] if leader is None else leader
         ordered = sorted(members, key=self.id)
         signed = tuple((self.id(number), self.statement(number)) for number in ordered)
-        created = expect(self.send(leader, NewGroup(self.realm, signed)), NewGroupOk)
+        generations = tuple(self.generation(number) for number in ordered)
+        generations = generations if any(generations) else ()
+        created = expect(self.send(leader, NewGroup(self.realm, signed, generations)), NewGroupOk)
         configuration = tuple(self.id(number) for number in ordered)
         for number in members:
             if number != leader:
-                request = JoinGroup(self.realm, created.group, configuration, created.statement)
+                request = JoinGroup(self.realm, created.group, configuration, created.statement, generations)
                 expect(self.send(number, request), RoleOk)
         self.logs[created.group] = []
         self.members[created.group] = ordered
@@ -297,6 +308,19 @@ class World:
         """Let an HSM follow the whole log and lead the group."""
         self.capture(number, group)
         expect(self.send(number, BecomeLeader(self.realm, group, self.logs[group][-1])), RoleOk)
+
+    # the end of a group --------------------------------------------------------------------------------------
+
+    def retire(self, group: GroupId, leader: int) -> tuple[LogEntry, tuple[Captured, ...]]:
+        """End a group that owns nothing; return its retired entry and the captures of all members."""
+        ended = expect(self.send(leader, RetireGroup(self.realm, group)), RetireGroupOk)
+        self.store(group, ended.entry)
+        captures = self.witness(group)
+        expect(self.send(leader, Commit(self.realm, group, captures)), CommitOk)
+        return self.logs[group][-1], captures
+
+    def forget(self, group: GroupId, number: int, entry: LogEntry, captures: tuple[Captured, ...]) -> int:
+        return expect(self.send(number, ForgetGroup(self.realm, group, entry, captures)), ForgetGroupOk).generation
 
     # clients ------------------------------------------------------------------------------------------------
 

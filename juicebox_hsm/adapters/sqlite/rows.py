@@ -28,7 +28,8 @@ from juicebox_hsm.ports.errors import StoreInvalid
 
 _PartitionRow = tuple[bytes, bytes, bytes]  # start, end, root hash
 _TransferRow = tuple[bool, bytes, bytes, bytes, bytes, int]  # is in, peer group, start, end, root hash or b"", at
-_EntryRow = tuple[int, _PartitionRow | None, _TransferRow | None, bytes, bytes, bytes, tuple[tuple[bytes, int], ...]]
+_Ending = _TransferRow | bool | None  # a marker, True for a retired entry, which has none
+_EntryRow = tuple[int, _PartitionRow | None, _Ending, bytes, bytes, bytes, tuple[tuple[bytes, int], ...]]
 _IntentRow = tuple[str, str, bytes, int]
 _EventRow = tuple[bytes, bytes, str, str, dict[str, str | int] | None, str | None]
 _CaptureRow = tuple[bytes, int, bytes, bytes]
@@ -94,7 +95,7 @@ def encode_entries(entries: Sequence[LogEntry]) -> bytes:
             (
                 entry.index,
                 None if partition is None else (partition.range.start, partition.range.end, partition.root_hash),
-                None if marker is None else _transfer_row(marker),
+                _transfer_row(marker) if marker is not None else entry.retired or None,
                 entry.prev_mac,
                 entry.entry_mac,
                 entry.hsm,
@@ -114,11 +115,12 @@ def decode_entries(data: bytes) -> list[LogEntry]:
                 None
                 if partition is None
                 else Partition(OwnedRange(RecordId(partition[0]), RecordId(partition[1])), partition[2]),
-                None if marker is None else _transfer(marker),
+                None if marker is None or isinstance(marker, bool) else _transfer(marker),
                 prev_mac,
                 entry_mac,
                 HsmId(hsm),
                 tuple((GroupId(group), at) for group, at in consumed),
+                retired=marker is True,
             )
         )
     return entries

@@ -63,6 +63,7 @@ class Ledger:
         self._clocks: dict[tuple[str, GroupId, int], tuple[str, int, int]] = {}
         self._lives: dict[str, int] = {}
         self._prepared: dict[tuple[GroupId, GroupId, object], None] = {}
+        self._forgotten: set[tuple[str, GroupId]] = set()  # asked, never walked
         self._outs: dict[tuple[GroupId, GroupId, int], tuple[bytes, Partition]] = {}
 
     # --- lives and NVRAM ------------------------------------------------------------------------------
@@ -96,7 +97,9 @@ class Ledger:
         groups = new.realm.groups if new.realm is not None else {}
         for group, before in old.realm.groups.items():
             after = groups.get(group)
-            if after is None or after.configuration != before.configuration:
+            if after is None and new.realm is not None:
+                self._check_forgotten(name, group, old.realm.generation, new.realm.generation)
+            elif after is None or after.configuration != before.configuration:
                 require("I6", condition=False, detail=f"HSM {name} changed its membership in {group.hex()}")
             elif before.captured is not None and after.captured != before.captured:
                 self._check_head(name, group, before.captured, after.captured)
@@ -112,6 +115,20 @@ class Ledger:
             jump = self._jumped.get((name, group))
             follows = jump is not None and self.is_ancestor(group, jump, after[1])
             require("I8", follows, f"HSM {name} left its branch of {group.hex()} at {before[0]} without a jump")
+
+    def _check_forgotten(self, name: str, group: GroupId, before: int, after: int) -> None:
+        """I6, I21: a membership ends only when a strict majority signed its end, and so does a generation."""
+        configuration, known = self.configurations[group], self.entries.get(group, {})
+        votes = {
+            vote.hsm
+            for vote in self.statements
+            if vote.group == group and vote.hsm in configuration and known[vote.mac].retired
+        }
+        ended = 2 * len(votes) > len(configuration)
+        require("I6", ended, f"HSM {name} left {group.hex()}, which has not ended")
+        require("I21", after == before + 1, f"HSM {name} left {group.hex()} without a new generation")
+        self._forgotten.add((name, group))
+        self.leaderships.pop((name, group), None)
 
     def is_ancestor(self, group: GroupId, pair: tuple[int, bytes], mac: bytes) -> bool:
         """Tell whether the entry `pair` is `mac` or lies below it."""
@@ -156,6 +173,10 @@ class Ledger:
         if entry.index > 1:
             follows = parent is not None and parent.index == entry.index - 1
             require("I9", follows, f"entry {entry.index} of {group.hex()} continues nothing")
+            ended = parent is not None and parent.retired
+            require("I20", not ended, f"entry {entry.index} of {group.hex()} follows a retired one")
+        lasting = not entry.retired or (isinstance(request, m.RetireGroup) and entry.partition is None)
+        require("I20", lasting, f"entry {entry.index} of {group.hex()} ends a log that owns something")
         known.setdefault(entry.entry_mac, entry)
         require("I9", known[entry.entry_mac] == entry, f"two entries {entry.index} of {group.hex()} have one mac")
         if isinstance(request, m.NewRealm | m.NewGroup):
@@ -284,6 +305,7 @@ class Ledger:
         """Check roles, logs and captured heads after a request; what it committed is known by now."""
         state = state_of(hsm)
         for group, own in state.groups.items():
+            require("I21", (name, group) not in self._forgotten, f"HSM {name} is in {group.hex()} again")
             configuration = self.configurations.setdefault(group, own.configuration)
             require("I6", own.configuration == configuration, f"{group.hex()} has two configurations")
             self._follow_role(name, own, request)
@@ -358,7 +380,7 @@ def _led_group(request: m.Request, response: m.Response) -> GroupId:
             return request.destination
         case m.TransferOut() | m.CompleteTransfer(), _:
             return request.source
-        case m.AppRequest(), _:
+        case m.AppRequest() | m.RetireGroup(), _:
             return request.group
         case _:
             require("I9", condition=False, detail=f"{type(request).__name__} made an entry")

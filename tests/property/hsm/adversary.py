@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from juicebox_hsm.consensus.types import ZERO_MAC, Captured, LogEntry, TransferringIn, TransferringOut
 from juicebox_hsm.hsm import messages as m
-from juicebox_hsm.hsm.state import GroupState, LeaderState, Poisoned, WitnessState
+from juicebox_hsm.hsm.state import GroupState, LeaderState, Poisoned, RoleState, WitnessState
 from juicebox_hsm.ids import FULL_RANGE, GroupId, OwnedRange, RecordId
 from juicebox_hsm.merkle.kernel import Side
 from juicebox_hsm.wire import requests as secrets
@@ -25,6 +25,8 @@ from tests.property.hsm.ledger import RECORDS, Ledger
 LOWER = OwnedRange(FULL_RANGE.start, RecordId(b"\x7f" + b"\xff" * 31))
 UPPER = OwnedRange(RecordId(b"\x80" + bytes(31)), FULL_RANGE.end)
 RANGES = [FULL_RANGE, LOWER, UPPER]
+GROUPS_MAX = 8
+"""Replaced groups are replaced in turn only so often: every one makes the ledger's checks slower."""
 
 
 @dataclass
@@ -121,14 +123,46 @@ class Adversary(World):
             platform.cut_after = None
         return True
 
+    def replace_group(self, chooser: random.Random, group: GroupId) -> None:
+        """Make another group of the same members, so that there is something left to do after the end of this one."""
+        numbers = self.members[group]
+        leader = chooser.choice(numbers)
+        ordered = sorted(numbers, key=self.id)
+        signed = tuple((self.id(number), self.statement(number)) for number in ordered)
+        made = self.send(leader, m.NewGroup(self.realm, signed, self.generations(chooser, ordered)))
+        if not isinstance(made, m.NewGroupOk):
+            return
+        configuration = tuple(self.id(number) for number in ordered)
+        sent = self.sent[m.NewGroup][-1]
+        assert isinstance(sent, m.NewGroup)
+        for number in ordered:
+            if number != leader:
+                self.send(number, m.JoinGroup(self.realm, made.group, configuration, made.statement, sent.generations))
+        self.members[made.group] = ordered
+
+    def generations(self, chooser: random.Random, numbers: list[int]) -> tuple[int, ...]:
+        """Return these HSMs' generations, now and then with lies about them."""
+        found = []
+        for number in numbers:
+            lie = chooser.choice((-1, 1)) if chooser.random() < 0.3 else 0
+            found.append(max(self.generation(number) + lie, 0))
+        return tuple(found) if any(found) else ()
+
     # choices ------------------------------------------------------------------------------------------------
 
     def pick(self, chooser: random.Random) -> tuple[int, GroupId, GroupState]:
         """Choose a group, more often one that owns something, and one of its members."""
-        hot = [group for group in self.logs if any(entry.partition for entry in self._tails(group))]
-        group = chooser.choice(hot if hot and chooser.random() < 0.8 else list(self.logs))
-        number = chooser.choice(self.members[group])
+        live = [group for group in self.logs if any(self.role(number, group) for number in self.members[group])]
+        live = live or [self.new_group(list(range(self.size)))]
+        hot = [group for group in live if any(entry.partition for entry in self._tails(group))]
+        group = chooser.choice(hot if hot and chooser.random() < 0.8 else live)
+        number = chooser.choice([one for one in self.members[group] if self.role(one, group)])
         return number, group, self.hsms[number]._state.groups[group]
+
+    def role(self, number: int, group: GroupId) -> RoleState | None:
+        """Return an HSM's role in a group, None where it is not (or no longer) a member."""
+        member = self.hsms[number]._state.groups.get(group)
+        return None if member is None else member.role
 
     def pick_leader(self, chooser: random.Random) -> tuple[int, GroupId, LeaderState] | None:
         """Choose an HSM that leads something, if any does."""
@@ -306,7 +340,7 @@ class Adversary(World):
         if lagging and chooser.random() < 0.7:
             number, group, index = chooser.choice(lagging)
             last = self.ledger.entries[group][self.ledger.committed[group][index]]
-        if not isinstance(self.hsms[number]._state.groups[group].role, WitnessState):  # deposed first if it leads
+        if not isinstance(self.role(number, group), WitnessState):  # deposed first if it leads
             self.send(number, m.StepDown(self.realm, group, force=True))
         entries = self.path(group, last, chooser.randint(1, 4))
         votes = tuple(self.ledger.captures.get(group, []))
@@ -326,7 +360,7 @@ class Adversary(World):
         number, group, entry, other = chooser.choice(splices)
         if chooser.random() < 0.5:
             other = replace(other, prev_mac=entry.entry_mac)
-        if not isinstance(self.hsms[number]._state.groups[group].role, WitnessState):
+        if not isinstance(self.role(number, group), WitnessState):
             self.send(number, m.StepDown(self.realm, group, force=True))
         self.seen["spliced"] += 1
         votes = tuple(self.ledger.captures[group])
@@ -385,6 +419,49 @@ class Adversary(World):
         chooser.choice(HONEST_ACTIONS)(self, chooser)
         self.tampering = None
 
+    def act_retire(self, chooser: random.Random) -> None:
+        """End a group if it will, let members follow, and let some forget it; perhaps make another."""
+        found = self.pick_leader(chooser)
+        if found is None or len(self.logs) > GROUPS_MAX:
+            return
+        number, group, leader = found
+        self.send(number, m.RetireGroup(self.realm, group))
+        if leader.log.last.retired:
+            self.settle(chooser, number, group, leader)
+            self.make_forget(chooser, group, leader.log.last)
+            if chooser.random() < 0.5:
+                self.replace_group(chooser, group)
+
+    def act_forget(self, chooser: random.Random) -> None:
+        """Ask some members to forget a group, retired or not."""
+        group = chooser.choice(list(self.logs))
+        known = list(self.ledger.entries[group].values())
+        retired = [entry for entry in known if entry.retired]
+        self.make_forget(chooser, group, chooser.choice(retired or known))
+
+    def make_forget(self, chooser: random.Random, group: GroupId, entry: LogEntry) -> None:
+        """Ask some members to forget a group, with the captures of this entry, or others."""
+        votes = tuple(vote for vote in self.ledger.captures.get(group, []) if vote.mac == entry.entry_mac)
+        if chooser.random() < 0.2:
+            votes = self.votes(chooser, group)
+        for number in self.members[group]:
+            if chooser.random() < 0.6:
+                self.send(number, m.ForgetGroup(self.realm, group, entry, votes))
+
+    def act_come_back(self, chooser: random.Random) -> None:
+        """Join a group again that was joined once, and follow its log from the start as far as the host likes."""
+        joins = [request for request in self.sent.get(m.JoinGroup, []) if isinstance(request, m.JoinGroup)]
+        if not joins:
+            return
+        join = chooser.choice(joins)
+        for number in self.members.get(join.group, []):
+            if isinstance(self.send(number, join), m.RoleOk) and self.captured(number, join.group) == 0:
+                entries = list(self.ledger.entries[join.group].values())
+                path = self.path(join.group, chooser.choice(entries), 10**6)
+                self.send(number, m.CaptureNext(self.realm, join.group, path))
+                self.send(number, m.PersistState())
+                self.send(number, m.BecomeLeader(self.realm, join.group, path[-1]))
+
     def act_transfer(self, chooser: random.Random) -> None:
         """Take some transfer a step further at some leader, or a step that does not fit."""
         found = self.pick_leader(chooser)
@@ -437,7 +514,7 @@ class Adversary(World):
             if found is None or self.groups < 2:
                 return
             self.advance(chooser, *found)
-            if isinstance(self.hsms[found[0]]._state.groups[found[1]].role, LeaderState):
+            if isinstance(self.role(found[0], found[1]), LeaderState):
                 self.settle(chooser, *found)
 
     def _tails(self, group: GroupId) -> list[LogEntry]:
@@ -511,6 +588,8 @@ HONEST_ACTIONS = [
     Adversary.act_jump,
     Adversary.act_transfer,
     Adversary.act_move,
+    Adversary.act_retire,
+    Adversary.act_forget,
 ]
 """What the host does for its users, so that altering its requests is most likely to matter."""
 

@@ -66,6 +66,7 @@ class Ledger:
     committed: dict[GroupId, dict[int, bytes]] = field(default_factory=dict)
     current: dict[RecordId, Record] = field(default_factory=lambda: dict.fromkeys(RECORDS, NOT_REGISTERED))
     spent: dict[RecordId, int] = field(default_factory=lambda: dict.fromkeys(RECORDS, 0))
+    forgotten: set[tuple[int, GroupId]] = field(default_factory=set)
     released: set[bytes] = field(default_factory=set)
     releases: int = 0
 
@@ -84,7 +85,11 @@ class Ledger:
             return
         assert new.realm is not None, "I6: an HSM keeps its realm"
         assert new.realm.id == old.realm.id, "I6: an HSM keeps its realm"
+        assert new.realm.generation >= old.realm.generation, "I21: a generation never falls"
         for group, before in old.realm.groups.items():
+            if group not in new.realm.groups:
+                self._forgot(number, group, old.realm.generation, new.realm.generation)
+                continue
             after = new.realm.groups[group]
             assert after.configuration == before.configuration, "I6: configurations never change"
             if before.captured is None:
@@ -96,6 +101,22 @@ class Ledger:
                 assert target is not None, "I8: heads are descendants or follow a jump"
                 jumped = (self.entries[group][target].index, target)
                 assert self._is_ancestor(group, jumped, after.captured[1]), "I8: heads follow the jump's target"
+
+    def _forgot(self, number: int, group: GroupId, before: int, after: int) -> None:
+        """I6, I21: a membership ends only when a strict majority signed its end, and so does a generation."""
+        assert after == before + 1, "I21: leaving a group ends a generation"
+        configuration = self.configurations[group]
+        votes = {
+            (vote.mac, vote.hsm)
+            for vote in self.captures.get(group, [])
+            if vote.hsm in configuration and self.entries[group][vote.mac].retired
+        }
+        assert len({mac for mac, _ in votes}) == 1, "I6: a membership ends only with its group"
+        assert 2 * len(votes) > len(configuration), "I6: a group has ended when a strict majority signed that"
+        self.forgotten.add((number, group))
+        leadership = self.leaderships.pop((number, group), None)
+        if leadership is not None:
+            self._drop(leadership)
 
     def _is_ancestor(self, group: GroupId, pair: tuple[int, bytes], mac: bytes) -> bool:
         """Tell whether the entry `pair` is `mac` or lies below it."""
@@ -135,6 +156,8 @@ class Ledger:
             configuration = self.configurations.setdefault(group.id, group.configuration)
             assert group.configuration == configuration, "I6: a group has one configuration"
             self._check_role(number, group)
+        for id_ in (*hsm._state.groups, *hsm._state.captured):
+            assert (number, id_) not in self.forgotten, "I21: a forgotten group stays forgotten"
         for id_, (index, mac) in hsm._state.captured.items():
             made = self.entries[id_].get(mac)
             assert made is not None, "I9: only entries that an HSM made are captured"
@@ -163,6 +186,10 @@ class Ledger:
         if entry.index > 1:
             assert parent is not None, "I9: a new entry continues a known one"
             assert parent.index == entry.index - 1, "I9: indexes are consecutive"
+            assert not parent.retired, "I20: no entry follows a retired one"
+        if entry.retired:
+            assert isinstance(request, m.RetireGroup), "I20: only RetireGroup ends a log"
+            assert entry.partition is None, "I20: what is retired owns nothing"
         if entry.entry_mac not in self.entries[group]:
             self.entries[group][entry.entry_mac] = entry
             self.children.setdefault((group, entry.prev_mac), []).append(entry)
@@ -401,7 +428,7 @@ def _led_group(request: m.Request, response: m.Response) -> GroupId:
         return request.destination
     if isinstance(request, m.TransferOut | m.CompleteTransfer):
         return request.source
-    assert isinstance(request, m.AppRequest)
+    assert isinstance(request, m.AppRequest | m.RetireGroup)
     return request.group
 
 

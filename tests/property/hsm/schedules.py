@@ -30,9 +30,22 @@ ACTION_WEIGHTS: list[tuple[Action, int]] = [
     (Adversary.act_rival, 4),
     (Adversary.act_transfer, 6),
     (Adversary.act_move, 3),
+    (Adversary.act_retire, 3),
+    (Adversary.act_forget, 2),
+    (Adversary.act_come_back, 2),
 ]
 ACTIONS = [action for action, _ in ACTION_WEIGHTS]
 UNALTERED_ACTIONS = [action for action in ACTIONS if action not in {Adversary.act_forge, Adversary.act_tamper}]
+ENDING_ACTIONS = [
+    Adversary.act_client,
+    Adversary.act_capture,
+    Adversary.act_settle,
+    Adversary.act_rival,
+    Adversary.act_move,
+    Adversary.act_retire,
+    Adversary.act_forget,
+    Adversary.act_come_back,
+]
 MOVING_ACTIONS = [Adversary.act_client, Adversary.act_settle, Adversary.act_transfer, Adversary.act_move]
 WEIGHTS = [weight for _, weight in ACTION_WEIGHTS]
 

@@ -15,12 +15,22 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from juicebox_hsm.consensus.macs import Macs
 from juicebox_hsm.consensus.types import LogEntry
-from juicebox_hsm.hsm import capture, leadership, transfer
-from juicebox_hsm.hsm.messages import CaptureJump, CaptureJumpOk, Commit, CommitOk, NotLeader, NotWitness, Outcome
+from juicebox_hsm.hsm import capture, leadership, membership, retirement, transfer
+from juicebox_hsm.hsm.messages import (
+    CaptureJump,
+    CaptureJumpOk,
+    Commit,
+    CommitOk,
+    NotLeader,
+    NotWitness,
+    Outcome,
+    PrepareTransfer,
+    PrepareTransferOk,
+)
 from juicebox_hsm.hsm.state import GroupState, HsmState
 from tests.examples import examples
 from tests.property.hsm.adversary import Adversary
-from tests.property.hsm.schedules import ACTIONS, MOVING_ACTIONS, UNALTERED_ACTIONS, Action, run
+from tests.property.hsm.schedules import ACTIONS, ENDING_ACTIONS, MOVING_ACTIONS, UNALTERED_ACTIONS, Action, run
 
 seeds = st.integers(0, 2**32)
 
@@ -120,6 +130,12 @@ class MaliciousHost(RuleBasedStateMachine):
         chosen = Adversary.act_transfer if seed % 3 else Adversary.act_move
         self.act(chosen, seed)
 
+    @rule(seed=seeds)
+    def retire(self, seed: int) -> None:
+        """End a group, forget one, or come back to it."""
+        chosen = (Adversary.act_retire, Adversary.act_forget, Adversary.act_come_back)[seed % 3]
+        self.act(chosen, seed)
+
 
 MaliciousHost.TestCase.settings = examples(40, stateful_step_count=50)
 test_i1_to_i14_stateful = MaliciousHost.TestCase
@@ -139,7 +155,7 @@ def test_schedules_reach_deep_states() -> None:
     depth = 0
     for seed, (size, groups) in enumerate(itertools.product(range(1, 6), range(1, 4))):
         for world in (run(seed + turn, 160, size=size, groups=groups) for turn in (0, 100, 200, 300)):
-            shapes.add((len(world.hsms), len(world.ledger.configurations)))
+            shapes.add((len(world.hsms), world.groups))
             seen += world.seen
             seen["released"] += world.ledger.releases
             seen["forks"] += sum(len(children) > 1 for children in world.ledger.children.values())
@@ -151,6 +167,9 @@ def test_schedules_reach_deep_states() -> None:
     assert seen["CaptureJump: CaptureJumpOk"] > 10
     assert seen["spliced"] > 20
     assert seen["TransferIn: TransferInOk"] > 30
+    assert seen["RetireGroup: RetireGroupOk"] > 20
+    assert seen["ForgetGroup: ForgetGroupOk"] > 10
+    assert seen["JoinGroup: STALE_GENERATION"] > 5
     assert seen["altered"] > 500
     assert seen["replayed"] > 150
     assert seen["RollbackRefused"] > 30
@@ -162,6 +181,10 @@ def test_schedules_reach_deep_states() -> None:
         "AppRequest: INVALID_PROOF",
         "TransferOut: INVALID_STATEMENT",
         "TransferIn: INVALID_NONCE",
+        "ForgetGroup: INVALID_MAC",
+        "ForgetGroup: NOT_RETIRED",
+        "ForgetGroup: NO_QUORUM",
+        "NewGroup: STALE_GENERATION",
     ):
         assert seen[refusal] > 0, (refusal, sorted(seen.items()))
 
@@ -270,3 +293,44 @@ def test_an_unchecked_transfer_is_found(monkeypatch: pytest.MonkeyPatch) -> None
     violation = first_violation(200, 150, 1, 3, ACTIONS)
     assert violation is not None
     assert violation.startswith(("I4", "I5"))
+
+
+def test_a_group_that_is_joined_again_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The search comes back to a forgotten group where statements bind no generation: I21 is not vacuous."""
+
+    def whatever(state: HsmState, *_: object) -> int:
+        realm = state.persistent.realm
+        return 0 if realm is None else realm.generation
+
+    monkeypatch.setattr(membership, "_own_generation", whatever)
+    violation = first_violation(100, 150, 3, 3, ENDING_ACTIONS)
+    assert violation is not None
+    assert violation.startswith("I21")
+
+
+def test_a_group_forgotten_without_quorum_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The search talks a member out of its group with a minority's captures where nobody counts them."""
+    monkeypatch.setattr(retirement, "is_certified", lambda *_: True)
+    violation = first_violation(100, 150, 3, 3, ENDING_ACTIONS)
+    assert violation is not None
+    assert violation.startswith("I6")
+
+
+def test_a_log_that_goes_on_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The search prepares a transfer at a retired group where its leader does not refuse it."""
+    real = transfer.prepare_transfer
+
+    def lenient(state: HsmState, request: PrepareTransfer) -> PrepareTransferOk | Outcome | NotLeader:
+        found = state.leading(request.realm, request.destination)
+        if not isinstance(found, tuple):
+            return real(state, request)
+        log, last = found[1].log, found[1].log.last
+        log.last = replace(last, retired=False)
+        answer = real(state, request)
+        log.last = last if log.last.index == last.index else log.last
+        return answer
+
+    monkeypatch.setattr(transfer, "prepare_transfer", lenient)
+    violation = first_violation(100, 150, 1, 3, ENDING_ACTIONS)
+    assert violation is not None
+    assert violation.startswith("I20")

@@ -56,7 +56,7 @@ markers = (
     st.none() | st.builds(TransferringIn, id16, ranges, index) | st.builds(TransferringOut, id16, partitions, index)
 )
 consumed = st.dictionaries(id16, index, max_size=16).map(lambda pairs: tuple(sorted(pairs.items())))
-entries = st.builds(LogEntry, index, st.none() | partitions, markers, id32, id32, id16, consumed)
+entries = st.builds(LogEntry, index, st.none() | partitions, markers, id32, id32, id16, consumed, st.booleans())
 captures = st.builds(Captured, id16, st.just(RealmId(bytes(16))), st.just(GroupId(bytes(16))), index, id32, id32)
 certificates = st.builds(Certificate, index, st.lists(captures, max_size=9).map(tuple))
 
@@ -82,6 +82,8 @@ def test_entries_are_declared_maps(entry: LogEntry) -> None:
     }
     if entry.consumed:
         document["consumed"] = [list(pair) for pair in entry.consumed]
+    if entry.retired:
+        document["retired"] = True
     assert encode_log_entry(entry) == cbor2.dumps(document)
 
 

@@ -44,8 +44,21 @@ E2 = replace(
     transferring=TransferringIn(group(0x0E), FULL_RANGE, M - 2),
 )
 E3 = replace(E0, consumed=((group(8), 3), (group(9), 300)))
+E4 = replace(E3, retired=True)
 
 GOLDEN = [
+    (
+        "groupcfg2",
+        macs.group_configuration_message(realm(1), group(2), (hsm(3), hsm(4), hsm(5)), (0, 1, M)),
+        "5668053798ab222b3379db800990dcd23d06ccdabb05d0fb946a497f580ec5ee",
+        "70c84bceb82f6bfcf24798e1294de33b467e2a69f89d7052d1e51ae97030b3a6",
+    ),
+    (
+        "logentry",
+        macs.log_entry_message(realm(1), group(2), E4),
+        "58bddb3a0662674cb5b31f010768d7d46717f5e48ad4df712ad8136d90364e6c",
+        "78101d853adfa8039ecd1b71f0cebca9010736d7cd9d64e79654823a00f51854",
+    ),
     (
         "groupcfg",
         macs.group_configuration_message(realm(1), group(2), (hsm(3), hsm(4), hsm(5))),
@@ -136,6 +149,8 @@ def test_methods_use_the_golden_domains() -> None:
     keys = (word(0x40), word(0x80), word(0x10), word(0xE0))
     partition = Partition(FULL_RANGE, word(2))
     produced = [
+        signer.group_configuration(realm(1), group(2), (hsm(3), hsm(4), hsm(5)), (0, 1, M)),
+        signer.log_entry(realm(1), group(2), E4),
         signer.group_configuration(realm(1), group(2), (hsm(3), hsm(4), hsm(5))),
         signer.hsm_realm(realm(2), hsm(0x11), keys),
         signer.captured(hsm(1), realm(2), group(3), M, word(5)),
@@ -143,6 +158,9 @@ def test_methods_use_the_golden_domains() -> None:
         signer.prepared_transfer(realm(0x0A), group(0x0B), group(0x0C), FULL_RANGE, b"\x0d" * 16),
         signer.transfer(realm(1), group(0x0E), group(3), partition, 5, b"\x04" * 16),
     ]
+    configuration = (hsm(3), hsm(4), hsm(5))
+    unbound = signer.group_configuration(realm(1), group(2), configuration, (0, 0, 0))
+    assert unbound == signer.group_configuration(realm(1), group(2), configuration), "one statement per meaning"
     assert [mac.hex() for mac in produced] == [row[3] for row in GOLDEN if row[0] != "transfer"]
 
 
@@ -167,6 +185,7 @@ ALTERATIONS = {
     "other marker": replace(E2, transferring=E1.transferring),
     "marker at": replace(E2, transferring=TransferringIn(group(0x0E), FULL_RANGE, M - 3)),
     "consumed": replace(E2, consumed=((group(8), 3),)),
+    "retired": replace(E2, retired=True),
     "mac": replace(E2, entry_mac=bytes(32)),
     "short mac": replace(E2, entry_mac=b""),
     "index too large": replace(E2, index=2**64),

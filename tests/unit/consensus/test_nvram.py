@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from typing import Any
 
 import cbor2
@@ -40,13 +41,22 @@ def test_vectors() -> None:
     assert encode_state(SMALL)[-32:].hex() == "14c0f24759d876c60dcb7e6315846bc481eb5bb50e2f5b1df18fd4c39ccb6ea2"
 
 
+def test_generation() -> None:
+    """The generation follows the groups, only once it is not 0, so that older states keep their bytes."""
+    realm = SMALL.realm
+    assert realm is not None
+    later = replace(SMALL, realm=replace(realm, generation=7))
+    assert encode_state(later)[-32:].hex() == "194dd7288c39c13178677dfcde7c08c023bc4258ff9c9976ebc4ec60b681b97e"
+    assert decode_state(encode_state(later)) == later
+
+
 def test_worst_case_fits() -> None:
-    """The largest legal state takes 3956 of the 4000 bytes."""
+    """The largest legal state takes 3976 of the 4000 bytes."""
     members = tuple(HsmId(bytes([number]) * 16) for number in range(9))
     group = PersistentGroup(members, (LOG_INDEX_MAX, b"\xff" * 32))
     groups = {GroupId(bytes([number]) * 16): group for number in range(16)}
-    state = PersistentState(members[0], PersistentRealm(RealmId(b"\x22" * 16), b"\x33" * 32, groups))
-    assert len(encode_state(state)) == 3956
+    state = PersistentState(members[0], PersistentRealm(RealmId(b"\x22" * 16), b"\x33" * 32, groups, 2**64 - 1))
+    assert len(encode_state(state)) == 3976
     assert decode_state(encode_state(state)) == state
 
 

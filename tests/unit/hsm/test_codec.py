@@ -112,7 +112,13 @@ def busy_world() -> WireWorld:
     prepared = world.prepare(group, other, 0, LOWER)
     world.lead(group, 0)
     expect(world.send(0, world.out_request(group, other, LOWER, prepared)), TransferOutOk)
-    world.status(0)
+    ending = world.new_group([1, 2])
+    entry, captures = world.retire(ending, 1)
+    for number in (1, 2):
+        world.forget(ending, number, entry, captures)
+    world.new_group([0, 1])
+    for number in (0, 1):
+        world.status(number)
     return world
 
 
@@ -149,7 +155,7 @@ def test_names_are_the_published_ones() -> None:
     names = (
         "Status NewRealm JoinRealm NewGroup JoinGroup BecomeLeader StepDown CaptureJump CaptureNext PersistState "
         "Commit PrepareTransfer CancelPreparedTransfer TransferOut TransferStatement TransferIn CompleteTransfer "
-        "HandshakeRequest AppRequest"
+        "HandshakeRequest AppRequest RetireGroup ForgetGroup"
     )
     assert {form.name for form in FORMS.values()} == set(names.split())
     assert encode_request(Status()) == cbor2.dumps({"req": {"Status": {}}, "metrics": "Skip"})
