@@ -13,6 +13,6 @@ class HsmTransport(Protocol):
     async def send(self, request: Request) -> Response:
         """Run one request. Raises `HsmGone` when the HSM is lost or poisoned.
 
-        Cancelling the caller never cancels a request that was begun.
+        Cancelling the caller never cancels a request that was begun. May be no checkpoint (`juicebox_hsm.ports`).
         """
         ...
