@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, cast, get_args
 
 import trio
 
@@ -19,6 +19,7 @@ from juicebox_hsm.host.leadership.effects import (
     Long,
     Note,
     Noted,
+    Quick,
     ReadLog,
     Refuse,
     Release,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from roles.agent.context import Agent
 
 _RESERVING: Final = frozenset({ResultKind.REGISTER1, ResultKind.RECOVER1, ResultKind.RECOVER2})
+_QUICK: Final = frozenset(get_args(Quick))
 _WHY: Final = {
     StepDownCode.ASKED: "asked to",
     StepDownCode.SHUTTING_DOWN: "shutting down",
@@ -67,8 +69,12 @@ class Driver:
 
     def step(self, event: Event) -> Long | None:
         """Tell the machine an event and do what it wants at once; returns the long effect for the caller's lane."""
-        long: Long | None = None
-        for effect in self.leader.step(event, trio.current_time()):
+        effects = self.leader.step(event, trio.current_time())
+        if not effects:
+            return None
+        last = effects[-1]
+        long = None if type(last) in _QUICK else cast("Long", last)
+        for effect in effects if long is None else effects[:-1]:
             match effect:
                 case Wake(lane):
                     self._signals[lane].set()
@@ -88,8 +94,6 @@ class Driver:
                     self.agent.follower(self.group).wake.set()
                 case Note(what):
                     self._note(what)
-                case _:
-                    long = effect
         return long
 
     async def run_lane(

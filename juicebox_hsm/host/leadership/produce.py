@@ -90,8 +90,7 @@ def arrived(state: State, event: RequestArrived, _now: float) -> Effects:
         return [Refuse(event.request, Refusal.BUSY)]
     if event.outbox_full:
         return [Refuse(event.request, Refusal.NO_STORE)]
-    state.incoming.append(event.request)
-    return _wake(state)
+    return _enter(state, event.request)
 
 
 def gone(state: State, event: RequestGone, _now: float) -> Effects:
@@ -113,8 +112,13 @@ def retry_due(state: State, event: RetryDue, _now: float) -> Effects:
         return []
     if not state.accepting:
         return [_refuse(state, event.request, Refusal.NOT_LEADER)]
-    state.incoming.append(event.request)
-    return _wake(state)
+    return _enter(state, event.request)
+
+
+def _enter(state: State, request: ClientRequest) -> Effects:
+    """Let a request wait for the next batch. Whoever came first has woken the lane already."""
+    state.incoming.append(request)
+    return _wake(state) if len(state.incoming) == 1 else []
 
 
 def _wake(state: State) -> Effects:
