@@ -44,8 +44,11 @@ from juicebox_hsm.wire.rpc import PeerRole
 from roles.options import Address, CommonOptions, load_identity
 
 REPORT_S: Final = 1.0
-REGISTER_S: Final = 600.0
-"""Between two renewals of an entry in discovery; entries live longer (manager.md 1.1)."""
+REGISTER_S: Final = 60.0
+"""Between two renewals of an entry in discovery; who is not seen to renew for 21 min is forgotten (manager.md 1.1)."""
+
+MISSING_S: Final = 2.0
+"""Between two looks whether our entry is still there: a service that others cannot find is as good as down (own)."""
 
 P = ParamSpec("P")
 
@@ -230,7 +233,7 @@ class Log(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A service's entry in discovery. Trouble with it never ends a service: entries expire, and are made again."""
+    """A service's entry in discovery. Trouble with it never ends a service: an entry that is missing is made again."""
 
     discovery: Discovery
     kind: ServiceKind
@@ -256,14 +259,27 @@ class Entry:
             else:
                 if succeeded is not None:
                     succeeded()
-                await trio.sleep(renew_s)
+                await self._last(renew_s)
+
+    async def _last(self, renew_s: float) -> None:
+        """Return when the entry has to be written again: after `renew_s`, or when somebody has removed it."""
+        due = trio.current_time() + renew_s
+        while (left_s := due - trio.current_time()) > 0:
+            await trio.sleep(min(MISSING_S, left_s))
+            try:
+                found = await self.discovery.list(self.kind)
+            except RealmError:
+                continue  # who needs discovery for something else says so
+            if all(entry.url != self.url for entry in found):
+                self.log.warning("our entry in discovery was removed, registering again", url=self.url)
+                return
 
     async def withdraw(self) -> None:
         """Delete the entry; the caller bounds the wait."""
         try:
             await self.discovery.deregister(self.kind, self.url)
         except RealmError as error:
-            self.log.warning("not deregistered, the entry will expire", error=str(error))
+            self.log.warning("not deregistered, others go on looking for this service for a while", error=str(error))
 
     def _say_failed(self, error: RealmError) -> None:
         self.log.warning("registration failed", error=str(error))

@@ -16,14 +16,11 @@ class ServiceKind(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class ServiceAddress:
-    """One registration; `registered_ms` is the registrant's Unix time in ms."""
+    """One registration; `registered_ms` is the registrant's Unix time in ms, which nobody else may rely on."""
 
     kind: ServiceKind
     url: str
     registered_ms: int
-
-
-DISCOVERY_EXPIRY_S = 1260.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,11 @@ from juicebox_hsm.host.services import ServiceAddress, ServiceKind
 
 
 class Discovery(Protocol):
-    """Where services are. Entries older than 21 minutes are not returned and are removed."""
+    """Where services are.
+
+    Nobody's clock decides who is there: an entry stays until its service leaves, or somebody forgets it who watched it
+    (`host.cluster.registrations`). `registered_ms` is the registrant's own time and serves to tell renewals apart.
+    """
 
     async def register(self, kind: ServiceKind, url: str, now_ms: int) -> None:
         """Write or renew a registration."""
@@ -18,6 +22,10 @@ class Discovery(Protocol):
         """Remove a registration; absent is fine."""
         ...
 
-    async def list(self, now_ms: int, kind: ServiceKind | None = None) -> list[ServiceAddress]:
-        """Return unexpired registrations sorted by kind and URL."""
+    async def forget(self, address: ServiceAddress) -> None:
+        """Remove a registration unless it was renewed since it was read; absent is fine."""
+        ...
+
+    async def list(self, kind: ServiceKind | None = None) -> list[ServiceAddress]:
+        """Return all registrations sorted by kind and URL."""
         ...

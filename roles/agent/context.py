@@ -52,7 +52,7 @@ class Timings:
     peer_refresh_s: float = 10.0
     peer_status_s: float = 2.0
     discovery_poll_s: float = 1.0
-    register_s: float = 600.0
+    register_s: float = 60.0
     register_retry_s: float = 10.0
     witness_grace_s: float = 60.0
     witness_poll_s: float = 0.5
@@ -138,6 +138,8 @@ class Agent:
         self.limiters = Limiters(config.default_rate)
         self.hsm_id: HsmId | None = None
         self.registered = False
+        self.registering = trio.CancelScope()
+        """Ends the renewal of our entry in discovery."""
         self.stopping = False
         self.drivers: dict[Leadership, Driver] = {}
         """The drivers of leaderships whose lanes have not ended."""

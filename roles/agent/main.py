@@ -32,7 +32,7 @@ from juicebox_hsm.wire.methods import AGENT_METHODS
 from juicebox_hsm.wire.rpc import PeerRole
 from roles.agent.context import Agent, AgentConfig
 from roles.agent.leader import hand_over, lead
-from roles.agent.registration import entry_of, livez, readyz, register
+from roles.agent.registration import livez, readyz, register, withdraw
 from roles.agent.service import FATAL, AgentService, hsm_status
 from roles.cloud_options import CloudOptions, pubsub_options, with_bus
 from roles.durations import DurationRange
@@ -220,5 +220,5 @@ async def _leave(agent: Agent, service: AgentService, server: RpcServer) -> None
         await service.dispatcher.release()
     except RealmError as error:
         agent.log.warning("dispatcher lease not given back", error=str(error))
-    await entry_of(agent).withdraw()
+    await withdraw(agent)
     await server.shutdown(RPC_DRAIN_S)

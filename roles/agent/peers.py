@@ -61,7 +61,7 @@ class Peers:
     async def _read_discovery(self) -> bool:
         """Re-read the registrations; tell whether they changed."""
         try:
-            addresses = tuple(await self._agent.store.discovery.list(self._agent.now_ms()))
+            addresses = tuple(await self._agent.store.discovery.list())
         except RealmError as error:
             self._agent.note_trouble("discovery", error)
             return False

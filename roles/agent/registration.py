@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 async def register(agent: Agent, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-    """Keep our registration alive for ever; reports started after the first success."""
+    """Keep our registration alive until `withdraw`; reports started after the first success."""
     entry = entry_of(agent)
 
     def succeeded() -> None:
@@ -31,7 +31,14 @@ async def register(agent: Agent, *, task_status: trio.TaskStatus[None] = trio.TA
         agent.note_trouble("registration", error)
 
     timings = agent.timings
-    await entry.keep(timings.register_retry_s, succeeded=succeeded, failed=failed, renew_s=timings.register_s)
+    with agent.registering:
+        await entry.keep(timings.register_retry_s, succeeded=succeeded, failed=failed, renew_s=timings.register_s)
+
+
+async def withdraw(agent: Agent) -> None:
+    """Leave discovery for good; the caller bounds the wait."""
+    agent.registering.cancel()
+    await entry_of(agent).withdraw()
 
 
 def entry_of(agent: Agent) -> Entry:
@@ -58,7 +65,7 @@ async def readyz(agent: Agent) -> tuple[bool, str]:
     if await hsm_status(agent) is None:
         reasons.append("the HSM does not answer")
     try:
-        await agent.store.discovery.list(agent.now_ms(), ServiceKind.AGENT)
+        await agent.store.discovery.list(ServiceKind.AGENT)
     except RealmError as error:
         reasons.append(f"store: {error}")
     lines = reasons or ["ready"]

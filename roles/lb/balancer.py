@@ -115,7 +115,6 @@ class LoadBalancer:
         self._poller = Poller(
             self._rpc,
             store.discovery,
-            now_ms=shell.faults.now_ms,
             rng=random.Random(),  # noqa: S311 - jitter of polls
             metrics=shell.metrics,
             log=shell.log,

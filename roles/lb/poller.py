@@ -7,7 +7,6 @@ decided in `host.routing`.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from typing import Final
 
 import trio
@@ -59,7 +58,6 @@ class Poller:
         rpc: RpcCaller,
         discovery: Discovery,
         *,
-        now_ms: Callable[[], int],
         rng: random.Random,
         metrics: Meter,
         log: Log,
@@ -72,7 +70,6 @@ class Poller:
         self.table = RoutingTable()
         self._rpc = rpc
         self._discovery = discovery
-        self._now_ms = now_ms
         self._rng = rng
         self._metrics = metrics
         self._log = log
@@ -141,7 +138,7 @@ class Poller:
 
     async def _discover(self) -> None:
         try:
-            found = await self._discovery.list(self._now_ms(), ServiceKind.AGENT)
+            found = await self._discovery.list(ServiceKind.AGENT)
         except RealmError as error:
             self._log.warning("cannot read discovery; known agents stay in use", error=str(error))
             return

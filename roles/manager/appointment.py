@@ -42,7 +42,7 @@ class Appointer:
         """Look once at all groups and appoint where nobody leads. Raises `StoreUnavailable` without discovery."""
         context = self._context
         announced = set(context.state.announced)
-        view = await read_overview(context.store, context.rpc, context.now_ms(), STATUS_TIMEOUT_S)
+        view = await read_overview(context.store, context.rpc, STATUS_TIMEOUT_S)
         remember_urls(context, view)
         # Announced before we looked, and led: the announcement has served. What was announced since stays.
         context.state.announced -= served(announced, view)
@@ -119,7 +119,7 @@ class Appointer:
     async def _urls_of(self, key: GroupKey) -> Iterable[str]:
         """Return the agents last seen with the group, or all of them."""
         known = self._context.state.urls.get(key)
-        return known or await discovered_agents(self._context.store, self._context.now_ms())
+        return known or await discovered_agents(self._context.store)
 
 
 def remember_urls(context: ManagerContext, view: ClusterView) -> None:

@@ -13,12 +13,13 @@ import trio
 
 from juicebox_hsm.adapters.observation.tracing import active
 from juicebox_hsm.errors import RealmError
+from juicebox_hsm.host.cluster.registrations import Registrations
+from juicebox_hsm.host.services import ServiceKind
 from juicebox_hsm.wire.rpc import LoopRun
 from roles.manager.appointment import Appointer
 from roles.manager.context import ManagerContext
 from roles.manager.rebalance import rebalance
 from roles.manager.recovery import Recovery
-from roles.survey.overview import discovered_agents
 
 DISCOVERY_POLL_S: Final = 1.0
 DISCOVERY_POLL_YOUNG_S: Final = 0.1
@@ -26,18 +27,26 @@ YOUNG_S: Final = 10.0
 FIRST_PAUSE_S: Final = 0.1
 
 
-async def watch_agents(context: ManagerContext, changed: Callable[[], None]) -> None:
-    """Call `changed` when the set of agents in discovery changes; look often while this process is young."""
+async def watch_services(context: ManagerContext, changed: Callable[[], None]) -> None:
+    """Watch discovery, often while this process is young.
+
+    Calls `changed` when the set of agents changes, and forgets services that stopped to renew their entry.
+    """
+    registrations = Registrations()
     young_until = trio.current_time() + YOUNG_S
     known: list[str] | None = None
     while True:
         try:
-            found = await discovered_agents(context.store, context.now_ms())
+            found = await context.store.discovery.list()
+            for address in registrations.look(found, trio.current_time()):
+                await context.store.discovery.forget(address)
+                context.log.info("service forgotten, it stopped to renew its entry", url=address.url)
         except RealmError as error:
             context.log.warning("discovery not readable", error=str(error))
         else:
-            if found != known:
-                known = found
+            agents = [address.url for address in found if address.kind is ServiceKind.AGENT]
+            if agents != known:
+                known = agents
                 changed()
         await trio.sleep(DISCOVERY_POLL_YOUNG_S if trio.current_time() < young_until else DISCOVERY_POLL_S)
 
@@ -94,7 +103,7 @@ async def run_loops(
         await rebalance(context, appointer, periodic=True)
 
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(watch_agents, context, leaders.hurry)
+        nursery.start_soon(watch_services, context, leaders.hurry)
         nursery.start_soon(run_loop, context, "leaders", leaders, appointer.run_pass)
         nursery.start_soon(run_loop, context, "transfers", transfers, Recovery(context, nursery).run_pass)
         nursery.start_soon(run_loop, context, "rebalance", Pacer(rebalance_interval_s, rebalance_interval_s), spread)

@@ -30,7 +30,7 @@ async def rebalance(context: ManagerContext, appointer: Appointer, *, periodic: 
     try:
         if periodic and await context.store.settings.get(PAUSED) is not None:
             return Rebalanced()
-        view = await read_overview(context.store, context.rpc, context.now_ms())
+        view = await read_overview(context.store, context.rpc)
         hsms = loads(view, await read_drained(context))
         for hsm in hsms:
             context.meter.gauge("manager.workload", hsm.work, hsm=hsm.hsm.hex())

@@ -51,7 +51,7 @@ class Recovery:
     async def run_pass(self) -> None:
         """Look for pending transfers and start on realms that nothing runs for. Raises `StoreUnavailable`."""
         context = self._context
-        view = await read_overview(context.store, context.rpc, context.now_ms(), STATUS_TIMEOUT_S)
+        view = await read_overview(context.store, context.rpc, STATUS_TIMEOUT_S)
         found = pending(view, committed_only=False)
         context.meter.gauge("manager.transfer.pending", len(found))
         context.state.pending = pending_since(context.state.pending, found, context.now_ms())
@@ -85,7 +85,7 @@ async def recover_realm(context: ManagerContext, realm: RealmId) -> None:
 
 async def _finish_transfers(context: ManagerContext, realm: RealmId) -> None:
     """Read again under the lease, then finish side by side what can be finished."""
-    view = await read_overview(context.store, context.rpc, context.now_ms(), IDS_TIMEOUT_S)
+    view = await read_overview(context.store, context.rpc, IDS_TIMEOUT_S)
     async with trio.open_nursery() as nursery:
         for work in plan_recovery(view, realm):
             match work:

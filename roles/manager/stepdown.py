@@ -23,7 +23,7 @@ STEPDOWN_TIMEOUT_S: Final = 10.0  # the leader finishes what it has in flight fi
 async def hand_over(context: ManagerContext, order: StepdownOrder) -> Done | Refused:
     """Carry out a `leader_stepdown`: `Done` only when every group has a new leader."""
     try:
-        view = await read_overview(context.store, context.rpc, context.now_ms(), IDS_TIMEOUT_S)
+        view = await read_overview(context.store, context.rpc, IDS_TIMEOUT_S)
     except StoreUnavailable as error:
         return Refused(Refusal.NO_STORE, detail=str(error))
     resolved = resolve(view, order)

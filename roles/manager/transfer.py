@@ -126,7 +126,7 @@ async def _retried(
 async def _look(context: ManagerContext) -> ClusterView | Refused:
     """Ask all agents anew."""
     try:
-        return await read_overview(context.store, context.rpc, context.now_ms(), IDS_TIMEOUT_S)
+        return await read_overview(context.store, context.rpc, IDS_TIMEOUT_S)
     except StoreUnavailable as error:
         return Refused(Refusal.NO_STORE, detail=str(error))
 

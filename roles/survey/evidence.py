@@ -31,7 +31,7 @@ async def gather(
     own_certificate_end_ms: int | None = None,
 ) -> Evidence:
     """Ask every service in discovery, all at once, each for at most `timeout_s`. Raises `StoreUnavailable`."""
-    services = await store.discovery.list(now_ms)
+    services = await store.discovery.list()
     drained = drained_hsms(await store.settings.list(DRAIN_PREFIX))
     paused = await store.settings.get(PAUSED) is not None
     views: list[ClusterView] = []

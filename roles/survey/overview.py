@@ -43,11 +43,11 @@ async def ask_agents(rpc: RpcCaller, urls: Iterable[str], timeout_s: float) -> C
     return build_view(answers)
 
 
-async def discovered_agents(store: Store, now_ms: int) -> list[str]:
+async def discovered_agents(store: Store) -> list[str]:
     """Return the URLs of the agents in discovery. Raises `StoreUnavailable`."""
-    return [entry.url for entry in await store.discovery.list(now_ms, ServiceKind.AGENT)]
+    return [entry.url for entry in await store.discovery.list(ServiceKind.AGENT)]
 
 
-async def read_overview(store: Store, rpc: RpcCaller, now_ms: int, timeout_s: float = STATUS_TIMEOUT_S) -> ClusterView:
+async def read_overview(store: Store, rpc: RpcCaller, timeout_s: float = STATUS_TIMEOUT_S) -> ClusterView:
     """Ask every discovered agent. Raises `StoreUnavailable` when discovery cannot be read."""
-    return await ask_agents(rpc, await discovered_agents(store, now_ms), timeout_s)
+    return await ask_agents(rpc, await discovered_agents(store), timeout_s)

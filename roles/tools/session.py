@@ -300,7 +300,7 @@ async def call_manager(
     if url is not None:
         urls = [url]
     else:
-        urls = [entry.url for entry in await session.store.discovery.list(session.now_ms(), ServiceKind.MANAGER)]
+        urls = [entry.url for entry in await session.store.discovery.list(ServiceKind.MANAGER)]
         random.SystemRandom().shuffle(urls)
     if not urls:
         raise ToolFailure(

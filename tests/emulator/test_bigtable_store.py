@@ -443,7 +443,7 @@ async def test_cache_smaller_than_a_path(backend: BigtableBackend, bigtable_emul
 
 
 async def test_parts_of_operations_are_measured(backend: BigtableBackend) -> None:
-    """An append's rows, its log row alone, and the removal of expired addresses have time and errors of their own."""
+    """An append's rows and its log row alone have time and errors of their own."""
     metrics = Metrics()
     async with open_bigtable(backend.rest, tuning=backend.tuning, metrics=metrics) as store:
         await store.realms.create_shared()
@@ -451,12 +451,6 @@ async def test_parts_of_operations_are_measured(backend: BigtableBackend) -> Non
         await Grown.start(store)
         for name in ("append_inner", "log_append"):
             assert metrics.timer(f"store_client.{name}.time", result="ok").count == 1
-        await store.discovery.register(ServiceKind.AGENT, "tls://a:1", 1)
-        await store.discovery.list(1 << 41)
-        removed = metrics.timer("store_client.discovery.delete_expired.time", result="ok")
-        with trio.fail_after(120):
-            while removed.count == 0:  # noqa: ASYNC110 - nobody waits for the removal, so nobody is told of it
-                await trio.sleep(0.01)
 
 
 async def test_many_cold_paths_are_few_requests(backend: BigtableBackend) -> None:
@@ -725,24 +719,10 @@ async def test_claims_whose_answer_is_lost(store: Store, faults: Faults) -> None
         assert await store.settings.get(name) == b"mine"
 
 
-async def test_expired_addresses_go_but_not_renewed_ones(store: Store, faults: Faults) -> None:
-    """The removal of an expired registration spares one that was renewed after it was read."""
-    hour = 3_600_000
-    await store.discovery.register(ServiceKind.AGENT, "tls://gone", NOW_MS)
-    await store.discovery.register(ServiceKind.AGENT, "tls://back", NOW_MS)
-    faults.lose_request += ["MutateRows"]  # the background removal needs a second attempt
-    assert await store.discovery.list(NOW_MS + hour) == []
-    await store.discovery.register(ServiceKind.AGENT, "tls://back", NOW_MS + hour)
-    with trio.fail_after(5):
-        while len(left := await store.discovery.list(NOW_MS)) > 1:
-            pass
-    assert [address.url for address in left] == ["tls://back"]
-
-
 async def test_a_store_without_tables(backend: BigtableBackend) -> None:
     """Before the shared tables exist cluster facts read as empty, and a realm that was not created is named."""
     async with backend.open() as store:
-        assert await store.discovery.list(NOW_MS) == []
+        assert await store.discovery.list() == []
         assert await store.tenants.list() == {}
         assert await store.leases.list() == []
         assert await store.settings.get("x") is None
@@ -793,7 +773,7 @@ async def test_who_opens_before_there_is_a_table_tests_later(backend: BigtableBa
             await append(early, batch(1, 2))
         with pytest.raises(LocalError, match="single-cluster"):
             await early.leases.obtain("some-cm", "a", NOW_MS, 3_000)
-        assert await manager.discovery.list(NOW_MS) == []
+        assert await manager.discovery.list() == []
         assert await manager.log.read_from(REALM, GROUP, 1, 10) == []
         faults.decision = None
         faults.calls.clear()

@@ -14,7 +14,7 @@ from juicebox_hsm.adapters.observation.logging import get_logger
 from juicebox_hsm.adapters.observation.metric_names import Catalogue
 from juicebox_hsm.adapters.process.supervision import ExitCode, StartPhase
 from juicebox_hsm.errors import RealmError
-from juicebox_hsm.host.services import ServiceKind
+from juicebox_hsm.host.services import ServiceAddress, ServiceKind
 from juicebox_hsm.ports.errors import StoreUnavailable
 from roles.shell import Entry, Kind, Shell, start
 from tests.unit.manager.fakes import FakeDiscovery
@@ -39,6 +39,10 @@ class FlakyDiscovery(FakeDiscovery):
         self._check()
         await super().deregister(kind, url)
 
+    async def list(self, kind: ServiceKind | None = None) -> list[ServiceAddress]:
+        self._check()
+        return await super().list(kind)
+
     def _check(self) -> None:
         if self.broken:
             raise StoreUnavailable("down")
@@ -51,7 +55,7 @@ def entry_in(discovery: FlakyDiscovery) -> Entry:
 
 
 async def test_registration_is_retried_and_renewed(autojump_clock: trio.testing.MockClock) -> None:
-    """A failed registration is tried again after 10 s, a good one renewed after 10 min."""
+    """A failed registration is tried again after 10 s, a good one renewed after a minute."""
     discovery = FlakyDiscovery()
     registered = trio.Event()
     failures: list[RealmError] = []
@@ -68,8 +72,25 @@ async def test_registration_is_retried_and_renewed(autojump_clock: trio.testing.
         await trio.sleep(6)
         assert registered.is_set()
         assert discovery.rows == {(ServiceKind.MANAGER, "tls://m"): 10_000}
-        await trio.sleep(600)
-        assert discovery.rows == {(ServiceKind.MANAGER, "tls://m"): 610_000}
+        await trio.sleep(60)
+        assert discovery.rows == {(ServiceKind.MANAGER, "tls://m"): 70_000}
+        nursery.cancel_scope.cancel()
+
+
+async def test_an_entry_that_others_removed_is_made_again_at_once(autojump_clock: trio.testing.MockClock) -> None:
+    """A service nobody can find is found again within 2 s; a store that cannot be read changes nothing."""
+    discovery = FlakyDiscovery()
+    discovery.broken = False
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(entry_in(discovery).keep, 10.0)
+        await trio.sleep(5)
+        discovery.rows.clear()
+        await discovery.register(ServiceKind.AGENT, "tls://m", 0)
+        await trio.sleep(2)
+        assert discovery.rows[ServiceKind.MANAGER, "tls://m"] == 6_000
+        discovery.broken = True
+        await trio.sleep(30)
+        assert discovery.rows[ServiceKind.MANAGER, "tls://m"] == 6_000
         nursery.cancel_scope.cancel()
 
 

@@ -234,7 +234,7 @@ async def _opened(instance: Instance, node_tuning: NodeTuning, tuning: Tuning) -
                 nodes=nodes,
                 outbox=BigtableOutbox(endpoint, settled),
                 accounting=BigtableAccounting(endpoint),
-                discovery=BigtableDiscovery(endpoint, nursery, instance.metrics),
+                discovery=BigtableDiscovery(endpoint),
                 leases=BigtableLeases(endpoint),
                 settings=BigtableSettings(endpoint),
                 tenants=BigtableTenants(endpoint),

@@ -11,7 +11,6 @@ import secrets
 from typing import Final, NoReturn
 
 import cbor2
-import trio
 
 from juicebox_hsm.adapters.bigtable import keys
 from juicebox_hsm.adapters.bigtable.codec import (
@@ -31,10 +30,8 @@ from juicebox_hsm.adapters.bigtable.codec import (
 from juicebox_hsm.adapters.bigtable.retry import NoSuchTable
 from juicebox_hsm.adapters.bigtable.table import Endpoint, Table
 from juicebox_hsm.adapters.observation.logging import get_logger
-from juicebox_hsm.adapters.observation.metrics import Metrics
-from juicebox_hsm.adapters.observation.retry_metrics import Family
-from juicebox_hsm.errors import DecodingError, RealmError
-from juicebox_hsm.host.services import DISCOVERY_EXPIRY_S, Lease, ServiceAddress, ServiceKind, TenantLimits
+from juicebox_hsm.errors import DecodingError
+from juicebox_hsm.host.services import Lease, ServiceAddress, ServiceKind, TenantLimits
 from juicebox_hsm.ids import LOG_INDEX_MAX
 from juicebox_hsm.ports.errors import StoreAmbiguous, StoreInvalid, StoreUnavailable
 from juicebox_hsm.wire import cbor
@@ -61,14 +58,11 @@ async def _read(table: Table, wanted: KeyRange, selection: Selection = EVERYTHIN
 
 
 class BigtableDiscovery:
-    """`ports.Discovery` on one instance. `background` holds the removal of expired addresses."""
+    """`ports.Discovery` on one instance."""
 
-    def __init__(self, endpoint: Endpoint, background: trio.Nursery, metrics: Metrics) -> None:
+    def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
         self._table = Table(endpoint, DISCOVERY)
-        self._background = background
-        self._is_removing = False
-        self._expiry = Family(metrics, "store_client.discovery.delete_expired")
 
     async def register(self, kind: ServiceKind, url: str, now_ms: int) -> None:
         """Write or renew a registration; its time is the caller's. The store must have passed its test before."""
@@ -80,34 +74,19 @@ class BigtableDiscovery:
         """Remove a registration; absent is fine."""
         await self._table.mutate_row(keys.address_key(kind, url), (DeleteRow(),))
 
-    async def list(self, now_ms: int, kind: ServiceKind | None = None) -> builtins.list[ServiceAddress]:
-        """Return unexpired registrations by kind and URL; expired ones are removed in the background."""
-        oldest_ms = now_ms - int(DISCOVERY_EXPIRY_S * 1000)
-        wanted = keys.whole_table() if kind is None else keys.address_range(kind)
-        found: builtins.list[ServiceAddress] = []
-        expired: builtins.list[tuple[bytes, int]] = []
-        for row in await _read(self._table, wanted, _NEWEST):
-            micros = row.cells[0].timestamp
-            if micros < oldest_ms * 1000:
-                expired.append((row.key, micros))
-            else:
-                service = ServiceKind(row.key[:1].decode())
-                found.append(ServiceAddress(service, row.key[1:].decode(), micros // 1000))
-        if expired and not self._is_removing:
-            self._is_removing = True
-            self._background.start_soon(self._remove, expired)
-        return found
+    async def forget(self, address: ServiceAddress) -> None:
+        """Remove a registration unless it was renewed since it was read; absent is fine."""
+        micros = address.registered_ms * 1000
+        cell = DeleteColumn("f", b"t", before=micros + 1000, since=micros)
+        await self._table.mutate_row(keys.address_key(address.kind, address.url), (cell,))
 
-    async def _remove(self, expired: builtins.list[tuple[bytes, int]]) -> None:
-        """Remove expired registrations, but not one that was renewed meanwhile: its cell is newer."""
-        rows = [(key, (DeleteColumn("f", b"t", before=micros + 1000),)) for key, micros in expired]
-        try:
-            with self._expiry.measured():
-                await self._table.mutate_rows(rows)
-        except RealmError as error:
-            _log.warning("expired addresses not removed", count=len(rows), error=str(error))
-        finally:
-            self._is_removing = False
+    async def list(self, kind: ServiceKind | None = None) -> builtins.list[ServiceAddress]:
+        """Return all registrations by kind and URL."""
+        wanted = keys.whole_table() if kind is None else keys.address_range(kind)
+        return [
+            ServiceAddress(ServiceKind(row.key[:1].decode()), row.key[1:].decode(), row.cells[0].timestamp // 1000)
+            for row in await _read(self._table, wanted, _NEWEST)
+        ]
 
 
 class BigtableLeases:

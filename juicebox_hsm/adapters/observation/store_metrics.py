@@ -45,6 +45,7 @@ NAMES: Final[Mapping[str, Mapping[str, str]]] = {
         "list": "store_client.discovery.get_addresses",
         "register": "store_client.discovery.set_address",
         "deregister": "store_client.discovery.delete_address",
+        "forget": "store_client.discovery.delete_expired",
     },
     "leases": {
         "obtain": "store_client.obtain_lease",
@@ -55,9 +56,7 @@ NAMES: Final[Mapping[str, Mapping[str, str]]] = {
 }
 """Port -> operation -> family; operations that are not here are not measured."""
 
-INNER_NAMES: Final = frozenset(
-    {"store_client.append_inner", "store_client.log_append", "store_client.discovery.delete_expired"}
-)
+INNER_NAMES: Final = frozenset({"store_client.append_inner", "store_client.log_append"})
 """What a back end measures itself, where there is such a part: see `docs/metrics.md`."""
 
 

@@ -87,7 +87,7 @@ async def open_sqlite(
             nodes=nodes,
             outbox=SqliteOutbox(writer, reads),
             accounting=SqliteAccounting(writer, reads),
-            discovery=SqliteDiscovery(writer, reads, metrics),
+            discovery=SqliteDiscovery(writer, reads),
             leases=SqliteLeases(writer, reads),
             settings=SqliteSettings(writer, reads),
             tenants=SqliteTenants(writer, reads),

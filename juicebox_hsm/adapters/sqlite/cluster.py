@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import builtins
 import secrets
-import time
-from contextlib import suppress
 
 import apsw
-import trio
 
-from juicebox_hsm.adapters.observation.metrics import Metrics
-from juicebox_hsm.adapters.observation.retry_metrics import Family
 from juicebox_hsm.adapters.sqlite.reads import Reads, fetch, fetch_one, realm_number
 from juicebox_hsm.adapters.sqlite.schema import REALMS_MAX
 from juicebox_hsm.adapters.sqlite.writer import Writer
 from juicebox_hsm.errors import LocalError
-from juicebox_hsm.host.services import DISCOVERY_EXPIRY_S, Lease, ServiceAddress, ServiceKind, TenantLimits
+from juicebox_hsm.host.services import Lease, ServiceAddress, ServiceKind, TenantLimits
 from juicebox_hsm.ids import RealmId
 
 _LIVE = "SELECT name, owner, id, expires_ms FROM leases"
@@ -25,10 +20,9 @@ _LIVE = "SELECT name, owner, id, expires_ms FROM leases"
 class SqliteDiscovery:
     """`ports.Discovery` on one file."""
 
-    def __init__(self, writer: Writer, reads: Reads, metrics: Metrics) -> None:
+    def __init__(self, writer: Writer, reads: Reads) -> None:
         self._writer = writer
         self._reads = reads
-        self._expiry = Family(metrics, "store_client.discovery.delete_expired")
 
     async def register(self, kind: ServiceKind, url: str, now_ms: int) -> None:
         """Write or renew a registration."""
@@ -42,31 +36,25 @@ class SqliteDiscovery:
             lambda db: db.execute("DELETE FROM discovery WHERE kind = ? AND url = ?", (kind.value, url))
         )
 
-    async def list(self, now_ms: int, kind: ServiceKind | None = None) -> builtins.list[ServiceAddress]:
-        """Return unexpired registrations by kind and URL; expired ones are removed in the background."""
-        oldest_ms = now_ms - int(DISCOVERY_EXPIRY_S * 1000)
+    async def forget(self, address: ServiceAddress) -> None:
+        """Remove a registration unless it was renewed since it was read; absent is fine."""
+        await self._writer.run(
+            lambda db: db.execute(
+                "DELETE FROM discovery WHERE kind = ? AND url = ? AND registered_ms = ?",
+                (address.kind.value, address.url, address.registered_ms),
+            )
+        )
+
+    async def list(self, kind: ServiceKind | None = None) -> builtins.list[ServiceAddress]:
+        """Return all registrations by kind and URL."""
         rows = self._reads.inline(
             lambda db: fetch(db, "SELECT kind, url, registered_ms FROM discovery ORDER BY kind, url")
         )
-        if any(registered_ms < oldest_ms for _, _, registered_ms in rows):
-            self._delete_expired(oldest_ms)
         return [
             ServiceAddress(ServiceKind(found), url, registered_ms)
             for found, url, registered_ms in rows
-            if registered_ms >= oldest_ms and (kind is None or found == kind.value)
+            if kind is None or found == kind.value
         ]
-
-    def _delete_expired(self, oldest_ms: int) -> None:
-        """Remove what was registered before `oldest_ms`, some time soon; how long it took is counted on our thread."""
-        count_soon = trio.lowlevel.current_trio_token().run_sync_soon
-
-        def delete(db: apsw.Connection) -> None:
-            began_ns = time.perf_counter_ns()
-            db.execute("DELETE FROM discovery WHERE registered_ms < ?", (oldest_ms,))
-            with suppress(trio.RunFinishedError):  # nobody is left to be told
-                count_soon(self._expiry.succeeded, time.perf_counter_ns() - began_ns)
-
-        self._writer.post(delete)
 
 
 def obtain_lease(db: apsw.Connection, name: str, owner: str, now_ms: int, length_ms: int) -> Lease | None:

@@ -2,7 +2,7 @@
 
 Runs on the writer's thread, one slice of 1,000 rows per group of writes, so that it delays a commit by no more than
 that. Most tables clean up after themselves; what is left are accounting rows (of a record those of the last 116 days
-stay, and the newest from before), expired addresses, and planner statistics.
+stay, and the newest from before), and planner statistics.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from juicebox_hsm.adapters.sqlite.accounting import DAY_MS
 from juicebox_hsm.adapters.sqlite.cluster import obtain_lease
 from juicebox_hsm.adapters.sqlite.reads import fetch, fetch_one
 from juicebox_hsm.adapters.sqlite.writer import Operation
-from juicebox_hsm.host.services import DISCOVERY_EXPIRY_S
 
 INTERVAL_S: Final = 3_600.0
 LEASE: Final = "maintenance"
@@ -54,7 +53,6 @@ class Maintenance:
         now_ms = time.time_ns() // 1_000_000
         if obtain_lease(db, LEASE, "maintenance", now_ms, LEASE_MS) is None:
             return
-        db.execute("DELETE FROM discovery WHERE registered_ms < ?", (now_ms - int(DISCOVERY_EXPIRY_S * 1000),))
         self._at = START
 
     def _slice(self, db: apsw.Connection) -> None:

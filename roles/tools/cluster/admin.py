@@ -65,7 +65,7 @@ def discovery_list(connection: Connection, *, as_json: bool) -> None:
 
     async def main() -> list[ServiceAddress]:
         async with open_store(connection.store) as store:
-            return await store.discovery.list(_now_ms())
+            return await store.discovery.list()
 
     found, now_ms = run(main), _now_ms()
     if as_json:
@@ -95,7 +95,7 @@ def discovery_remove(connection: Connection, url: str, *, dry_run: bool) -> None
 
     async def main() -> int:
         async with open_store(connection.store) as store:
-            entries = [entry for entry in await store.discovery.list(_now_ms()) if entry.url == url]
+            entries = [entry for entry in await store.discovery.list() if entry.url == url]
             for entry in () if dry_run else entries:
                 await store.discovery.deregister(entry.kind, entry.url)
             return len(entries)

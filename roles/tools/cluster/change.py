@@ -95,7 +95,7 @@ def join_realm_command(connection: Connection, realm: str, agents: tuple[str, ..
     """Let the HSMs behind AGENTS (URLs) join a realm. They can never leave it."""
 
     async def body(session: Session) -> None:
-        view = await read_overview(session.store, session.rpc, session.now_ms())
+        view = await read_overview(session.store, session.rpc)
         wanted = RealmId(resolve_id(realm, view.realms, "realm"))
         if dry_run:
             await check_join(session, wanted, agents, view)
@@ -206,7 +206,7 @@ def transfer(
         raise ToolFailure("--start must not be above --end", ExitCode.USAGE)
 
     async def body(session: Session) -> None:
-        view = await read_overview(session.store, session.rpc, session.now_ms(), IDS_TIMEOUT_S)
+        view = await read_overview(session.store, session.rpc, IDS_TIMEOUT_S)
         realm_id = RealmId(resolve_id(realm, view.realms, "realm"))
         groups = [group.id for group in view.groups_of(realm_id)]
         giving = GroupId(resolve_id(source, groups, "group"))
@@ -247,7 +247,7 @@ def planned_transfer(
         raise ToolFailure("--start must not be above --end", ExitCode.USAGE)
 
     async def body(session: Session) -> None:
-        view = await read_overview(session.store, session.rpc, session.now_ms(), IDS_TIMEOUT_S)
+        view = await read_overview(session.store, session.rpc, IDS_TIMEOUT_S)
         realm_id = RealmId(resolve_id(realm, view.realms, "realm"))
         groups = view.groups_of(realm_id)
         taking = GroupId(resolve_id(destination, [group.id for group in groups], "group"))

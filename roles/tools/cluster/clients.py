@@ -62,7 +62,7 @@ async def reload_tenants(session: Session) -> list[tuple[str, str]]:
         else:
             said.append((url, "did not reload: it cannot read the store"))
 
-    urls = [entry.url for entry in await session.store.discovery.list(session.now_ms(), ServiceKind.AGENT)]
+    urls = [entry.url for entry in await session.store.discovery.list(ServiceKind.AGENT)]
     async with trio.open_nursery() as nursery:
         for url in urls:
             nursery.start_soon(ask, url)

@@ -83,7 +83,7 @@ def stepdown(connection: Connection, manager: str | None, kind: str | None, id_t
     """Hand over the leadership of a group, or of all groups an HSM leads. ID may be a prefix."""
 
     async def body(session: Session) -> None:
-        view = await read_overview(session.store, session.rpc, session.now_ms(), IDS_TIMEOUT_S)
+        view = await read_overview(session.store, session.rpc, IDS_TIMEOUT_S)
         subject, order = _order(view, id_text, kind)
         if dry_run:
             led = resolve(view, order)
@@ -141,7 +141,7 @@ def rebalance(
 
 async def _next_move(session: Session) -> str:
     """Return all workloads with the move that a manager would make now marked."""
-    view = await read_overview(session.store, session.rpc, session.now_ms())
+    view = await read_overview(session.store, session.rpc)
     hsms = loads(view, drained_hsms(await session.store.settings.list(DRAIN_PREFIX)))
     move = next_move(hsms)
     return describe_loads(hsms, move) + ("" if move is not None else "\nAlready balanced.")
@@ -184,7 +184,7 @@ def drain(connection: Connection, manager: str | None, agent: str, *, dry_run: b
     """
 
     async def body(session: Session) -> None:
-        view = await read_overview(session.store, session.rpc, session.now_ms(), IDS_TIMEOUT_S)
+        view = await read_overview(session.store, session.rpc, IDS_TIMEOUT_S)
         hsm = _hsm_of(view, agent)
         led = view.led_by(hsm)
         moving = [group for group in led if not _is_idle(group)]
@@ -199,7 +199,7 @@ def drain(connection: Connection, manager: str | None, agent: str, *, dry_run: b
         by_group = [StepdownOrder(realm=group.realm, group=group.id) for group in moving]
         for order in by_group if len(moving) < len(led) else [StepdownOrder(hsm=hsm)]:
             await _hand_over_drained(session, manager, hsm, order)
-        after = await read_overview(session.store, session.rpc, session.now_ms(), IDS_TIMEOUT_S)
+        after = await read_overview(session.store, session.rpc, IDS_TIMEOUT_S)
         click.echo(still_led(hsm, after.led_by(hsm)))
 
     with_session(connection, body)
@@ -234,7 +234,7 @@ def undrain(connection: Connection, agent: str, *, dry_run: bool) -> None:
     async def body(session: Session) -> None:
         drained = drained_hsms(await session.store.settings.list(DRAIN_PREFIX))
         if "://" in agent:
-            hsm = _hsm_of(await read_overview(session.store, session.rpc, session.now_ms(), IDS_TIMEOUT_S), agent)
+            hsm = _hsm_of(await read_overview(session.store, session.rpc, IDS_TIMEOUT_S), agent)
         else:
             hsm = HsmId(resolve_id(agent, drained, "drained HSM"))
         if hsm not in drained:

@@ -53,7 +53,7 @@ async def _led(session: Session, realm: RealmId) -> ClusterView:
     """Wait until all groups of a realm have a leader: only leaders know who owns what."""
     with trio.move_on_after(LEADERS_S):
         while True:
-            view = await read_overview(session.store, session.rpc, session.now_ms())
+            view = await read_overview(session.store, session.rpc)
             groups = view.groups_of(realm)
             if groups and all(group.leader is not None for group in groups):
                 return view
@@ -71,7 +71,7 @@ async def apply_layout(session: Session, manager: str | None, layout: Layout) ->
         realm, group = await new_realm(session, layout.first)
         click.echo(f"Created realm {realm.hex()} with starting group {group.hex()}")
     if layout.joining:
-        view = await read_overview(session.store, session.rpc, session.now_ms())
+        view = await read_overview(session.store, session.rpc)
         await join_realm(session, realm, layout.joining, view)
         click.echo(f"{len(layout.joining)} HSMs joined realm {realm.hex()}")
     serving = list(layout.existing)
@@ -101,7 +101,7 @@ async def _run(
     apply: bool,
     as_json: bool,
 ) -> None:
-    view = await read_overview(session.store, session.rpc, session.now_ms())
+    view = await read_overview(session.store, session.rpc)
     realm = _choose_realm(view, realm_text)
     hsms = choose_hsms(view, realm)
     members = min(len(hsms), GROUP_MEMBERS_MAX) if size is None else size

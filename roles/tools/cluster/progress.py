@@ -58,7 +58,7 @@ async def watch(session: Session, url: str | None, wanted: TransferPrepare, show
     while True:
         try:
             if url is None:
-                found = await session.store.discovery.list(session.now_ms(), ServiceKind.MANAGER)
+                found = await session.store.discovery.list(ServiceKind.MANAGER)
                 known = {entry.url for entry in found}
                 urls = [kept for kept in urls if kept in known] + sorted(known - set(urls))
         except RealmError:

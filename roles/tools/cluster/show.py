@@ -29,7 +29,7 @@ def read_view(connection: Connection) -> ClusterView:
     """Ask all discovered agents once."""
 
     async def body(session: Session) -> ClusterView:
-        return await read_overview(session.store, session.rpc, session.now_ms())
+        return await read_overview(session.store, session.rpc)
 
     return with_session(connection, body)
 

@@ -312,7 +312,7 @@ async def _launched(
         prepare(state, found)
         await store.realms.create_shared()
         session = Session(store, RpcPool(nursery, ClusterTls.load(state.operator)))
-        for entry in await store.discovery.list(session.now_ms()):
+        for entry in await store.discovery.list():
             await store.discovery.deregister(entry.kind, entry.url)  # left over from a run that was killed
         await store.tenants.put(TENANT, TenantLimits(options.rate_limit))
         guard = OrphanGuard()

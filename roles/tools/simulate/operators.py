@@ -60,7 +60,7 @@ class Operator:
         realm, first = await new_realm(session, urls[0])
         world.realm = realm
         if len(urls) > 1:
-            view = await read_overview(session.store, session.rpc, session.now_ms())
+            view = await read_overview(session.store, session.rpc)
             await join_realm(session, realm, urls[1:], view)
         serving: list[GroupId] = []
         for number, size in enumerate(sizes):
@@ -77,7 +77,7 @@ class Operator:
         session = self.session
         with trio.fail_after(WAIT_S):
             while True:
-                view = await read_overview(session.store, session.rpc, session.now_ms())
+                view = await read_overview(session.store, session.rpc)
                 groups = view.groups_of(realm)
                 if groups and all(group.leader is not None for group in groups):
                     return view
@@ -101,7 +101,7 @@ class Operator:
     async def move_something(self) -> None:
         """Transfer a random end of what some group owns to a group that may take it."""
         session, realm, chance = self.session, self._world.realm, self._chance
-        view = await read_overview(session.store, session.rpc, session.now_ms())
+        view = await read_overview(session.store, session.rpc)
         groups = sorted(view.groups_of(realm), key=lambda group: group.id)
         owners = [group for group in groups if group.owned_range is not None]
         if not owners or len(groups) < 2:
@@ -134,7 +134,7 @@ class Operator:
     async def join(self, url: str) -> None:
         """Let a spare HSM join the realm."""
         session = self.session
-        view = await read_overview(session.store, session.rpc, session.now_ms())
+        view = await read_overview(session.store, session.rpc)
         await join_realm(session, self._world.realm, [url], view)
 
     async def add_group(self, urls: list[str]) -> GroupId:

@@ -40,7 +40,7 @@ from juicebox_hsm.tenant_keys import record_id_key_fingerprint
 from juicebox_hsm.wire.methods import AGENT_METHODS, MANAGER_METHODS
 from roles.agent.context import Agent, AgentConfig
 from roles.agent.leader import hand_over, lead
-from roles.agent.registration import entry_of, register
+from roles.agent.registration import register, withdraw
 from roles.agent.service import FATAL, AgentService
 from roles.lb.forward import Forwarder
 from roles.lb.guard import RealmGuard
@@ -345,7 +345,7 @@ class AgentProcess(Process):
                 await service.dispatcher.release()
             except RealmError as error:
                 self.log.warning("dispatcher lease not given back", error=str(error))
-            await entry_of(agent).withdraw()
+            await withdraw(agent)
             await server.shutdown(2.0)
 
     @property
@@ -394,8 +394,15 @@ class ManagerProcess(Process):
         )
         world.network.open(Endpoint(self.url, life, server))
         entry = Entry(context.store.discovery, ServiceKind.MANAGER, self.url, self.now_ms, self.log)
-        nursery.start_soon(entry.keep, REGISTER_RETRY_S)
+        registering = trio.CancelScope()
+
+        async def keep() -> None:
+            with registering:
+                await entry.keep(REGISTER_RETRY_S)
+
+        nursery.start_soon(keep)
         await self.stop_asked.wait()
+        registering.cancel()
         with trio.move_on_after(10.0):
             await entry.withdraw()
             await server.shutdown(8.0)
@@ -412,7 +419,7 @@ class BalancerProcess(Process):
         store = self.view.store
         rpc = Pool(world.network, life)
         poller = self.poller = Poller(
-            rpc, store.discovery, now_ms=self.now_ms, rng=self.chance, metrics=NoMetrics(), log=self.log, poll_s=POLL_S
+            rpc, store.discovery, rng=self.chance, metrics=NoMetrics(), log=self.log, poll_s=POLL_S
         )
         guard = RealmGuard(record_id_key_fingerprint(world.keyring.record_ids), store.settings, poller, self.log)
         service = ClientService(

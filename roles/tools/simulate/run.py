@@ -111,8 +111,8 @@ async def _wait_for_agents(world: World) -> None:
     discovery = world.operator.session.store.discovery
     wanted = len(world.agents)
     while (  # noqa: ASYNC110 - an operator polls
-        len(await discovery.list(world.now_ms(), ServiceKind.AGENT)) < wanted
-        or len(await discovery.list(world.now_ms(), ServiceKind.MANAGER)) < len(world.managers)
+        len(await discovery.list(ServiceKind.AGENT)) < wanted
+        or len(await discovery.list(ServiceKind.MANAGER)) < len(world.managers)
         or not all(balancer.is_serving for balancer in world.balancers)
     ):
         await trio.sleep(POLL_S)

@@ -6,7 +6,7 @@ import builtins
 from dataclasses import replace
 from typing import Final
 
-from juicebox_hsm.host.services import DISCOVERY_EXPIRY_S, Lease, ServiceAddress, ServiceKind, TenantLimits
+from juicebox_hsm.host.services import Lease, ServiceAddress, ServiceKind, TenantLimits
 from juicebox_hsm.ids import RealmId
 from roles.tools.simulate.store_data import RealmData
 from roles.tools.simulate.store_gate import Gate
@@ -37,15 +37,20 @@ class SimulatedDiscovery:
 
         await self._gate.write("deregister", write)
 
-    async def list(self, now_ms: int, kind: ServiceKind | None = None) -> builtins.list[ServiceAddress]:
-        """Return unexpired registrations sorted by kind and URL."""
-        oldest_ms = now_ms - int(DISCOVERY_EXPIRY_S * 1000)
+    async def forget(self, address: ServiceAddress) -> None:
+        """Remove a registration unless it was renewed since it was read; absent is fine."""
+        data = self._gate.data
+        gone = ((address.kind, address.url), address.registered_ms)
+
+        def write() -> None:
+            data.discovery.replace(data.now(), dict(item for item in data.discovery.now.items() if item != gone))
+
+        await self._gate.write("forget", write)
+
+    async def list(self, kind: ServiceKind | None = None) -> builtins.list[ServiceAddress]:
+        """Return all registrations sorted by kind and URL."""
         found = await self._gate.read_past("discovery", lambda: self._gate.data.discovery)
-        addresses = [
-            ServiceAddress(of, url, when)
-            for (of, url), when in found.items()
-            if when >= oldest_ms and (kind is None or of is kind)
-        ]
+        addresses = [ServiceAddress(of, url, when) for (of, url), when in found.items() if kind is None or of is kind]
         return sorted(addresses, key=lambda address: (address.kind.value, address.url))
 
 

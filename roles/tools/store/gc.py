@@ -17,7 +17,6 @@ from juicebox_hsm.adapters.sqlite.snapshot import open_snapshot
 from juicebox_hsm.adapters.sqlite.writer import FileLock
 from juicebox_hsm.adapters.stores.opening import open_store
 from juicebox_hsm.host.events import EVENT_KEPT_MS
-from juicebox_hsm.host.services import DISCOVERY_EXPIRY_S
 
 MARGIN_MS: Final = DAY_MS
 """Own: events stay a day longer here than the dispatcher keeps them, which knows what was published late."""
@@ -34,11 +33,11 @@ async def collect(path: Path, rate: int, progress: Progress) -> list[str]:
     with open_snapshot(path):
         pass  # a missing or foreign file is refused before anything is opened for writing
     events = await _remove_events(path, rate, progress)
-    users, addresses = await trio.to_thread.run_sync(_clean_tables, path, rate, progress)
+    users = await trio.to_thread.run_sync(_clean_tables, path, rate, progress)
     with open_snapshot(path) as db:
         page_bytes, free, pages = (db.pragma(name) for name in ("page_size", "freelist_count", "page_count"))
     return [
-        f"removed {events:,} events, {users:,} accounting rows, {addresses:,} expired addresses",
+        f"removed {events:,} events, {users:,} accounting rows",
         f"file: {pages * page_bytes:,} bytes, of which {free * page_bytes:,} are free for later writes",
     ]
 
@@ -63,16 +62,13 @@ async def _remove_events(path: Path, rate: int, progress: Progress) -> int:
     return removed
 
 
-def _clean_tables(path: Path, rate: int, progress: Progress) -> tuple[int, int]:
-    """Remove old accounting rows and expired addresses in slices, each a transaction under the writers' lock."""
+def _clean_tables(path: Path, rate: int, progress: Progress) -> int:
+    """Remove old accounting rows in slices, each a transaction under the writers' lock."""
     lock = FileLock(path.with_name(path.name + ".lock"))
     db = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READWRITE)
     try:
         db.set_busy_timeout(5_000)
         now_ms = time.time_ns() // 1_000_000
-        with lock, db:
-            db.execute("DELETE FROM discovery WHERE registered_ms < ?", (now_ms - int(DISCOVERY_EXPIRY_S * 1000),))
-            addresses = db.changes()
         before = fetch_one(db, "SELECT count(*) FROM users")
         at: tuple[int, str, bytes, int] | None = START
         seen = 0
@@ -83,7 +79,7 @@ def _clean_tables(path: Path, rate: int, progress: Progress) -> tuple[int, int]:
             seen += SLICE_ROWS
             progress("accounting", min(seen, before), before)
             time.sleep(SLICE_ROWS / rate)
-        return db.total_changes() - changed, addresses
+        return db.total_changes() - changed
     finally:
         with lock:
             db.close()

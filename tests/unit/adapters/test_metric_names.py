@@ -178,7 +178,7 @@ async def test_store_operations_are_measured(tmp_path: Path) -> None:
 
 
 async def test_parts_of_store_operations_are_measured(tmp_path: Path) -> None:
-    """The back end times an append's transaction and the removal of expired addresses, which nobody waits for."""
+    """The back end times an append's transaction."""
     metrics = Metrics()
     async with open_store(f"sqlite:{tmp_path}/x.db", metrics=metrics) as store:
         assert "store_client_append_inner_fatal_errors_total 0" in metrics.render()
@@ -186,10 +186,6 @@ async def test_parts_of_store_operations_are_measured(tmp_path: Path) -> None:
         await store.realms.create_realm(REALM)
         assert await append(store, batch(1, 1)) is AppendOutcome.APPENDED
         assert metrics.timer("store_client.append_inner.time", result="ok").count == 1
-        await store.discovery.register(ServiceKind.AGENT, "tls://a:1", 1)
-        await store.discovery.list(1 << 41)
-        await store.discovery.register(ServiceKind.AGENT, "tls://b:1", 1 << 41)  # written after the removal
-        assert metrics.timer("store_client.discovery.delete_expired.time", result="ok").count == 1
 
 
 class _Port:

@@ -40,7 +40,7 @@ class World:
             )
         )
 
-    async def list(self, now_ms: int) -> list[ServiceAddress]:
+    async def list(self) -> list[ServiceAddress]:
         await trio.lowlevel.checkpoint()
         return self.addresses
 

@@ -181,12 +181,15 @@ class FakeDiscovery:
     async def deregister(self, kind: ServiceKind, url: str) -> None:
         self.urls.remove(url)
 
-    async def list(self, now_ms: int, kind: ServiceKind | None = None) -> list[ServiceAddress]:
+    async def forget(self, address: ServiceAddress) -> None:
+        self.urls.remove(address.url)
+
+    async def list(self, kind: ServiceKind | None = None) -> list[ServiceAddress]:
         await trio.lowlevel.checkpoint()
         self.reads += 1
         if self.down:
             raise StoreUnavailable("store is down")
-        return [ServiceAddress(ServiceKind.AGENT, url, now_ms) for url in self.urls]
+        return [ServiceAddress(ServiceKind.AGENT, url, 0) for url in self.urls]
 
 
 class FakeSettings:
@@ -254,7 +257,6 @@ class Balancer:
         self.poller = Poller(
             self.rpc,
             self.discovery,
-            now_ms=lambda: int(NOW_S * 1000),
             rng=random.Random(1),
             metrics=self.recorder,
             log=self.recorder,

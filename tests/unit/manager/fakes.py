@@ -223,7 +223,11 @@ class FakeDiscovery:
     async def deregister(self, kind: ServiceKind, url: str) -> None:
         self.rows.pop((kind, url), None)
 
-    async def list(self, now_ms: int, kind: ServiceKind | None = None) -> list[ServiceAddress]:
+    async def forget(self, address: ServiceAddress) -> None:
+        if self.rows.get((address.kind, address.url)) == address.registered_ms:
+            del self.rows[address.kind, address.url]
+
+    async def list(self, kind: ServiceKind | None = None) -> list[ServiceAddress]:
         return [
             ServiceAddress(found, url, at)
             for (found, url), at in sorted(self.rows.items(), key=lambda row: (row[0][0].value, row[0][1]))

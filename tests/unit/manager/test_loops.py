@@ -8,7 +8,7 @@ import trio.testing
 
 from juicebox_hsm.host.services import ServiceKind
 from juicebox_hsm.ports.errors import StoreUnavailable
-from roles.manager.loops import Pacer, run_loop, watch_agents
+from roles.manager.loops import Pacer, run_loop, watch_services
 from tests.host.cluster.agents import three
 from tests.unit.manager.fakes import FakeDiscovery, make_context
 
@@ -76,7 +76,7 @@ async def test_new_agents_are_noticed(autojump_clock: trio.testing.MockClock) ->
     assert isinstance(discovery, FakeDiscovery)
     told: list[float] = []
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(watch_agents, context, lambda: told.append(trio.current_time()))
+        nursery.start_soon(watch_services, context, lambda: told.append(trio.current_time()))
         await trio.sleep(5)
         assert len(told) == 1
         discovery.rows[ServiceKind.AGENT, "tls://new"] = 0
@@ -88,4 +88,22 @@ async def test_new_agents_are_noticed(autojump_clock: trio.testing.MockClock) ->
         await trio.sleep(1.1)
         assert len(told) == 3
         assert told[2] - begun <= 1.0
+        nursery.cancel_scope.cancel()
+
+
+async def test_only_who_was_watched_for_21_minutes_is_forgotten(autojump_clock: trio.testing.MockClock) -> None:
+    """A service that renews stays whatever its clock says; one that does not is forgotten, not before its time."""
+    context = make_context(three())
+    discovery = context.store.discovery
+    assert isinstance(discovery, FakeDiscovery)
+    dead, living = (ServiceKind.LOAD_BALANCER, "https://dead"), (ServiceKind.AGENT, "tls://living")
+    discovery.rows = {dead: 2**42, living: 0}
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(watch_services, context, lambda: None)
+        for minute in range(21):
+            await trio.sleep(60)
+            assert dead in discovery.rows
+            discovery.rows[living] = -minute
+        await trio.sleep(2)
+        assert discovery.rows == {living: -20}
         nursery.cancel_scope.cancel()

@@ -206,7 +206,7 @@ async def test_without_a_store(monkeypatch: pytest.MonkeyPatch) -> None:
     """A store that does not answer is said on the page, with status 503."""
     context = make_context(three())
 
-    async def fail(now_ms: int, kind: ServiceKind | None = None) -> Any:
+    async def fail(kind: ServiceKind | None = None) -> Any:
         await trio.lowlevel.checkpoint()
         raise StoreUnavailable("disk <gone>")
 
