@@ -24,7 +24,7 @@ from roles.tools.simulate.judge_atomicity import check_refusal, fingerprint, is_
 from roles.tools.simulate.judge_commits import Commits
 from roles.tools.simulate.judge_events import EventsJudge
 from roles.tools.simulate.judge_ledger import Ledger, state_of
-from roles.tools.simulate.judge_liveness import Quiet, check_quiet
+from roles.tools.simulate.judge_liveness import Quiet, check_duels, check_quiet
 from roles.tools.simulate.judge_logs import LogJudge
 from roles.tools.simulate.judge_rules import BrokenRule, Violation
 from roles.tools.simulate.judge_store import StoreJudge
@@ -56,6 +56,7 @@ class Judge:
         self._lines = LogJudge()
         self._calls: list[Call] = []
         self._barriers: list[float] = []
+        self._began: list[tuple[float, GroupId]] = []
         store.watchers.append(_Guarded(self))
 
     def report(self, rule: str, detail: str) -> None:
@@ -111,6 +112,9 @@ class Judge:
             case _:
                 pass
         self.ledger.follow(name, hsm, request)
+        if self.ledger.begun:
+            self._began += [(self._now(), group) for group in self.ledger.begun]
+            self.ledger.begun.clear()
 
     # --- the rest ---------------------------------------------------------------------------------------
 
@@ -145,6 +149,7 @@ class Judge:
         self.check(self.logs.check_trees)
         self.check(self.events.finish)
         self.check(lambda: check_quiet(quiet, self._data))
+        self.check(lambda: check_duels(self._began, self._now()))
         self._check_histories()
 
     def _check_histories(self) -> None:

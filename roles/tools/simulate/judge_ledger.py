@@ -56,6 +56,8 @@ class Ledger:
         self.statements: dict[Captured, None] = {}
         self.configurations: dict[GroupId, tuple[HsmId, ...]] = {}
         self.leaderships: dict[tuple[str, GroupId], Leadership] = {}
+        self.begun: list[GroupId] = []
+        """The groups of leaderships that began since somebody looked."""
         self.touched: dict[bytes, tuple[RecordId, m.ResultType]] = {}
         self._signed: dict[tuple[HsmId, GroupId, int], bytes] = {}
         self._persisted: dict[str, PersistentState] = {}
@@ -332,6 +334,7 @@ class Ledger:
             return
         if known is None:
             known = self.leaderships[key] = Leadership()
+            self.begun.append(own.id)
         self._check_log(name, own.id, role, known)
         if isinstance(role, SteppingDownState):
             within = role.committed is None or role.committed <= role.stepdown_at

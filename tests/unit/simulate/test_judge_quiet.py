@@ -10,10 +10,11 @@ import pytest
 
 from juicebox_hsm.errors import InvariantViolation
 from juicebox_hsm.history import Call, Op, Outcome
-from juicebox_hsm.ids import RealmId
+from juicebox_hsm.hsm import messages as m
+from juicebox_hsm.ids import GroupId, RealmId
 from juicebox_hsm.wire import rpc
 from roles.tools.simulate.judge import Quiet
-from roles.tools.simulate.judge_liveness import check_quiet
+from roles.tools.simulate.judge_liveness import check_duels, check_quiet
 from roles.tools.simulate.judge_logs import LogJudge
 from roles.tools.simulate.judge_rules import BrokenRule
 from roles.tools.simulate.store import SimulatedStore
@@ -57,8 +58,9 @@ SOUND = {"a": status((0, 0x7F)), "b": status((0x80, 0xFF)), "c": status((0, 0xFF
 
 
 def test_a_sound_quiet() -> None:
-    """A realm that is led everywhere once, with empty outboxes, is at rest."""
+    """A realm that is led everywhere, with empty outboxes, is at rest; so is a rival that has not written yet."""
     check_quiet(Quiet(SOUND, sizes={"queue": (3, 3)}), quiet_data())
+    check_quiet(Quiet({**SOUND, "d": status((0x70, 0xFF))}), quiet_data())
 
 
 @pytest.mark.parametrize(
@@ -66,7 +68,6 @@ def test_a_sound_quiet() -> None:
     [
         ("liveness.leader", Quiet({"a": status((0, 0x7F))})),
         ("liveness.leader", Quiet({})),
-        ("liveness.leader", Quiet({**SOUND, "b": status((0x70, 0xFF))})),
         ("liveness.recover", Quiet(SOUND, failed=["u1: Unavailable"])),
         ("liveness.status", Quiet(SOUND, complaints=["outbox backlog"])),
         ("liveness.died", Quiet(SOUND, died=["agent a: KeyError"])),
@@ -74,8 +75,29 @@ def test_a_sound_quiet() -> None:
     ],
 )
 def test_what_quiet_must_not_have(rule: str, quiet: Quiet) -> None:
-    """Ranges without a leader or with two, failed recoveries, complaints, dead tasks and growing queues are seen."""
+    """Ranges without a leader, failed recoveries, complaints, dead tasks and growing queues are seen."""
     broken(rule, lambda: check_quiet(quiet, quiet_data()))
+
+
+def test_a_duel_without_end() -> None:
+    """liveness.duels: a group whose leadership does not come to rest; what came before the quiet does not count."""
+    group, other = GroupId(b"g" * 16), GroupId(b"o" * 16)
+    storm = [(number / 10, group) for number in range(100)]
+    moved = [(90.0 + number, each) for number in range(6) for each in (group, other)]
+    check_duels([*storm, *moved], 100.0)
+    broken("liveness.duels", lambda: check_duels([(85.0 + number, group) for number in range(12)], 100.0))
+
+
+def test_leaderships_are_counted() -> None:
+    """Each leadership that begins in some HSM is one for `liveness.duels`, and keeping it is none."""
+    world = JudgedWorld(3, stops=False)
+    group = world.grouped()
+    for leader in (1, 2, 1, 2, 1, 2, 1, 2, 1, 2):
+        world.lead(group, leader)
+        world.lead(group, leader)
+        world.send(leader, m.StepDown(world.realm, group, force=True))
+    world.judge.finish(Quiet({"a": status((0, 0xFF))}))
+    assert "liveness.duels" in [each.rule for each in world.judge.violations]
 
 
 def test_an_outbox_that_is_not_emptied() -> None:
