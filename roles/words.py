@@ -12,6 +12,7 @@ from typing import Final
 from juicebox_hsm.host.certificates import is_due, remaining_days
 from juicebox_hsm.host.cluster.balance import HsmLoad, Move
 from juicebox_hsm.host.cluster.findings import (
+    CannotCommit,
     Certificate,
     CertificateEnds,
     Drained,
@@ -95,6 +96,12 @@ def sentence(found: Finding) -> str:
         case OfGroup(code=code, group=group, missing=missing):
             told = _OF_GROUPS[code].format(missing=", ".join(hsm.hex() for hsm in missing))
             return f"{_group(group)}: {told}"
+        case CannotCommit(group=group, range=part):
+            return (
+                f"{_group(group)}{'' if part is None else f' ({show_range(part)})'}: cannot commit for "
+                f"{found.stalled_s:.0f} s, {found.alive} of {found.members} members answer its leader {found.url}; "
+                "clients are refused until a majority is back"
+            )
         case _:
             return _of_members(found)
 

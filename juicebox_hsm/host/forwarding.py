@@ -52,7 +52,7 @@ _FINAL: Final = {
 """Refusals that are the answer, whoever else might be asked."""
 
 _SURELY_UNUSED: Final = frozenset({Refusal.INVALID_REALM, Refusal.INVALID_GROUP, Refusal.INVALID_PROOF})
-_SAYS_CONSUMED: Final = frozenset({Refusal.NO_HSM, Refusal.NO_STORE, Refusal.NOT_LEADER})
+_SAYS_CONSUMED: Final = frozenset({Refusal.NO_HSM, Refusal.NO_STORE, Refusal.NO_QUORUM, Refusal.NOT_LEADER})
 
 
 @dataclass(frozen=True, slots=True)

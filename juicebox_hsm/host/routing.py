@@ -34,6 +34,14 @@ HOPE_S: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True)
+class Stall:
+    """Why a leader takes no requests: it cannot commit, `alive` of the group's `members` answer it."""
+
+    alive: int
+    members: int
+
+
+@dataclass(frozen=True, slots=True)
 class Route:
     """One HSM's claim to lead `group` and own `range`. `since_s` is when this leadership was first seen (monotonic)."""
 
@@ -43,6 +51,7 @@ class Route:
     starting: int
     committed: int
     since_s: float
+    stall: Stall | None = None
 
     @property
     def key(self) -> RouteKey:
@@ -63,7 +72,7 @@ class AgentSlice:
             self.realm == other.realm
             and len(self.routes) == len(other.routes)
             and all(
-                mine.key == theirs.key and mine.range == theirs.range
+                mine.key == theirs.key and mine.range == theirs.range and mine.stall == theirs.stall
                 for mine, theirs in zip(self.routes, other.routes, strict=True)
             )
         )
@@ -75,6 +84,9 @@ def slice_of(url: str, status: AgentStatus, now_s: float, known: Mapping[RouteKe
     if realm is None:
         return AgentSlice()
     routes = []
+    stalls = {
+        group.group: group.members_alive for group in status.groups if group.leading and group.stalled_s is not None
+    }
     for group in realm.groups:
         leader = group.leader
         if leader is None or leader.owned_range is None or group.role.name is not GroupRole.LEADER:
@@ -85,7 +97,8 @@ def slice_of(url: str, status: AgentStatus, now_s: float, known: Mapping[RouteKe
         starting = group.role.starting or 0
         key = (url, GroupId(group.id), starting)
         committed = -1 if leader.committed is None else leader.committed
-        routes.append(Route(GroupId(group.id), owned, url, starting, committed, known.get(key, now_s)))
+        stall = Stall(stalls[group.id] or 0, len(group.configuration)) if group.id in stalls else None
+        routes.append(Route(GroupId(group.id), owned, url, starting, committed, known.get(key, now_s), stall))
     routes.sort(key=lambda route: route.group)
     return AgentSlice(RealmId(realm.id), tuple(routes))
 
@@ -143,11 +156,15 @@ class Gap:
 
 @dataclass(frozen=True, slots=True)
 class RoutingTable:
-    """All routes by realm, each realm's sorted freshest claim first. `contested`: some record has several claims."""
+    """All routes by realm, each realm's sorted freshest claim first. `contested`: some record has several claims.
+
+    Leaders that cannot commit are no routes, and their ranges are unclaimed; `stalled` tells who they are.
+    """
 
     realms: Mapping[RealmId, tuple[Route, ...]] = field(default_factory=dict)
     unclaimed: Mapping[RealmId, tuple[Gap, ...]] = field(default_factory=dict)
     contested: bool = False
+    stalled: Mapping[RealmId, tuple[Route, ...]] = field(default_factory=dict)
 
     def candidates(self, realm: RealmId, record: RecordId) -> list[Route]:
         """Return the routes that cover `record`, freshest claim first."""
@@ -163,6 +180,15 @@ class RoutingTable:
         gaps = self.unclaimed.get(realm, ())
         return any(gap.range.contains(record) and gap.since_s < now_s - HOPE_S for gap in gaps)
 
+    def stalled_in(self, realm: RealmId, part: OwnedRange) -> list[Route]:
+        """Return the leaders that own something of `part` and cannot commit."""
+        return [route for route in self.stalled.get(realm, ()) if route.range.overlaps(part)]
+
+    @property
+    def stalled_count(self) -> int:
+        """Return the number of leaders of all realms that cannot commit."""
+        return sum(len(routes) for routes in self.stalled.values())
+
     @property
     def route_count(self) -> int:
         """Return the number of routes of all realms."""
@@ -177,15 +203,21 @@ class RoutingTable:
 def build_table(slices: Iterable[AgentSlice], before: RoutingTable, now_s: float) -> RoutingTable:
     """Merge the agents' slices into a table that follows `before`, from which gaps have their age."""
     realms: dict[RealmId, list[Route]] = {}
+    stalled: dict[RealmId, list[Route]] = {}
     for each in slices:
         if each.realm is not None:
-            realms.setdefault(each.realm, []).extend(each.routes)
+            realms.setdefault(each.realm, []).extend(route for route in each.routes if route.stall is None)
+            stalled.setdefault(each.realm, []).extend(route for route in each.routes if route.stall is not None)
     contested = False
     for routes in realms.values():
         routes.sort(key=lambda route: (-route.starting, -route.committed, route.url))
         contested = contested or _overlap(routes)
     unclaimed = {realm: _gaps(routes, before.unclaimed.get(realm, ()), now_s) for realm, routes in realms.items()}
-    return RoutingTable({realm: tuple(routes) for realm, routes in realms.items()}, unclaimed, contested)
+    return RoutingTable(_frozen(realms), unclaimed, contested, _frozen(stalled))
+
+
+def _frozen(routes: Mapping[RealmId, list[Route]]) -> dict[RealmId, tuple[Route, ...]]:
+    return {realm: tuple(found) for realm, found in routes.items()}
 
 
 def _gaps(routes: Iterable[Route], known: Iterable[Gap], now_s: float) -> tuple[Gap, ...]:

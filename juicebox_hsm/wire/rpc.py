@@ -1,4 +1,4 @@
-"""Bodies of the internal RPC: requests, replies and refusals (agent.md 2, manager.md 2).
+"""Bodies of the internal RPC: requests, replies and refusals (agent.md 2, manager.md 2). Long because it is one list.
 
 Bodies are msgspec arrays (`array_like`), tagged where a reply is a union. Log entries, statements and Noise
 messages travel as the byte strings that HSM and store use. Ids are 16 bytes, record ids 32.
@@ -57,6 +57,7 @@ class Refusal(enum.Enum):
     NOT_CAPTURED = "NotCaptured"
     NOT_LEADER = "NotLeader"
     BUSY = "Busy"
+    NO_QUORUM = "NoQuorum"
     INVALID_PROOF = "InvalidProof"
     MISSING_SESSION = "MissingSession"
     SESSION_ERROR = "SessionError"
@@ -194,7 +195,11 @@ class HsmInfo(_Body, frozen=True):
 
 
 class AgentGroupInfo(_Body, frozen=True):
-    """The agent's own view of a group; `last_appended` is (index, mac)."""
+    """The agent's own view of a group; `last_appended` is (index, mac).
+
+    A leader also tells how many members answer it, itself included, how long its entries have waited without progress,
+    and how long it could not commit (None while it can). An agent of an older version tells none of these.
+    """
 
     realm: bytes
     group: bytes
@@ -204,6 +209,9 @@ class AgentGroupInfo(_Body, frozen=True):
     last_appended: tuple[int, bytes] | None = None
     append_queue_len: int = 0
     requests_per_s: float = 0.0
+    members_alive: int | None = None
+    commit_age_s: float = 0.0
+    stalled_s: float | None = None
 
 
 class OutboxInfo(_Body, frozen=True):

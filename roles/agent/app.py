@@ -58,8 +58,14 @@ async def handle_app(agent: Agent, body: App) -> AppOk | Refused:
     except trio.Cancelled:
         driver.step(RequestGone(request))
         raise
-    if isinstance(reply, Refused) and reply.outcome is Refusal.BUSY:
-        agent.metrics.count("agent.app.busy")
+    if isinstance(reply, Refused):
+        match reply.outcome:
+            case Refusal.BUSY:
+                agent.metrics.count("agent.app.busy")
+            case Refusal.NO_QUORUM:
+                agent.metrics.count("agent.app.no_quorum")
+            case _:
+                pass
     return reply
 
 

@@ -207,7 +207,11 @@ class Agent:
             driver.step(event)
 
     def _limits(self) -> Limits:
-        return Limits(hole_s=self.timings.hole_s, compact_pause_s=self.timings.compact_pause_s)
+        return Limits(
+            hole_s=self.timings.hole_s,
+            compact_pause_s=self.timings.compact_pause_s,
+            silence_s=self.timings.silence_s,
+        )
 
     async def _lead(self, group: GroupState, leader: Leadership) -> None:
         bind_context(realm=group.realm.hex(), group=group.group.hex())  # once for all tasks of the leadership

@@ -36,6 +36,7 @@ from juicebox_hsm.hsm.messages import ResultKind, StepDownOk
 from juicebox_hsm.ids import HsmId
 from juicebox_hsm.wire.client import encode_noise_response
 from juicebox_hsm.wire.rpc import AppOk, Refused
+from roles.agent import stalls
 from roles.agent.oneshot import Signal
 
 if TYPE_CHECKING:
@@ -143,6 +144,13 @@ class Driver:
                 self.agent.metrics.count("agent.start_app_request.exhausted")
             case Noted.REPLY_UNASKED:
                 self.agent.log.error("released a reply nobody asked for", group=self.group.group.hex())
+            case Noted.QUORUM_LOST:
+                self.agent.metrics.count("agent.commit.no_quorum")
+                about = stalls.about(self.group, self.leader, trio.current_time())
+                self.agent.log.warning("group cannot commit, clients are refused", **about)
+            case Noted.QUORUM_BACK:
+                about = stalls.about(self.group, self.leader, trio.current_time())
+                self.agent.log.info("group commits again", **about)
 
     def _answer(self, answers: Sequence[Answer]) -> None:
         agent = self.agent

@@ -30,6 +30,7 @@ from juicebox_hsm.hsm.core import Hsm
 from juicebox_hsm.ports.store import Store
 from juicebox_hsm.wire.methods import AGENT_METHODS
 from juicebox_hsm.wire.rpc import PeerRole
+from roles.agent import stalls
 from roles.agent.context import Agent, AgentConfig
 from roles.agent.leader import hand_over, lead
 from roles.agent.registration import livez, readyz, register, withdraw
@@ -167,9 +168,14 @@ async def _serve(shell: Shell, nursery: trio.Nursery, options: AgentOptions, hsm
     )
     service.start()
     cache = CacheGauges(store, shell.metrics, trio.current_time())
+
+    def sample() -> None:
+        cache.sample(trio.current_time())
+        stalls.sample(agent.groups, shell.metrics, trio.current_time())
+
     shell.report(
         nursery,
-        lambda: cache.sample(trio.current_time()),
+        sample,
         is_alive=partial(_hsm_answers, agent),
     )
     with trio.CancelScope() as registering:

@@ -9,6 +9,7 @@ import trio
 from juicebox_hsm.adapters.observation import build_info
 from juicebox_hsm.errors import RealmError
 from juicebox_hsm.host.services import ServiceKind
+from roles.agent import stalls
 from roles.agent.service import hsm_status
 from roles.shell import Entry
 
@@ -58,6 +59,7 @@ async def livez(agent: Agent) -> tuple[bool, str]:
 async def readyz(agent: Agent) -> tuple[bool, str]:
     """Answer 200 when registered, HSM and store answer and nothing is in trouble; warnings do not count."""
     reasons = [f"{what}: {why}" for what, why in sorted(agent.troubles.items())]
+    reasons += stalls.reasons(agent.groups, trio.current_time())
     if not agent.registered:
         reasons.append("not yet registered")
     if agent.stopping:

@@ -253,7 +253,7 @@ def _group_infos(agent: Agent) -> list[AgentGroupInfo]:
             role = role_info(group.role)
             infos.append(AgentGroupInfo(group.realm, group.group, role, False, waiting_clients=group.releasing))
             continue
-        shown = leader.snapshot(now)
+        shown, quorum = leader.snapshot(now), leader.quorum(now)
         last = shown.last_appended
         infos.append(
             AgentGroupInfo(
@@ -265,6 +265,9 @@ def _group_infos(agent: Agent) -> list[AgentGroupInfo]:
                 last_appended=None if last is None else (last.index, last.entry_mac),
                 append_queue_len=shown.queued,
                 requests_per_s=shown.requests_per_s,
+                members_alive=quorum.alive,
+                commit_age_s=quorum.commit_age_s,
+                stalled_s=quorum.stalled_s,
             )
         )
     return infos

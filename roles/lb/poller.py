@@ -188,6 +188,7 @@ class Poller:
         slices = (agent.claims.slice for agent in self._agents.values())
         self.table = build_table(slices, self.table, trio.current_time())
         self._metrics.gauge("load_balancer.routes", self.table.route_count)
+        self._metrics.gauge("load_balancer.stalled_routes", self.table.stalled_count)
         self._metrics.gauge("load_balancer.unrouted_ranges", self.table.gap_count)
         changed, self._changed = self._changed, trio.Event()
         changed.set()

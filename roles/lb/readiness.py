@@ -12,6 +12,8 @@ from juicebox_hsm.adapters.tenants.secrets_file import REFRESH_S
 from juicebox_hsm.adapters.tls.certificate_end import to_unix_ms
 from juicebox_hsm.host.cluster.ranges import show_range
 from juicebox_hsm.host.codes import Code
+from juicebox_hsm.host.routing import RoutingTable
+from juicebox_hsm.ids import RealmId, uncovered
 from roles.lb.guard import RealmGuard
 from roles.lb.poller import Poller
 from roles.words import certificate_ends
@@ -23,6 +25,19 @@ REFRESHES_MISSED_MAX: Final = 10
 def warning_lines(warnings: Iterable[tuple[Code, str]]) -> list[str]:
     """Return warnings as `/readyz` shows them, a line each."""
     return [f"warning: {text}" for _, text in warnings]
+
+
+def _unserved(table: RoutingTable, realm: RealmId) -> list[str]:
+    """Return why parts of a realm are not served: their leaders cannot commit, or there are none."""
+    stalled = [route for gap in table.gaps(realm) for route in table.stalled_in(realm, gap)]
+    reasons = [
+        f"group {route.group.hex()} ({show_range(route.range)}) cannot commit: "
+        f"{route.stall.alive} of {route.stall.members} members answer its leader"
+        for route in dict.fromkeys(stalled)
+        if route.stall is not None
+    ]
+    known = [route.range for route in (*table.realms[realm], *stalled)]
+    return [*reasons, *(f"no leader for {show_range(gap)}" for gap in uncovered(known))]
 
 
 class Readiness:
@@ -70,7 +85,7 @@ class Readiness:
             return ["no realms"]
         reasons: list[str] = []
         for realm in sorted(table.realms):
-            found = [f"realm {realm.hex()}: no leader for {show_range(gap)}" for gap in table.gaps(realm)]
+            found = [f"realm {realm.hex()}: {why}" for why in _unserved(table, realm)]
             if realm in self._guard.realms.refused:
                 found.append(f"realm {realm.hex()}: used with another record-id key")
             elif realm not in self._guard.realms.allowed:

@@ -136,7 +136,7 @@ def test_pushes_are_bounded_and_skip_what_is_no_longer_kept() -> None:
         machine._state.producing = type(machine._state.producing).FREE
     assert len(machine._state.recent) == RECENT_ENTRIES_MAX
     assert machine.step(MemberTurn(hsm("b")), 0.0) == [Push(hsm("b"), [], 1 + total)]
-    machine._state.members[hsm("c")] = type(machine._state.members[hsm("b")])(2 + 600)
+    machine._state.members[hsm("c")] = type(machine._state.members[hsm("b")])(2 + 600, heard_s=0.0)
     [bounded] = machine.step(MemberTurn(hsm("c")), 0.0)
     assert isinstance(bounded, Push)
     assert (len(bounded.entries), bounded.last) == (PUSH_ENTRIES_MAX, 601 + PUSH_ENTRIES_MAX)

@@ -15,11 +15,22 @@ from juicebox_hsm.host.routing import (
     Gap,
     Route,
     RoutingTable,
+    Stall,
     build_table,
     slice_of,
 )
 from juicebox_hsm.ids import GroupId, OwnedRange, RealmId, RecordId
-from juicebox_hsm.wire.rpc import AgentStatus, GroupInfo, GroupRole, HsmInfo, LeaderInfo, Range, RealmInfo, RoleInfo
+from juicebox_hsm.wire.rpc import (
+    AgentGroupInfo,
+    AgentStatus,
+    GroupInfo,
+    GroupRole,
+    HsmInfo,
+    LeaderInfo,
+    Range,
+    RealmInfo,
+    RoleInfo,
+)
 
 REALM = RealmId(b"R" * 16)
 GROUP = GroupId(b"G" * 16)
@@ -105,6 +116,26 @@ def test_gaps_of_an_unknown_realm() -> None:
     table = build_table([], RoutingTable(), 0.0)
     assert table.gaps(REALM) == [ALL]
     assert not table.is_hopeless(REALM, ALL.start, 1e9)
+
+
+def test_a_leader_that_cannot_commit_is_no_route() -> None:
+    """Its range is a gap from then on, so that clients soon stop waiting; it is a route of the same age when it can."""
+    claims = AgentClaims("u", 0.0)
+
+    def table(before: RoutingTable, stalled_s: float | None, now_s: float) -> RoutingTable:
+        status = _status()
+        own = AgentGroupInfo(REALM, GROUP, LEADS, True, members_alive=1, stalled_s=stalled_s)
+        status = msgspec.structs.replace(status, groups=[own])
+        assert claims.heard(claims.ask(), status, now_s, contested=False), "the table is built anew"
+        return build_table([claims.slice], before, now_s)
+
+    well = table(RoutingTable(), None, 1.0)
+    stalled = table(well, 0.1, 2.0)
+    assert (stalled.candidates(REALM, ALL.start), stalled.gaps(REALM)) == ([], [ALL])
+    assert [(route.group, route.stall) for route in stalled.stalled_in(REALM, ALL)] == [(GROUP, Stall(1, 1))]
+    assert (stalled.route_count, stalled.gap_count, stalled.stalled_count) == (0, 1, 1)
+    assert stalled.is_hopeless(REALM, ALL.start, 2.1 + HOPE_S)
+    assert table(stalled, None, 9.0) == well
 
 
 def test_age_of_gaps() -> None:

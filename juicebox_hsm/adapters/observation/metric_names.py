@@ -29,7 +29,8 @@ class Catalogue:
 
 AGENT: Final = Catalogue(
     counters=(
-        "agent.app.busy", "agent.app.rate_limited", "agent.append.conflict", "agent.append.given_up",
+        "agent.app.busy", "agent.app.no_quorum", "agent.app.rate_limited", "agent.append.conflict",
+        "agent.append.given_up",
         "agent.commit.no_quorum", "agent.leader_lost", "agent.leader_lost.undelivered", "agent.outbox.given_up",
         "agent.outbox.retry", "agent.outbox.unknown", "agent.replicate.undecodable",
         "agent.start_app_request.exhausted", "agent.start_app_request.missing_node",
@@ -52,13 +53,17 @@ AGENT: Final = Catalogue(
         ("agent.replicate", "result", ("ok", "behind", "refused", "unreachable")),
         ("agent.stepdown", "forced", ("true", "false")),
     ),
-    tagged=("agent.push.refused", "agent.trouble", "realm.request.count", "reqwest.client.time"),
+    tagged=(
+        "agent.group.commit_age", "agent.group.members", "agent.group.members_alive", "agent.group.stalled",
+        "agent.push.refused", "agent.trouble", "realm.request.count", "reqwest.client.time",
+    ),
 )  # fmt: skip
 
 LOAD_BALANCER: Final = Catalogue(
     counters=("load_balancer.connections.evicted", "load_balancer.retries", "secrets.refresh.failures"),
     gauges=(
-        "load_balancer.connections.active", "load_balancer.routes", "load_balancer.tls_cert.remaining_days",
+        "load_balancer.connections.active", "load_balancer.routes", "load_balancer.stalled_routes",
+        "load_balancer.tls_cert.remaining_days",
         "load_balancer.unrouted_ranges", "secrets.age_seconds",
     ),
     timers=("load_balancer.refresh.time", "service.uptime"),

@@ -89,6 +89,19 @@ class OfGroup:
 
 
 @dataclass(frozen=True, slots=True)
+class CannotCommit:
+    """The leader at `url` says that it could not commit for `stalled_s`: `alive` of its group's `members` answer it."""
+
+    group: GroupKey
+    range: OwnedRange | None
+    url: str
+    alive: int
+    members: int
+    stalled_s: float
+    code: ClassVar[Code] = Code.CANNOT_COMMIT
+
+
+@dataclass(frozen=True, slots=True)
 class FewMembers:
     """A group serves with `size` members: more would be wise, or are to be had (`TOO_FEW_MEMBERS`)."""
 
@@ -147,6 +160,7 @@ Finding = (
     | VersionsDiffer
     | OfRange
     | OfGroup
+    | CannotCommit
     | FewMembers
     | TransferPending
     | MemberBehind

@@ -13,6 +13,7 @@ from typing import Final
 from juicebox_hsm.host.certificates import is_due, moment_ms, remaining_days
 from juicebox_hsm.host.cluster.balance import TRAILING_ENTRIES_MAX
 from juicebox_hsm.host.cluster.findings import (
+    CannotCommit,
     Certificate,
     CertificateEnds,
     Drained,
@@ -195,9 +196,14 @@ def _group_problems(evidence: Evidence, group: GroupView) -> Iterator[Finding]:
         yield OfGroup(Code.NO_MAJORITY, group.key, missing)
     elif missing:
         yield OfGroup(Code.MEMBERS_DOWN, group.key, missing)
+    leader = group.leader
+    told = None if leader is None else leader.agent
+    if leader is not None and told is not None and told.stalled_s is not None:
+        alive, size = told.members_alive or 0, len(group.configuration)
+        yield CannotCommit(group.key, group.owned_range, leader.url, alive, size, told.stalled_s)
     if _is_too_small(evidence.view, group):
         yield FewMembers(Code.TOO_FEW_MEMBERS, group.key, len(group.configuration))
-    if group.leader is None:
+    if leader is None:
         yield OfGroup(Code.LEADERLESS, group.key)
     moving = moving_of(group)
     if moving is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from juicebox_hsm.consensus.election import elect
 from juicebox_hsm.consensus.types import Captured, Certificate
-from juicebox_hsm.host.leadership import house, produce, waits
+from juicebox_hsm.host.leadership import house, produce, quorum, waits
 from juicebox_hsm.host.leadership.effects import (
     Adopt,
     Answer,
@@ -58,12 +58,12 @@ def proceed(state: State, _now: float) -> Effects:
     return [AskCommit(tuple(state.votes.values()))]
 
 
-def answered(state: State, event: CommitAnswered, _now: float) -> Effects:
+def answered(state: State, event: CommitAnswered, now: float) -> Effects:
     """Take out what is released, adopt the role, and record before anything is answered."""
     state.committing = Committing.FREE
     match event.reply:
         case CommitOk():
-            return _committed(state, event.reply)
+            return _committed(state, event.reply, now)
         case NotLeader(role=role) if role is not None:
             return [Adopt(role)]
         case _:
@@ -71,7 +71,7 @@ def answered(state: State, event: CommitAnswered, _now: float) -> Effects:
             return []
 
 
-def _committed(state: State, reply: CommitOk) -> Effects:
+def _committed(state: State, reply: CommitOk, now: float) -> Effects:
     effects: Effects = []
     answers: list[Answer] = []
     for mac, noise, result in reply.responses:
@@ -79,13 +79,15 @@ def _committed(state: State, reply: CommitOk) -> Effects:
         if waiting is None:
             effects.append(Note(Noted.REPLY_UNASKED))
         else:
-            answers.append(Answer(waiting.request, waiting.index, mac, noise, result, waiting.wrote))
+            told = waiting.told
+            answers.append(Answer(waiting.request, waiting.index, mac, noise, result, waiting.wrote, told))
     for mac in reply.abandoned:
         waiting = state.waiters.pop(mac, None)
-        if waiting is not None:
+        if waiting is not None and not waiting.told:
             effects.append(Refuse(waiting.request, Refusal.NOT_LEADER, consumed=True))
     state.certificate = certify(state, reply.committed)
     raise_committed(state, reply.committed)
+    effects += quorum.progressed(state, now)
     if not answers:
         return [*effects, Adopt(reply.role), *_recorded(state)]
     state.committing = Committing.RECORDING
@@ -117,7 +119,8 @@ def outbox_written(state: State, _event: OutboxWritten, _now: float) -> Effects:
     if state.recording is not None:
         state.house.settled = max(state.house.settled, state.recording)
     state.committing = Committing.FREE
-    return [Release(answers), *_recorded(state)]
+    awaited = [answer for answer in answers if not answer.told]
+    return [*([Release(awaited)] if awaited else []), *_recorded(state)]
 
 
 def outbox_failed(state: State, event: OutboxFailed, _now: float) -> Effects:
@@ -125,7 +128,7 @@ def outbox_failed(state: State, event: OutboxFailed, _now: float) -> Effects:
     answers, state.releasing = state.releasing, ()
     state.committing = Committing.FREE
     effects: Effects = produce.block(state)
-    effects += [Refuse(answer.request, Refusal.NOT_LEADER, consumed=True) for answer in answers]
+    effects += [Refuse(answer.request, Refusal.NOT_LEADER, consumed=True) for answer in answers if not answer.told]
     effects += waits.look(state)
     if state.ended:
         return effects

@@ -20,7 +20,7 @@ from juicebox_hsm.wire.rpc import Refusal
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A released reply and what it answers. `wrote`: the record changed."""
+    """A released reply and what it answers. `wrote`: the record changed; `told`: the client was answered before."""
 
     request: ClientRequest
     index: int
@@ -28,6 +28,7 @@ class Answer:
     noise: NoiseResponse
     result: ResultType
     wrote: bool
+    told: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +94,8 @@ class Noted(enum.Enum):
 
     RETRIES_EXHAUSTED = "retries exhausted"
     REPLY_UNASKED = "reply nobody asked for"
+    QUORUM_LOST = "cannot commit"
+    QUORUM_BACK = "commits again"
 
 
 @dataclass(frozen=True, slots=True)

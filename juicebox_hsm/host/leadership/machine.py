@@ -36,6 +36,9 @@ how long a long effect takes.
 profile, and what is still unknown then ends the leadership by force: whether the entries are in the log is found out by
 the next leadership, which reads the tail.
 
+**Without a majority** clients are not left waiting (`quorum`): who waits is refused, with `consumed` if an entry
+exists, which stays and is recorded but not released if it is committed after all.
+
 **What a crash between two effects means.** The process loses all of this state; nothing in it is needed for safety.
 
 * `AskHsm`, `Append`: the entry is lost with the HSM's memory; no guess was counted, the client's message is used up.
@@ -57,9 +60,10 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from juicebox_hsm.consensus.types import Captured, LogEntry, RoleStatus, SteppingDown
-from juicebox_hsm.host.leadership import commit, events, house, produce, push, waits
+from juicebox_hsm.host.leadership import commit, events, house, produce, push, quorum, waits
 from juicebox_hsm.host.leadership.effects import Effect, Refuse, StepDown, StepDownCode
 from juicebox_hsm.host.leadership.events import Event, Lane
+from juicebox_hsm.host.leadership.quorum import Quorum
 from juicebox_hsm.host.leadership.state import Effects, Limits, State
 from juicebox_hsm.host.liveness import Claim
 from juicebox_hsm.ids import GroupId, HsmId, RealmId
@@ -105,7 +109,9 @@ def _role_adopted(state: State, event: events.RoleAdopted, _now: float) -> Effec
 def _ended(state: State, _event: events.Ended, _now: float) -> Effects:
     """Refuse everybody who waits, with `consumed` for those whose message the HSM was given."""
     state.ended = True
-    effects: Effects = [Refuse(w.request, Refusal.NOT_LEADER, consumed=True) for w in state.waiters.values()]
+    effects: Effects = [
+        Refuse(w.request, Refusal.NOT_LEADER, consumed=True) for w in state.waiters.values() if not w.told
+    ]
     state.waiters.clear()
     effects += produce.block(state)
     return effects + waits.look(state)
@@ -233,6 +239,10 @@ class Leadership:
         """How this leadership ranks among others."""
         return Claim(self._state.next_index - 1, self.starting)
 
+    def quorum(self, now: float) -> Quorum:
+        """Return what is known of the members at monotonic time `now`, and whether the leadership can commit."""
+        return quorum.view(self._state, now)
+
     def made(self, entry: LogEntry) -> bool:
         """Tell whether `entry` is of this leadership, or the one it began after, and not below the last commit."""
         return self._state.own_macs.get(entry.index) == entry.entry_mac
@@ -248,7 +258,10 @@ class Leadership:
             settled=state.house.settled,
             resolved=state.house.resolved,
             queued=len(state.queue),
-            waiting=len(state.waiters) + len(state.incoming) + len(state.batch) + len(state.asks),
+            waiting=sum(not waiting.told for waiting in state.waiters.values())
+            + len(state.incoming)
+            + len(state.batch)
+            + len(state.asks),
             releasing=len(state.releasing),
             uncommitted=state.uncommitted,
             requests_per_s=state.meter.per_second(now),

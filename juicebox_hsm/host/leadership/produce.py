@@ -11,7 +11,7 @@ from typing import Final
 
 from juicebox_hsm.consensus.codec import encode_log_entry
 from juicebox_hsm.errors import check
-from juicebox_hsm.host.leadership import waits
+from juicebox_hsm.host.leadership import quorum, waits
 from juicebox_hsm.host.leadership.effects import (
     Adopt,
     Append,
@@ -82,15 +82,18 @@ _GIVEN_UP: Final = {
 # --- admission -------------------------------------------------------------------------------------------
 
 
-def arrived(state: State, event: RequestArrived, _now: float) -> Effects:
+def arrived(state: State, event: RequestArrived, now: float) -> Effects:
     """Let a request in, or say at once why not: it is not in the HSM's hands yet."""
     if not state.accepting:
         return [Refuse(event.request, Refusal.NOT_LEADER)]
+    noticed = quorum.look(state, now)
+    if state.stalled_since_s is not None:
+        return [*noticed, Refuse(event.request, Refusal.NO_QUORUM)]
     if state.uncommitted > state.limits.uncommitted_max:
-        return [Refuse(event.request, Refusal.BUSY)]
+        return [*noticed, Refuse(event.request, Refusal.BUSY)]
     if event.outbox_full:
-        return [Refuse(event.request, Refusal.NO_STORE)]
-    return _enter(state, event.request)
+        return [*noticed, Refuse(event.request, Refusal.NO_STORE)]
+    return [*noticed, *_enter(state, event.request)]
 
 
 def gone(state: State, event: RequestGone, _now: float) -> Effects:
@@ -112,6 +115,8 @@ def retry_due(state: State, event: RetryDue, _now: float) -> Effects:
         return []
     if not state.accepting:
         return [_refuse(state, event.request, Refusal.NOT_LEADER)]
+    if state.stalled_since_s is not None:
+        return [_refuse(state, event.request, Refusal.NO_QUORUM)]
     return _enter(state, event.request)
 
 
@@ -264,7 +269,11 @@ def hsm_answered(state: State, event: HsmAnswered, now: float) -> Effects:
         case AppRequestOk(entry=entry, delta=delta):
             if state.takes(entry.index):
                 state.retries.pop(request, None)
-                state.waiters[entry.entry_mac] = Waiting(request, entry.index, len(delta) > len(EMPTY_DELTA))
+                stalled = state.stalled_since_s is not None
+                if stalled:  # since the request was let in
+                    effects.append(Refuse(request, Refusal.NO_QUORUM, consumed=True))
+                wrote = len(delta) > len(EMPTY_DELTA)
+                state.waiters[entry.entry_mac] = Waiting(request, entry.index, wrote, told=stalled)
                 state.enqueue(Queued(entry, delta, Intent(request.tenant, request.user, request.record_id, event.hint)))
             else:
                 effects.append(_refuse(state, request, Refusal.NOT_LEADER, consumed=True))
@@ -328,7 +337,7 @@ def _give_up(state: State, code: StepDownCode, why: str) -> Effects:
     return refused if state.ended else [*refused, StepDown(code, forced=True, index=state.next_index, why=why)]
 
 
-def append_finished(state: State, event: AppendFinished, _now: float) -> Effects:
+def append_finished(state: State, event: AppendFinished, now: float) -> Effects:
     """Take note of an append: acknowledged entries go on, a conflict or an unknown tail ends the leadership."""
     batch = state.appending
     state.appending = []
@@ -341,6 +350,7 @@ def append_finished(state: State, event: AppendFinished, _now: float) -> Effects
     check(first.index == state.next_index, "batches are appended in order")
     state.next_index = last.index + 1
     state.last_appended = last
+    quorum.appended(state, now)
     state.house.uncompacted.append(LogRow(first.index, is_tombstone=False))
     state.producing = Producing.SHOWING
     entries = [queued.entry for queued in batch]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from juicebox_hsm.host.leadership import commit
+from juicebox_hsm.host.leadership import commit, quorum
 from juicebox_hsm.host.leadership.effects import Pause, Pausing, Push
 from juicebox_hsm.host.leadership.events import MemberTurn, PushAnswered, PushFailed
 from juicebox_hsm.host.leadership.state import Effects, Member, State
@@ -18,11 +18,11 @@ PUSH_ENTRIES_MAX: Final = 200
 """Entries of one push (agent.md 2): with the largest entries it fits a frame."""
 
 
-def member_turn(state: State, event: MemberTurn, _now: float) -> Effects:
+def member_turn(state: State, event: MemberTurn, now: float) -> Effects:
     """Send what the member lacks; with nothing to send, only when the heartbeat is due."""
     if state.ended:
         return []
-    member = state.members.setdefault(event.member, Member(state.next_index))
+    member = state.members.setdefault(event.member, Member(state.next_index, now))
     if member.next_index >= state.next_index and not event.heartbeat:
         return []
     member.asked = member.next_index
@@ -44,14 +44,15 @@ def recent_from(state: State, index: int) -> list[bytes] | None:
     return [state.recent[at][1] for at in range(offset, min(offset + PUSH_ENTRIES_MAX, len(state.recent)))]
 
 
-def answered(state: State, event: PushAnswered, _now: float) -> Effects:
+def answered(state: State, event: PushAnswered, now: float) -> Effects:
     """Count the member's vote and find out what it is to be sent next."""
     member = state.members[event.member]
     captured = event.captured
     member.next_index = member.sent + 1
+    effects = quorum.heard(state, member, now)
     if captured is None or (captured.hsm, captured.realm, captured.group) != (event.member, state.realm, state.group):
-        return []
-    effects = commit.vote(state, captured)
+        return effects
+    effects += commit.vote(state, captured)
     if event.behind:
         member.next_index = max(captured.index + 1, state.starting)
         if member.next_index == member.asked:
@@ -60,6 +61,7 @@ def answered(state: State, event: PushAnswered, _now: float) -> Effects:
     return effects
 
 
-def failed(_state: State, event: PushFailed, _now: float) -> Effects:
+def failed(state: State, event: PushFailed, now: float) -> Effects:
     """Leave a member alone for a moment."""
-    return [Pause(event.member, Pausing.REFUSED if event.reached else Pausing.UNREACHABLE)]
+    effects = quorum.missed(state, state.members[event.member], now)
+    return [*effects, Pause(event.member, Pausing.REFUSED if event.reached else Pausing.UNREACHABLE)]

@@ -33,6 +33,8 @@ class Limits:
     hole_s: float = 5.0
     compact_pause_s: float = 1.0
     uncommitted_max: int = UNCOMMITTED_MAX
+    silence_s: float = 1.0
+    stall_s: float = 5.0
     retry: RetryProfile = STORE_RETRY
 
 
@@ -72,13 +74,14 @@ class Queued:
     intent: Intent | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Waiting:
-    """Whom the reply to an entry is for. `wrote`: the entry changed the tree."""
+    """Whom the reply to an entry is for. `wrote`: the entry changed the tree; `told`: the client has its answer."""
 
     request: ClientRequest
     index: int
     wrote: bool
+    told: bool = False
 
 
 @dataclass(slots=True)
@@ -92,9 +95,12 @@ class Retry:
 
 @dataclass(slots=True)
 class Member:
-    """How far a member was sent the log. `asked`, `sent` belong to the push under way."""
+    """How far a member was sent the log, and when it last answered. `asked`, `sent` belong to the push under way."""
 
     next_index: int
+    heard_s: float
+    failures: int = 0
+    """Pushes that brought nothing since it last answered."""
     asked: int = 0
     sent: int = 0
 
@@ -201,6 +207,10 @@ class State:
     recording: int | None = None
     """The settled index that goes with those rows."""
     waits: list[CommitWait] = field(default_factory=list)
+    waiting_since_s: float | None = None
+    """Since when appended entries have waited for a commit without any progress, None while none waits."""
+    stalled_since_s: float | None = None
+    """Since when nothing can be committed; None while a majority answers and commits come."""
 
     # members
     members: dict[HsmId, Member] = field(default_factory=dict)

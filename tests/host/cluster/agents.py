@@ -44,6 +44,8 @@ class FakeGroup:
     owned: OwnedRange | None = None
     transferring: rpc.TransferringInfo | None = None
     requests_per_s: float = 0.0
+    alive: int | None = None
+    stalled_s: float | None = None
 
 
 @dataclass
@@ -83,6 +85,8 @@ class FakeAgent:
                 rpc.RoleInfo(found.role, found.clock, found.starting),
                 found.role is rpc.GroupRole.LEADER,
                 requests_per_s=found.requests_per_s,
+                members_alive=found.alive,
+                stalled_s=found.stalled_s,
             )
             for key, found in self.groups.items()
         ]

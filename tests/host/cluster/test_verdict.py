@@ -98,6 +98,18 @@ def test_leaderless_group() -> None:
     assert problems[1].endswith("nobody serves [0x00...-0xff...]")
 
 
+def test_a_leader_that_cannot_commit() -> None:
+    """A leader's own word that it has no majority is a problem, though everybody answers us; the range is named."""
+    agents = _led()
+    known = agents[0].groups[group(1)]
+    known.alive, known.stalled_s = 1, 12.4
+    assert _codes(_evidence(agents)) == [Code.CANNOT_COMMIT]
+    assert _only(_evidence(agents)) == (
+        f"realm {REALM.hex()} group {group(1).hex()} ([0x00...-0xff...]): cannot commit for 12 s, "
+        "1 of 3 members answer its leader tls://a1; clients are refused until a majority is back"
+    )
+
+
 def test_range_without_owner_and_range_with_two() -> None:
     """Holes and overlaps of the key space are named by their range."""
     agents = three(2)
@@ -279,6 +291,8 @@ def _trouble_of_every_kind() -> list[Evidence]:
     lost[2].down = True
     half = three()
     half[1].down = half[2].down = True
+    stalled = _led()
+    stalled[0].groups[group(1)].stalled_s = 2.0
     alone = FakeAgent("tls://a1", hsm(1), groups={group(1): FakeGroup([hsm(1)])}).lead(group(1), FULL_RANGE)
     return [
         busy,
@@ -286,6 +300,7 @@ def _trouble_of_every_kind() -> list[Evidence]:
         replace(busy, view=build_view([]), managers=(), balancers=()),
         _evidence(lost),
         _evidence(half),
+        _evidence(stalled),
         replace(busy, balancers=BALANCERS[:1]),
     ]
 

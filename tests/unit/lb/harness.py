@@ -29,6 +29,7 @@ from juicebox_hsm.wire.client import (
 )
 from juicebox_hsm.wire.methods import AnyMethod
 from juicebox_hsm.wire.rpc import (
+    AgentGroupInfo,
     AgentStatus,
     App,
     AppOk,
@@ -107,6 +108,7 @@ class FakeAgent:
     starting: int = 1
     committed: int = 1
     range: Range | None = FULL
+    stalled_s: float | None = None
     script: list[Script] = field(default_factory=lambda: [ok])
     status_error: Exception | None = None
     status_delay_s: float = 0.0
@@ -116,9 +118,10 @@ class FakeAgent:
     def status(self) -> AgentStatus:
         leader = LeaderInfo(self.committed, self.committed, self.range, None) if self.leads else None
         role = RoleInfo(GroupRole.LEADER if self.leads else GroupRole.WITNESS, 1, self.starting if self.leads else None)
-        group = GroupInfo(self.group, [b"H" * 16], None, leader, role)
+        group = GroupInfo(self.group, [b"H" * 16] * 5, None, leader, role)
         realm = None if self.realm is None else RealmInfo(self.realm, b"", [group])
-        return AgentStatus(1.0, HsmInfo(b"H" * 16, realm, b""), self.url, "", [])
+        own = AgentGroupInfo(REALM, self.group, role, self.leads, members_alive=2, stalled_s=self.stalled_s)
+        return AgentStatus(1.0, HsmInfo(b"H" * 16, realm, b""), self.url, "", [own])
 
 
 class FakeRpc:

@@ -10,7 +10,7 @@ import trio
 from juicebox_hsm.adapters.edge.drain import DrainController
 from juicebox_hsm.adapters.edge.exchange import Request, Response
 from juicebox_hsm.host.codes import Code
-from juicebox_hsm.ids import RealmId
+from juicebox_hsm.ids import GroupId, RealmId
 from juicebox_hsm.wire.rpc import Range
 from roles.lb.readiness import Readiness
 from roles.lb.routes import Routes
@@ -157,6 +157,35 @@ async def test_readiness(nursery: trio.Nursery, autojump_clock: object) -> None:
     age_s = 51.0
     drain.begin_notice()
     assert readiness.reasons() == ["shutting down", "secrets stale for 51s"]
+
+
+async def test_a_group_that_cannot_commit_is_named(nursery: trio.Nursery, autojump_clock: object) -> None:
+    """A leader without a majority is no leader to be ready with; the reason has the group and its range, no other."""
+    half, other = Range(bytes(32), b"\x7f" + b"\xff" * 31), Range(b"\x80" + bytes(31), b"\xff" * 32)
+    well, stalled = FakeAgent("tls://a", range=half), FakeAgent("tls://b", group=GroupId(b"S" * 16), range=other)
+    balancer = Balancer(well, stalled)
+    readiness = Readiness(
+        drain=DrainController(),
+        poller=balancer.poller,
+        guard=balancer.guard,
+        secrets_age_s=lambda: 0.0,
+        cluster_end=lambda: None,
+    )
+    await balancer.start(nursery, settle=False)
+    assert readiness.reasons() == []
+    stalled.stalled_s = 0.1
+    await trio.sleep(0.2)
+    told = f"realm {REALM.hex()}: group {(b'S' * 16).hex()} ([0x8000...-0xff...]) cannot commit: "
+    assert readiness.reasons() == [f"{told}2 of 5 members answer its leader"]
+    well.leads = False
+    await trio.sleep(0.2)
+    assert [reason.split(": ", 1)[1].split(" (")[0] for reason in readiness.reasons()] == [
+        f"group {(b'S' * 16).hex()}",
+        "no leader for [0x00...-0x7fff...]",
+    ]
+    well.leads, stalled.stalled_s = True, None
+    await trio.sleep(0.2)
+    assert readiness.reasons() == []
 
 
 async def test_a_refused_realm_is_not_ready(nursery: trio.Nursery, autojump_clock: object) -> None:

@@ -1,0 +1,112 @@
+"""Whether a leadership can commit: which members answer it, and for how long what it wrote has waited.
+
+A leader that has lost its majority cannot know whether it will come back in a moment or never. What it has appended may
+still commit, so it leads on; but clients are told at once instead of waiting for their time-outs: new requests are
+refused before the HSM is asked, and those that wait are told that the outcome is unknown. Their entries are committed,
+recorded for the tenant and released to nobody when the majority is back.
+
+A leadership is *stalled* when too few members answer its pushes, or when enough do and nothing it appended was
+committed for `Limits.stall_s` all the same. A member that was not heard for `Limits.silence_s` counts as lost once two
+pushes to it have failed in a row: after a pause of our own process the first fails whatever the member does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from juicebox_hsm.host.leadership.effects import Effect, Note, Noted, Refuse
+from juicebox_hsm.host.leadership.state import Committing, Effects, Member, State
+from juicebox_hsm.wire.rpc import Refusal
+
+FAILURES_MIN: Final = 2
+"""Pushes in a row that must fail before a silent member counts as lost."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quorum:
+    """What a leadership knows of its majority. Ages in seconds.
+
+    `alive` of `members` answer, our own HSM among them. `commit_age_s` is how long appended entries have waited without
+    any progress, 0 while none waits. `stalled_s` is how long the leadership could not commit, None while it can.
+    """
+
+    members: int
+    alive: int
+    commit_age_s: float
+    stalled_s: float | None
+
+
+def heard(state: State, member: Member, now: float) -> Effects:
+    """Note that a member answered a push."""
+    member.heard_s, member.failures = now, 0
+    return look(state, now)
+
+
+def missed(state: State, member: Member, now: float) -> Effects:
+    """Note that a push to a member brought nothing."""
+    member.failures += 1
+    return look(state, now)
+
+
+def progressed(state: State, now: float) -> Effects:
+    """Note that a commit went through; what is left begins to wait anew."""
+    waits = state.committed is None or state.committed < state.next_index - 1
+    state.waiting_since_s = now if waits else None
+    return look(state, now)
+
+
+def appended(state: State, now: float) -> None:
+    """Note that entries are in the log; they wait from now on unless older ones do."""
+    if state.waiting_since_s is None:
+        state.waiting_since_s = now
+
+
+def look(state: State, now: float) -> Effects:
+    """Find out whether the leadership can commit, and tell everybody concerned when that has changed."""
+    if _is_stalled(state, now) is (state.stalled_since_s is not None):
+        return []
+    if state.stalled_since_s is not None:
+        state.stalled_since_s = None
+        return [Note(Noted.QUORUM_BACK)]
+    state.stalled_since_s = now
+    return [Note(Noted.QUORUM_LOST), *_refuse_everybody(state)]
+
+
+def view(state: State, now: float) -> Quorum:
+    """Return what status, metrics and logs show."""
+    return Quorum(
+        members=len(state.configuration),
+        alive=_alive(state, now),
+        commit_age_s=0.0 if state.waiting_since_s is None else now - state.waiting_since_s,
+        stalled_s=None if state.stalled_since_s is None else now - state.stalled_since_s,
+    )
+
+
+def _alive(state: State, now: float) -> int:
+    silence_s = state.limits.silence_s
+    lost = sum(m.failures >= FAILURES_MIN and now - m.heard_s >= silence_s for m in state.members.values())
+    return len(state.configuration) - lost
+
+
+def _is_stalled(state: State, now: float) -> bool:
+    if 2 * _alive(state, now) <= len(state.configuration):
+        return True
+    # while rows are being written nothing can be committed, and that is the store's trouble
+    if state.waiting_since_s is None or state.committing is Committing.RECORDING:
+        return False
+    return now - state.waiting_since_s >= state.limits.stall_s
+
+
+def _refuse_everybody(state: State) -> Effects:
+    """Answer who waits. An entry that exists keeps its place: it is recorded for the tenant if it is committed."""
+    effects: list[Effect] = []
+    for request in state.incoming:
+        state.retries.pop(request, None)
+        effects.append(Refuse(request, Refusal.NO_QUORUM))
+    state.incoming.clear()
+    for waiting in state.waiters.values():
+        if not waiting.told:
+            waiting.told = True
+            effects.append(Refuse(waiting.request, Refusal.NO_QUORUM, consumed=True))
+    return effects
