@@ -16,13 +16,15 @@ from juicebox_hsm.client import Client, ClientError, HttpTransport
 from juicebox_hsm.client.transport import Headers, Observation, Transport
 from juicebox_hsm.host.certificates import DAYS_WARN
 from juicebox_hsm.ids import RealmId
-from roles.survey.balancers import certificate_end
+from roles.survey.balancers import certificate_end, probe_balancers
 from roles.tools.target import Target
 
 NUM_GUESSES: Final = 2
 CERTIFICATES_EVERY_S: Final = 300.0
 DAYS_OK: Final = 30.0
 DAYS_FAIL: Final = 5.0
+WHY_S: Final = 2.0
+"""Longest wait for what a balancer says of itself after a run that failed."""
 SLOW_NS: Final = 1_000_000_000
 STEPS: Final = ("register", "recover", "delete")
 _TIMING_HEADERS: Final = ("server-timing", "cf-ray")
@@ -172,6 +174,8 @@ class Checker:
             if seen.remaining_days is not None and seen.remaining_days <= DAYS_FAIL:
                 tally.problems.append((self._settings.count, f"the certificate of {seen.url} ends soon"))
         problems = [text for _, text in sorted(tally.problems)]
+        if problems:
+            problems[0] += await self._say_why()
         return Report(
             error=problems[0] if problems else "",
             errors=len(problems),
@@ -179,6 +183,18 @@ class Checker:
             steps=tally.steps(),
             certificates=found,
         )
+
+    async def _say_why(self) -> str:
+        """Log what the realms' balancers say of themselves; return the first of it, to follow the error."""
+        addresses = (realm.address for realm in self.target.configuration.realms)
+        told = []
+        for report in await probe_balancers((url for url in addresses if url.startswith("https:")), WHY_S):
+            told += [f"{report.url} is not ready: {reason}" for reason in report.reasons]
+            if report.error:
+                told.append(f"{report.url} does not answer: {report.error}")
+        for line in told:
+            self._log(f"error: {line}")
+        return f"; {told[0]}" if told else ""
 
     async def _users(self, tally: _Tally) -> None:
         numbers = iter(range(self._settings.count))
