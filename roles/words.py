@@ -66,6 +66,7 @@ _OF_GROUPS: Final = {
     Code.NO_MAJORITY: "fewer than a majority of members answer; down: {missing}",
     Code.MEMBERS_DOWN: "members down: {missing}",
     Code.LEADERLESS: "nobody leads",
+    Code.GROUP_ENDED: "has been retired; members that have not forgotten it yet: {missing}",
 }
 _KINDS: Final = {
     ServiceKind.AGENT: "agent",

@@ -47,6 +47,7 @@ class Code(enum.Enum):
     TRANSFER_STUCK = ("transfer-pending", _PROBLEM)
     TRANSFER_PENDING = ("transfer-pending", _ADVICE)
     MEMBER_BEHIND = ("member-behind", _ADVICE)
+    GROUP_ENDED = ("group-ended", _ADVICE)
     HSM_DRAINED = ("hsm-drained", _ADVICE)
     REBALANCING_PAUSED = ("rebalancing-paused", _ADVICE)
     OTHER = ("other", _PROBLEM)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from juicebox_hsm.consensus.types import Captured, Leader, Role, RoleStatus, SteppingDown, Witness
+from juicebox_hsm.consensus.types import Captured, Leader, LogEntry, Role, RoleStatus, SteppingDown, Witness
 from juicebox_hsm.errors import check
 from juicebox_hsm.host.leadership.machine import Leadership
 from juicebox_hsm.host.leadership.state import Limits
@@ -48,6 +48,12 @@ class GroupState:
     captured: Captured | None = None
     """The HSM's own persisted capture, from the last PersistState."""
     limits: Limits = field(default_factory=Limits)
+    end: LogEntry | None = None
+    """The retired entry, once the HSM captured it: nothing follows, and the HSM shall forget the group."""
+    ended_at_s: float = 0.0
+    """When that was seen, monotonic."""
+    has_left: bool = False
+    """The HSM has forgotten the group; whoever still holds this object asks nothing more for it."""
     former: list[Leadership] = field(default_factory=list)
     """Leaderships that ended while rows were being written for their last answers."""
 
@@ -120,6 +126,10 @@ class Groups:
         key = (group.realm, group.group)
         check(key not in self._by_key, "a group is inserted once")
         self._by_key[key] = group
+
+    def remove(self, group: GroupState) -> None:
+        """Drop a group that its HSM has forgotten."""
+        self._by_key.pop((group.realm, group.group), None)
 
     def get(self, realm: bytes, group: bytes) -> GroupState | None:
         """Return the group, if the HSM is a member."""

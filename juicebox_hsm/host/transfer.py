@@ -33,6 +33,8 @@ REFUSALS: Final = {
     Outcome.MISSING_PROOF: Refusal.INVALID_PROOF,
     Outcome.MISSING_PROOFS: Refusal.INVALID_PROOF,
     Outcome.BUSY: Refusal.BUSY,
+    Outcome.RETIRED: Refusal.RETIRED,
+    Outcome.STILL_OWNER: Refusal.STILL_OWNER,
 }
 
 

@@ -83,6 +83,7 @@ REALM_NEW: Final = _or_refused("realm/new", Empty, RealmCreated, _O)
 REALM_JOIN: Final = _or_refused("realm/join", RealmJoin, RealmJoined, _O)
 GROUP_NEW: Final = _or_refused("group/new", GroupNew, GroupCreated, _O)
 GROUP_JOIN: Final = _or_refused("group/join", GroupJoin, Done, _O)
+GROUP_RETIRE: Final = _or_refused("group/retire", GroupCall, Done, _O)
 BECOME_LEADER: Final = _or_refused("become_leader", BecomeLeaderCall, Done, _M)
 STEPDOWN: Final = _or_refused("stepdown", GroupCall, SteppedDown, _M | _O)
 REPLICATE: Final = _or_refused("replicate", Replicate, CapturedReply, _A)
@@ -104,6 +105,7 @@ AGENT_METHODS: Final = _table(
     REALM_JOIN,
     GROUP_NEW,
     GROUP_JOIN,
+    GROUP_RETIRE,
     BECOME_LEADER,
     STEPDOWN,
     REPLICATE,

@@ -76,6 +76,9 @@ class Refusal(enum.Enum):
     STEP_DOWN_FAILED = "StepDownFailed"
     LEADERSHIP_TRANSFER_ROLLED_BACK = "LeadershipTransferRolledBack"
     LEADERSHIP_TRANSFER_FAILED = "LeadershipTransferFailed"
+    STILL_OWNER = "StillOwner"
+    RETIRED = "Retired"
+    STALE_GENERATION = "StaleGeneration"
     NO_SOURCE_LEADER = "NoSourceLeader"
     NO_DESTINATION_LEADER = "NoDestinationLeader"
     MANAGER_BUSY = "ManagerBusy"
@@ -160,12 +163,13 @@ class TransferringInfo(_Body, frozen=True):
 
 
 class LeaderInfo(_Body, frozen=True):
-    """What the HSM says as leader; indexes may be uncommitted except `committed`."""
+    """What the HSM says as leader; indexes may be uncommitted except `committed`. `retired`: the log has ended."""
 
     committed: int | None
     last: int
     owned_range: Range | None
     transferring: TransferringInfo | None
+    retired: bool = False
 
 
 class GroupInfo(_Body, frozen=True):
@@ -179,11 +183,12 @@ class GroupInfo(_Body, frozen=True):
 
 
 class RealmInfo(_Body, frozen=True):
-    """The realm of an HSM with its realm statement."""
+    """The realm of an HSM with its realm statement; `generation` counts the groups that the HSM has forgotten."""
 
     id: bytes
     statement: bytes
     groups: list[GroupInfo]
+    generation: int = 0
 
 
 class HsmInfo(_Body, frozen=True):
@@ -198,7 +203,8 @@ class AgentGroupInfo(_Body, frozen=True):
     """The agent's own view of a group; `last_appended` is (index, mac).
 
     A leader also tells how many members answer it, itself included, how long its entries have waited without progress,
-    and how long it could not commit (None while it can). An agent of an older version tells none of these.
+    and how long it could not commit (None while it can). An agent of an older version tells none of these. `ended`: its
+    HSM captured the retired entry.
     """
 
     realm: bytes
@@ -212,6 +218,7 @@ class AgentGroupInfo(_Body, frozen=True):
     members_alive: int | None = None
     commit_age_s: float = 0.0
     stalled_s: float | None = None
+    ended: bool = False
 
 
 class OutboxInfo(_Body, frozen=True):
@@ -223,11 +230,7 @@ class OutboxInfo(_Body, frozen=True):
 
 
 class AgentStatus(_Body, frozen=True):
-    """Reply of `status` at an agent; `hsm` is absent when the HSM does not answer.
-
-    `certificate_end_ms` is when the agent's cluster certificate ends, Unix time in ms; None without TLS, and from an
-    agent of an older version.
-    """
+    """Reply of `status`. `hsm`: None when the HSM does not answer. `certificate_end_ms`: Unix time, if it has one."""
 
     uptime_s: float
     hsm: HsmInfo | None
@@ -260,10 +263,11 @@ class RealmJoined(_Body, frozen=True):
 
 
 class GroupNew(_Body, frozen=True):
-    """Request of `group/new`: members with their realm statements."""
+    """Request of `group/new`: members with their realm statements; `generations` are theirs, empty when all are 0."""
 
     realm: bytes
     members: list[tuple[bytes, bytes]]
+    generations: tuple[int, ...] = ()
 
 
 class GroupCreated(_Body, frozen=True):
@@ -280,10 +284,11 @@ class GroupJoin(_Body, frozen=True):
     group: bytes
     configuration: list[bytes]
     statement: bytes
+    generations: tuple[int, ...] = ()
 
 
 class GroupCall(_Body, frozen=True):
-    """Request that names only a group: `stepdown`, `captured`."""
+    """Request that names only a group: `stepdown`, `captured`, `group/retire`."""
 
     realm: bytes
     group: bytes

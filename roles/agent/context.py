@@ -170,6 +170,13 @@ class Agent:
         self.nursery.start_soon(follower.run, name=f"watch {group.hex()}")
         return state
 
+    def drop_group(self, group: GroupState) -> None:
+        """Remove a group that the HSM has forgotten; its watcher ends by itself."""
+        group.has_left = True
+        self.groups.remove(group)
+        self.followers.pop((group.realm, group.group), None)
+        self.leaders.began((group.realm, group.group))
+
     def follower(self, group: GroupState) -> Follower:
         """Return the watcher of a group."""
         return self.followers[group.realm, group.group]

@@ -30,7 +30,7 @@ from juicebox_hsm.host.leadership.effects import (
     WaitOver,
     Wake,
 )
-from juicebox_hsm.host.leadership.events import Ended, Event, Lane, RetryDue, Turn
+from juicebox_hsm.host.leadership.events import Ended, Event, HandoverAsked, Lane, RetryDue, Turn
 from juicebox_hsm.host.leadership.machine import Leadership
 from juicebox_hsm.hsm.messages import ResultKind, StepDownOk
 from juicebox_hsm.ids import HsmId
@@ -119,6 +119,11 @@ class Driver:
         self.step(Ended())
         for signal in self._signals.values():
             signal.set()
+
+    async def leave(self, *, by_others: bool) -> StepDownOk | None:
+        """Leave leadership in order. `by_others`: whoever asks also looks for a successor, or none is needed."""
+        order = self.step(HandoverAsked(by_others))
+        return await self.step_down(order) if isinstance(order, StepDown) else None
 
     async def step_down(self, order: StepDown) -> StepDownOk | None:
         """Carry out a `StepDown`; the HSM's role is adopted when this returns."""

@@ -13,10 +13,9 @@ import trio
 from juicebox_hsm.errors import RealmError
 from juicebox_hsm.host.candidacy import Obstacle, ObstacleCode, judge_refusal, judge_tail
 from juicebox_hsm.host.group import GroupState
-from juicebox_hsm.host.leadership.effects import StepDown
-from juicebox_hsm.host.leadership.events import HandoverAsked, Inherited
+from juicebox_hsm.host.leadership.events import Inherited
 from juicebox_hsm.host.leadership.machine import Leadership
-from juicebox_hsm.hsm.messages import BecomeLeader, RoleOk, StepDownOk
+from juicebox_hsm.hsm.messages import BecomeLeader, RoleOk
 from juicebox_hsm.wire.methods import LEADER_STEPDOWN
 from juicebox_hsm.wire.rpc import BecomeLeaderCall, Done, GroupCall, Refusal, Refused, StepdownOrder, SteppedDown
 from roles.agent.append import produce
@@ -28,7 +27,6 @@ from roles.agent.watch import LogRefused
 
 if TYPE_CHECKING:
     from roles.agent.context import Agent
-    from roles.agent.driver import Driver
 
 POLL_FIRST_S = 0.002
 POLL_MAX_S = 0.05
@@ -104,14 +102,17 @@ async def _try_to_lead(agent: Agent, group: GroupState, asked_last: int | None) 
     obstacle = judge_tail(last, asked_last, group.position)
     if obstacle is not None or last is None:
         return obstacle
-    reply = await agent.hsm.send(BecomeLeader(group.realm, group.group, last))
-    agent.metrics.timing("agent.handle_become_leader.hsm_request", int((trio.current_time() - read) * 1e9))
-    if isinstance(reply, RoleOk):
-        agent.adopt(group, reply.role)
-        agent.tell(group, Inherited(last))
-        # the HSM persisted its captures; only PersistState signs them
-        agent.persister.request()
-        return None
+    async with agent.follower(group).lock:  # an HSM that forgets the group is asked for nothing meanwhile
+        if group.has_left:
+            return Obstacle(ObstacleCode.INVALID_GROUP)
+        reply = await agent.hsm.send(BecomeLeader(group.realm, group.group, last))
+        agent.metrics.timing("agent.handle_become_leader.hsm_request", int((trio.current_time() - read) * 1e9))
+        if isinstance(reply, RoleOk):
+            agent.adopt(group, reply.role)
+            agent.tell(group, Inherited(last))
+            # the HSM persisted its captures; only PersistState signs them
+            agent.persister.request()
+            return None
     obstacle = judge_refusal(reply, last)
     if obstacle.code is ObstacleCode.LOG_REFUSED:
         raise LogRefused(f"group {group.group.hex()}: the HSM refuses the MAC of stored entry {last.index}")
@@ -129,13 +130,8 @@ async def handle_stepdown(agent: Agent, body: GroupCall) -> SteppedDown | Refuse
     if isinstance(group, Refusal):
         return Refused(group)
     driver = agent.driver_of(group)
-    done = None if driver is None else await _leave(driver, by_others=True)
+    done = None if driver is None else await driver.leave(by_others=True)
     return Refused(Refusal.NOT_LEADER) if done is None else SteppedDown(done.last)
-
-
-async def _leave(driver: Driver, *, by_others: bool) -> StepDownOk | None:
-    order = driver.step(HandoverAsked(by_others))
-    return await driver.step_down(order) if isinstance(order, StepDown) else None
 
 
 async def hand_over(agent: Agent) -> None:
@@ -154,7 +150,7 @@ async def hand_over(agent: Agent) -> None:
     for group in agent.groups:
         driver = agent.driver_of(group)
         if driver is not None and group.is_leader:
-            await _leave(driver, by_others=False)
+            await driver.leave(by_others=False)
     # a leadership's lanes end after its rows are written and its answers are out
     while agent.leaderships:  # noqa: ASYNC110 - the end of several tasks, and of those that begin meanwhile
         await trio.sleep(DRAIN_POLL_S)

@@ -49,6 +49,7 @@ _REFUSALS = {
     Outcome.INVALID_CONFIGURATION: Refusal.INVALID_CONFIGURATION,
     Outcome.INVALID_STATEMENT: Refusal.INVALID_STATEMENT,
     Outcome.TOO_MANY_GROUPS: Refusal.TOO_MANY_GROUPS,
+    Outcome.STALE_GENERATION: Refusal.STALE_GENERATION,
 }
 
 
@@ -116,7 +117,7 @@ async def handle_group_new(agent: Agent, body: GroupNew) -> GroupCreated | Refus
     if agent.hsm_id is None:
         return Refused(Refusal.NO_HSM)
     members = tuple((HsmId(member), statement) for member, statement in body.members)
-    reply = await agent.hsm.send(NewGroup(RealmId(body.realm), members))
+    reply = await agent.hsm.send(NewGroup(RealmId(body.realm), members, body.generations))
     if not isinstance(reply, NewGroupOk):
         return _refused(reply)
     realm = RealmId(body.realm)
@@ -153,7 +154,7 @@ async def handle_group_join(agent: Agent, body: GroupJoin) -> Done | Refused:
     """Join a group; idempotent."""
     realm, group_id = RealmId(body.realm), GroupId(body.group)
     members = tuple(HsmId(member) for member in body.configuration)
-    reply = await agent.hsm.send(JoinGroup(realm, group_id, members, body.statement))
+    reply = await agent.hsm.send(JoinGroup(realm, group_id, members, body.statement, body.generations))
     if not isinstance(reply, RoleOk):
         return _refused(reply)
     group = agent.groups.get(realm, group_id)

@@ -27,6 +27,8 @@ async def report_lost_leaders(agent: Agent) -> None:
         now = trio.current_time()
         agent.leaders.registered(now)
         for group in agent.groups:
+            if group.end is not None:
+                continue  # nobody needs to lead it any more
             starting = agent.leaders.hint((group.realm, group.group), now, leads=group.leader is not None)
             if starting is not None:
                 _tell_managers(agent, group, starting)

@@ -29,6 +29,7 @@ from juicebox_hsm.wire.methods import (
     CAPTURED,
     GROUP_JOIN,
     GROUP_NEW,
+    GROUP_RETIRE,
     RATE_STATE,
     REALM_JOIN,
     REALM_NEW,
@@ -71,6 +72,7 @@ from juicebox_hsm.wire.rpc import (
     TransferringInfo,
 )
 from roles.agent.app import handle_app
+from roles.agent.ending import handle_group_retire, leave_ended_groups
 from roles.agent.leader import handle_become_leader, handle_stepdown
 from roles.agent.lifecycle import (
     RealmTablesFailed,
@@ -142,7 +144,7 @@ class AgentService:
             ("outbox dispatcher", self.dispatcher.run),
         ):
             agent.nursery.start_soon(task, name=name)
-        for background in (report_lost_leaders, gossip, keep_tenants, watch_backlog, watchdog):
+        for background in (report_lost_leaders, leave_ended_groups, gossip, keep_tenants, watch_backlog, watchdog):
             agent.nursery.start_soon(background, agent, name=background.__name__)
 
     def handlers(self) -> Mapping[str, Handler]:
@@ -174,6 +176,7 @@ class AgentService:
                 handles(REALM_JOIN, plain(handle_realm_join)),
                 handles(GROUP_NEW, plain(handle_group_new)),
                 handles(GROUP_JOIN, plain(handle_group_join)),
+                handles(GROUP_RETIRE, plain(handle_group_retire)),
                 handles(BECOME_LEADER, plain(handle_become_leader)),
                 handles(STEPDOWN, plain(handle_stepdown)),
                 handles(REPLICATE, self._replicate),
@@ -251,7 +254,10 @@ def _group_infos(agent: Agent) -> list[AgentGroupInfo]:
         leader = group.leader
         if leader is None:
             role = role_info(group.role)
-            infos.append(AgentGroupInfo(group.realm, group.group, role, False, waiting_clients=group.releasing))
+            ended = group.end is not None
+            infos.append(
+                AgentGroupInfo(group.realm, group.group, role, False, waiting_clients=group.releasing, ended=ended)
+            )
             continue
         shown, quorum = leader.snapshot(now), leader.quorum(now)
         last = shown.last_appended
@@ -268,6 +274,7 @@ def _group_infos(agent: Agent) -> list[AgentGroupInfo]:
                 members_alive=quorum.alive,
                 commit_age_s=quorum.commit_age_s,
                 stalled_s=quorum.stalled_s,
+                ended=group.end is not None,
             )
         )
     return infos
@@ -303,6 +310,7 @@ def _leader_info(leader: LeaderStatus) -> LeaderInfo:
         last=leader.last.index,
         owned_range=None if leader.owned_range is None else _range(leader.owned_range),
         transferring=None if leader.transferring is None else _transferring_info(leader.transferring),
+        retired=leader.last.retired,
     )
 
 
@@ -322,6 +330,6 @@ def _hsm_info(status: StatusOk) -> HsmInfo:
         id=status.id,
         realm=None
         if realm is None
-        else RealmInfo(realm.id, realm.statement, [_group_info(group) for group in realm.groups]),
+        else RealmInfo(realm.id, realm.statement, [_group_info(group) for group in realm.groups], realm.generation),
         public_key=status.public_key,
     )

@@ -68,7 +68,8 @@ if TYPE_CHECKING:
 COMMIT_POLL_S: Final = 0.01
 
 
-def _refused(reply: Response) -> Refused:
+def refused_by_hsm(reply: Response) -> Refused:
+    """Return what callers are told of the HSM's refusal."""
     if isinstance(reply, NotLeader):
         return Refused(Refusal.NOT_LEADER)
     refusal = REFUSALS.get(reply) if isinstance(reply, Outcome) else None
@@ -76,7 +77,7 @@ def _refused(reply: Response) -> Refused:
     return Refused(refusal if refusal is not None else Refusal.NO_HSM)
 
 
-def _leading(agent: Agent, realm: bytes, group: bytes) -> tuple[GroupState, Leadership] | Refused:
+def leading(agent: Agent, realm: bytes, group: bytes) -> tuple[GroupState, Leadership] | Refused:
     """Return the group and its leadership if requests may be made of it."""
     found = agent.groups.find(realm, group)
     if isinstance(found, Refusal):
@@ -86,7 +87,7 @@ def _leading(agent: Agent, realm: bytes, group: bytes) -> tuple[GroupState, Lead
     return found, found.leader
 
 
-async def _committed(
+async def committed(
     agent: Agent, group: GroupState, index: int, clock: int, entry: LogEntry | None = None, delta: bytes = EMPTY_DELTA
 ) -> Refused | None:
     """Queue `entry`, if any, and wait up to 60 s until `index` is committed and recorded; None on success.
@@ -135,7 +136,7 @@ class _Attempts:
 
 async def handle_prepare(agent: Agent, body: TransferPrepare) -> Prepared | Refused:
     """Reserve a range at the destination."""
-    found = _leading(agent, body.realm, body.destination)
+    found = leading(agent, body.realm, body.destination)
     if isinstance(found, Refused):
         return found
     group, _ = found
@@ -144,8 +145,8 @@ async def handle_prepare(agent: Agent, body: TransferPrepare) -> Prepared | Refu
         return Refused(Refusal.UNACCEPTABLE_RANGE)
     reply = await agent.hsm.send(PrepareTransfer(group.realm, GroupId(body.source), group.group, wanted))
     if not isinstance(reply, PrepareTransferOk):
-        return _refused(reply)
-    refused = await _committed(agent, group, reply.wait_til_committed, reply.clock, reply.entry)
+        return refused_by_hsm(reply)
+    refused = await committed(agent, group, reply.wait_til_committed, reply.clock, reply.entry)
     return refused or Prepared(reply.nonce, reply.statement)
 
 
@@ -160,7 +161,7 @@ async def handle_cancel_prepare(agent: Agent, body: TransferPrepare) -> Done | R
 
 async def handle_transfer_in(agent: Agent, body: TransferInCall) -> Done | Refused:
     """Take a range in."""
-    found = _leading(agent, body.realm, body.destination)
+    found = leading(agent, body.realm, body.destination)
     if isinstance(found, Refused):
         return found
     group, leader = found
@@ -180,9 +181,9 @@ async def handle_transfer_in(agent: Agent, body: TransferInCall) -> Done | Refus
         if isinstance(reply, Refused):
             return reply
         if isinstance(reply, TransferInOk):
-            return await _committed(agent, group, reply.entry.index, reply.clock, reply.entry, reply.delta) or Done()
+            return await committed(agent, group, reply.entry.index, reply.clock, reply.entry, reply.delta) or Done()
         if reply is not Outcome.STALE_PROOF:
-            return _refused(reply)
+            return refused_by_hsm(reply)
         given_up = await attempts.pause(group, leader)
         if given_up is not None:
             return given_up
@@ -221,7 +222,7 @@ async def _try_in(
 
 async def handle_transfer_out(agent: Agent, body: TransferOutCall) -> TransferredOut | Refused:
     """Give a range away; answers with the signed transfer."""
-    found = _leading(agent, body.realm, body.source)
+    found = leading(agent, body.realm, body.source)
     if isinstance(found, Refused):
         return found
     group, leader = found
@@ -239,11 +240,11 @@ async def handle_transfer_out(agent: Agent, body: TransferOutCall) -> Transferre
         if isinstance(reply, TransferOutOk):
             break
         if reply is not Outcome.STALE_PROOF:
-            return _refused(reply)
+            return refused_by_hsm(reply)
         given_up = await attempts.pause(group, leader)
         if given_up is not None:
             return given_up
-    refused = await _committed(agent, group, reply.wait_til_committed, reply.clock, reply.entry, reply.delta)
+    refused = await committed(agent, group, reply.wait_til_committed, reply.clock, reply.entry, reply.delta)
     return refused or await _statement(agent, group, leader, body, reply.partition)
 
 
@@ -279,7 +280,7 @@ async def _statement(
             moved = PartitionInfo(Range(partition.range.start, partition.range.end), partition.root_hash)
             return TransferredOut(moved, reply.at, reply.statement)
         if reply is not Outcome.BUSY:
-            return _refused(reply)
+            return refused_by_hsm(reply)
         if group.leader is not leader:
             return Refused(Refusal.NOT_LEADER)
         if trio.current_time() >= deadline:
@@ -289,7 +290,7 @@ async def _statement(
 
 async def handle_complete(agent: Agent, body: TransferComplete) -> Done | Refused:
     """Forget a transfer that has arrived, and only the one that left at `at`."""
-    found = _leading(agent, body.realm, body.source)
+    found = leading(agent, body.realm, body.source)
     if isinstance(found, Refused):
         return found
     group, leader = found
@@ -310,14 +311,14 @@ async def _plain_entry(
     agent: Agent, realm: bytes, asked: bytes, request: CancelPreparedTransfer | CompleteTransfer
 ) -> Done | Refused:
     """Run a request whose success is one entry without a tree change, and wait for its commit."""
-    found = _leading(agent, realm, asked)
+    found = leading(agent, realm, asked)
     if isinstance(found, Refused):
         return found
     group, _ = found
     reply = await agent.hsm.send(request)
     if not isinstance(reply, TransferEntryOk):
-        return _refused(reply)
-    return await _committed(agent, group, reply.entry.index, reply.clock, reply.entry) or Done()
+        return refused_by_hsm(reply)
+    return await committed(agent, group, reply.entry.index, reply.clock, reply.entry) or Done()
 
 
 # --- the manager's questions ----------------------------------------------------------------------------
@@ -336,7 +337,7 @@ async def _fresh_tail(agent: Agent, group: GroupState, leader: Leadership) -> Lo
             return Refused(Refusal.NOT_LEADER)
         last = leader.last_appended
         if last is not None and (last.index, last.entry_mac) == (tail.index, tail.entry_mac):
-            return await _committed(agent, group, tail.index, clock) or tail
+            return await committed(agent, group, tail.index, clock) or tail
         if not leader.made(tail) or trio.current_time() >= deadline:
             return Refused(Refusal.NOT_LEADER)
         # our own append landed and its acknowledgement is on the way
@@ -345,7 +346,7 @@ async def _fresh_tail(agent: Agent, group: GroupState, leader: Leadership) -> Lo
 
 async def handle_owns(agent: Agent, body: OwnsCall) -> Done | Refused:
     """Tell whether the group owns a range for certain (agent.md 14)."""
-    found = _leading(agent, body.realm, body.group)
+    found = leading(agent, body.realm, body.group)
     if isinstance(found, Refused):
         return found
     asked = owned_range(body.range)
@@ -361,7 +362,7 @@ async def handle_owns(agent: Agent, body: OwnsCall) -> Done | Refused:
 
 async def handle_arrived(agent: Agent, body: ArrivedCall) -> Done | Refused:
     """Tell whether a committed entry of the destination consumed `source` at or above `at` (manager.md 6.3)."""
-    found = _leading(agent, body.realm, body.destination)
+    found = leading(agent, body.realm, body.destination)
     if isinstance(found, Refused):
         return found
     tail = await _fresh_tail(agent, *found)

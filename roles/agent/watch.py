@@ -97,8 +97,10 @@ class Follower:
         self._group = group
         self._following = group.following
         self._trouble = f"log {group.group.hex()}"
-        self._lock = trio.Lock()
-        """Held from a decision of the witness to the HSM's answer to it."""
+        self._tail: LogEntry | None = None
+        """The last entry that the HSM captured, as far as we have seen it."""
+        self.lock = trio.Lock()
+        """Held from a decision of the witness to the HSM's answer to it, and while the HSM forgets the group."""
         self.wake = Signal()
 
     async def push(self, entries: Sequence[LogEntry]) -> int | None:
@@ -106,11 +108,13 @@ class Follower:
 
         Returns the persister ticket that covers them. MUST only be given entries the store acknowledged.
         """
-        if self._lock.locked():
-            await self._lock.acquire()
+        if self.lock.locked():
+            await self.lock.acquire()
         else:
-            self._lock.acquire_nowait()  # spares a trip through the scheduler per batch
+            self.lock.acquire_nowait()  # spares a trip through the scheduler per batch
         try:
+            if self._group.has_left:
+                return None
             match self._following.pushed(entries):
                 case Persist():
                     return self._agent.persister.request()
@@ -121,7 +125,7 @@ class Follower:
                     self._agent.metrics.count("agent.push.refused", outcome=outcome.value)
                     await self._learn_head()
         finally:
-            self._lock.release()
+            self.lock.release()
         self.wake.set()
         return None
 
@@ -131,7 +135,14 @@ class Follower:
         outcome = self._following.fed(entries, reply)
         if isinstance(reply, RoleOk):
             self._agent.adopt(self._group, reply.role)
+            self._saw(entries[-1])
         return outcome
+
+    def _saw(self, entry: LogEntry) -> None:
+        """Note the HSM's captured head; a retired one ends the group."""
+        self._tail = entry
+        if entry.retired and self._group.end is None:
+            self._group.end, self._group.ended_at_s = entry, trio.current_time()
 
     async def _learn_head(self) -> None:
         """Learn the HSM's captured head again: a prefix of a refused push stays captured."""
@@ -139,16 +150,20 @@ class Follower:
         self._following.head(self._group.captured)
 
     async def run(self) -> None:
-        """Follow the log from our position for ever."""
+        """Follow the log from our position until the HSM has forgotten the group."""
         bind_context(realm=self._group.realm.hex(), group=self._group.group.hex())
         while True:
             try:
                 found = await self._read(self._following.position)
+                if found == [] and not self._knows_tail:
+                    await self._learn_tail()
             except RealmError as error:
                 self._agent.note_trouble(self._trouble, error)
                 await trio.sleep(self._following.read_failed())
                 continue
-            async with self._lock:
+            async with self.lock:
+                if self._group.has_left:
+                    return
                 step = self._following.read(found, trio.current_time())
                 refused = await self._feed(step.entries) if isinstance(step, Feed) else None
             if refused is not None:
@@ -166,6 +181,18 @@ class Follower:
     async def _read(self, index: int) -> list[LogEntry] | Compacted:
         group = self._group
         return await self._agent.store.log.read_from(group.realm, group.group, index, WATCH_CHUNK_ENTRIES)
+
+    # --- the end of the log ----------------------------------------------------------------------------
+
+    @property
+    def _knows_tail(self) -> bool:
+        return self._tail is not None and self._tail.index == self._following.position - 1
+
+    async def _learn_tail(self) -> None:
+        """Read the entry that our HSM captured last: after a start, or a jump, nobody has seen it."""
+        last = await self._agent.store.log.read_last(self._group.realm, self._group.group)
+        if last is not None and last.index == self._following.position - 1:
+            self._saw(last)
 
     # --- catch-up (H1) ---------------------------------------------------------------------------------
 
@@ -196,12 +223,12 @@ class Follower:
         certificate = await agent.store.log.read_certificate(group.realm, group.group)
         if certificate is None:
             return False
-        evidence = Evidence(certificate, await self._live_captures())
+        evidence = Evidence(certificate, await self.live_captures())
         while evidence.wanted is not None:
             evidence.add(await self._read(evidence.wanted))
         if not evidence.entries:
             return False
-        async with self._lock:
+        async with self.lock:
             reply = await agent.hsm.send(CaptureJump(group.realm, group.group, evidence.entries, evidence.captures))
             match self._following.jumped(reply):
                 case Jumped.MOVED:
@@ -220,7 +247,7 @@ class Follower:
                     pass
         return False
 
-    async def _live_captures(self) -> list[Captured]:
+    async def live_captures(self) -> list[Captured]:
         """Ask every reachable member for its persisted capture."""
         found: list[Captured] = []
         body = GroupCall(self._group.realm, self._group.group)

@@ -422,12 +422,14 @@ class Simulation:
         statements = []
         for member in members:
             known = await member.call("status", Empty())
-            statements.append((known.hsm.id, known.hsm.realm.statement))
+            statements.append((known.hsm.id, known.hsm.realm.statement, known.hsm.realm.generation))
         statements.sort()
-        made = await first.call("group/new", GroupNew(self.realm, statements))
+        generations = tuple(generation for _, _, generation in statements)
+        proven = [(hsm, statement) for hsm, statement, _ in statements]
+        made = await first.call("group/new", GroupNew(self.realm, proven, generations))
         assert isinstance(made, GroupCreated), made
         for other in members[1:]:
-            body = GroupJoin(self.realm, made.group, [hsm for hsm, _ in statements], made.statement)
+            body = GroupJoin(self.realm, made.group, [hsm for hsm, _ in proven], made.statement, generations)
             assert isinstance(await other.call("group/join", body), Done)
         group = GroupId(made.group)
         self.statements[group] = made.statement

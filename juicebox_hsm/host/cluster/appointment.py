@@ -18,8 +18,12 @@ CONFIRM_AFTER_S: Final = 1.0
 
 
 def leaderless_since(before: Mapping[GroupKey, float], view: ClusterView, now_s: float) -> dict[GroupKey, float]:
-    """Return since when each group that nobody leads has been seen so; `before` is what the last read returned."""
-    return {key: before.get(key, now_s) for key, group in view.groups.items() if group.leader is None}
+    """Return since when each group that nobody leads has been seen so; `before` is what the last read returned.
+
+    A group that has ended needs no leader: its members forget it by themselves.
+    """
+    leaderless = (key for key, group in view.groups.items() if group.leader is None and not group.has_ended)
+    return {key: before.get(key, now_s) for key in leaderless}
 
 
 def orphans(

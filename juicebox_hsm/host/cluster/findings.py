@@ -81,7 +81,7 @@ class OfRange:
 
 @dataclass(frozen=True, slots=True)
 class OfGroup:
-    """A reason about a group; `missing` are the members that do not answer."""
+    """A reason about a group; `missing` are members that do not answer, of an ended group those that still know it."""
 
     code: Code
     group: GroupKey

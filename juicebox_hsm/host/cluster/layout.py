@@ -81,7 +81,7 @@ def choose_hsms(view: ClusterView, realm: RealmId | None) -> list[HsmView]:
 def make_layout(view: ClusterView, realm: RealmId | None, hsms: Sequence[HsmView], wanted: Sequence[Members]) -> Layout:
     """Compare what is there with the wanted groups; each existing group serves at most one of them."""
     urls = {hsm.id: hsm.url for hsm in hsms}
-    left = [] if realm is None else list(view.groups_of(realm))
+    left = [] if realm is None else [group for group in view.groups_of(realm) if not group.has_ended]
     existing: list[GroupId] = []
     missing: list[tuple[str, ...]] = []
     for number, members in enumerate(wanted):

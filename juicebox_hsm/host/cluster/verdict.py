@@ -191,6 +191,8 @@ def _version_problems(evidence: Evidence) -> Iterator[Finding]:
 
 
 def _group_problems(evidence: Evidence, group: GroupView) -> Iterator[Finding]:
+    if group.has_ended:
+        return
     missing = tuple(hsm for hsm in group.configuration if group.member(hsm) is None)
     if 2 * len(group.members) <= len(group.configuration):
         yield OfGroup(Code.NO_MAJORITY, group.key, missing)
@@ -258,6 +260,9 @@ def _advice(evidence: Evidence) -> Iterator[Finding]:
     if evidence.rebalancing_paused:
         yield Fact(Code.REBALANCING_PAUSED)
     for group in (group for _, group in sorted(evidence.view.groups.items())):
+        if group.has_ended:
+            yield OfGroup(Code.GROUP_ENDED, group.key, tuple(member.hsm for member in group.members))
+            continue
         size = len(group.configuration)
         if group.owned_range is not None and size < MEMBERS_ADVISED and not _is_too_small(evidence.view, group):
             yield FewMembers(Code.FEW_MEMBERS, group.key, size)

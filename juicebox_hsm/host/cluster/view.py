@@ -102,6 +102,11 @@ class GroupView:
         return None if leader is None else leader.owned_range
 
     @property
+    def has_ended(self) -> bool:
+        """Tell whether a member that answered has captured the end of the log: the group serves nobody any more."""
+        return any(member.agent is not None and member.agent.ended for member in self.members)
+
+    @property
     def requests_per_s(self) -> float:
         """Return the leader's agent's 60 s mean of requests per second, 0 without a leader."""
         leader = self.leader
@@ -114,7 +119,7 @@ class GroupView:
 
 @dataclass(frozen=True, slots=True)
 class HsmView:
-    """An HSM that answered; `groups` are its memberships in order of group id."""
+    """An HSM that answered; `groups` are its memberships in order of group id, `generation` counts those it forgot."""
 
     id: HsmId
     url: str
@@ -123,6 +128,7 @@ class HsmView:
     realm: RealmId | None
     statement: bytes
     groups: tuple[GroupInfo, ...]
+    generation: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +198,7 @@ def build_view(agents: Sequence[AgentView]) -> ClusterView:
             realm=None if realm is None else RealmId(realm.id),
             statement=b"" if realm is None else realm.statement,
             groups=() if realm is None else tuple(sorted(realm.groups, key=lambda group: group.id)),
+            generation=0 if realm is None else realm.generation,
         )
         for own in agent.status.groups:
             own_views[HsmId(info.id), (RealmId(own.realm), GroupId(own.group))] = own

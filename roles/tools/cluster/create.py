@@ -10,7 +10,7 @@ import trio
 from juicebox_hsm.consensus.types import GROUP_MEMBERS_MAX, GROUPS_PER_HSM_MAX
 from juicebox_hsm.errors import RealmError
 from juicebox_hsm.host.cluster.view import ClusterView, HsmView
-from juicebox_hsm.ids import GroupId, HsmId, RealmId
+from juicebox_hsm.ids import GroupId, RealmId
 from juicebox_hsm.wire.methods import GROUP_JOIN, GROUP_NEW, REALM_JOIN, REALM_NEW, Method, Reply, Request
 from juicebox_hsm.wire.rpc import Empty, GroupJoin, GroupNew, RealmJoin, Refusal, Refused
 from roles.survey.overview import ask_agents
@@ -33,6 +33,7 @@ TEXTS: Final = {
     Refusal.INVALID_REALM: "the HSM is not in this realm",
     Refusal.INVALID_STATEMENT: "the realm statement was rejected: the HSMs do not hold the same realm keys",
     Refusal.TOO_MANY_GROUPS: f"an HSM is in {GROUPS_PER_HSM_MAX} groups already",
+    Refusal.STALE_GENERATION: "a member has left another group meanwhile; run this again",
     Refusal.INVALID_CONFIGURATION: f"invalid configuration: a group has 1 to {GROUP_MEMBERS_MAX} different members",
     Refusal.NO_STORE: "the agent cannot reach the store",
     Refusal.STORE_PRECONDITION_FAILED: "the first entry could not be written: another creator was faster",
@@ -130,10 +131,10 @@ async def join_realm(session: Session, realm: RealmId, urls: Sequence[str], view
         raise ToolFailure("; ".join(problem.message for problem in problems), ExitCode(problems[0].exit_code))
 
 
-async def check_new_group(session: Session, realm: RealmId, urls: Sequence[str]) -> list[tuple[HsmId, bytes]]:
-    """Return the HSMs behind `urls` with their statements, by id, if they could form a group. Changes nothing."""
+async def check_new_group(session: Session, realm: RealmId, urls: Sequence[str]) -> list[HsmView]:
+    """Return the HSMs behind `urls`, by id, if they could form a group. Changes nothing."""
     view = await ask_agents(session.rpc, urls, STATUS_TIMEOUT_S)
-    members: list[tuple[HsmId, bytes]] = []
+    members: list[HsmView] = []
     for url in urls:
         hsm = _hsm_at(view, url)
         if hsm.realm != realm:
@@ -141,9 +142,9 @@ async def check_new_group(session: Session, realm: RealmId, urls: Sequence[str])
             raise ToolFailure(f"{url}: its HSM is {where}; join it first with `cluster join-realm`")
         if len(hsm.groups) >= GROUPS_PER_HSM_MAX:
             raise ToolFailure(f"{url}: {TEXTS[Refusal.TOO_MANY_GROUPS]}")
-        members.append((hsm.id, hsm.statement))
-    members.sort()
-    if len({hsm for hsm, _ in members}) != len(members) or not 1 <= len(members) <= GROUP_MEMBERS_MAX:
+        members.append(hsm)
+    members.sort(key=lambda hsm: hsm.id)
+    if len({hsm.id for hsm in members}) != len(members) or not 1 <= len(members) <= GROUP_MEMBERS_MAX:
         raise ToolFailure(TEXTS[Refusal.INVALID_CONFIGURATION])
     return members
 
@@ -151,9 +152,11 @@ async def check_new_group(session: Session, realm: RealmId, urls: Sequence[str])
 async def new_group(session: Session, realm: RealmId, urls: Sequence[str]) -> GroupId:
     """Create a group without a range over the HSMs behind `urls`; the first one leads it."""
     members = await check_new_group(session, realm, urls)
-    created = await _call(session, urls[0], GROUP_NEW, GroupNew(realm, [(hsm, proof) for hsm, proof in members]))
+    generations = tuple(hsm.generation for hsm in members)
+    proven = [(bytes(hsm.id), hsm.statement) for hsm in members]
+    created = await _call(session, urls[0], GROUP_NEW, GroupNew(realm, proven, generations))
     group = GroupId(created.group)
-    call = GroupJoin(realm, group, [hsm for hsm, _ in members], created.statement)
+    call = GroupJoin(realm, group, [hsm.id for hsm in members], created.statement, generations)
     problems: list[str] = []
 
     async def join(url: str) -> None:

@@ -55,7 +55,7 @@ async def _led(session: Session, realm: RealmId) -> ClusterView:
         while True:
             view = await read_overview(session.store, session.rpc)
             groups = view.groups_of(realm)
-            if groups and all(group.leader is not None for group in groups):
+            if groups and all(group.leader is not None or group.has_ended for group in groups):
                 return view
             await trio.sleep(POLL_S)
     raise ToolFailure(

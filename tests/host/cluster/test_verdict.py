@@ -245,6 +245,20 @@ def test_advice_on_switches_and_members() -> None:
     assert len(_advice(evidence)) == 4
 
 
+def test_an_ended_group_is_no_trouble() -> None:
+    """A retired group that nobody leads, with members that are gone, needs nobody; who still knows it is said."""
+    agents = _led()
+    agents[0].groups[group(2)] = FakeGroup([hsm(1), hsm(9), hsm(8)], ended=True)
+    evidence = _evidence(agents)
+    assert judge(evidence).is_healthy
+    [told] = _advice(evidence)
+    assert "has been retired" in told
+    assert hsm(1).hex() in told
+    assert hsm(9).hex() not in told
+    agents[0].groups[group(2)].ended = False
+    assert not judge(_evidence(agents)).is_healthy, "the same group before its end"
+
+
 @pytest.mark.parametrize(("size", "realm_hsms", "is_problem"), [
     (1, 1, False), (1, 2, False), (2, 2, False), (1, 3, True), (2, 3, True), (4, 5, True), (3, 5, False), (5, 5, False),
 ])  # fmt: skip
@@ -294,8 +308,12 @@ def _trouble_of_every_kind() -> list[Evidence]:
     stalled = _led()
     stalled[0].groups[group(1)].stalled_s = 2.0
     alone = FakeAgent("tls://a1", hsm(1), groups={group(1): FakeGroup([hsm(1)])}).lead(group(1), FULL_RANGE)
+    ended = three()
+    for agent in ended:
+        agent.groups[group(1)].ended = True
     return [
         busy,
+        _evidence(ended),
         _evidence([alone]),
         replace(busy, view=build_view([]), managers=(), balancers=()),
         _evidence(lost),

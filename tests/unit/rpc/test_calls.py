@@ -88,6 +88,7 @@ ADMITTED = {
     "realm/join": {OP},
     "group/new": {OP},
     "group/join": {OP},
+    "group/retire": {OP},
     "become_leader": {M},
     "stepdown": {M, OP},
     "replicate": {A},
@@ -142,7 +143,7 @@ def _sample(method: AnyMethod) -> object:
         bytes: b"",
     }
     values = [
-        known.get(info.type, [] if getattr(info.type, "__origin__", None) is list else None)
+        known.get(info.type, [] if getattr(info.type, "__origin__", None) in {list, tuple} else None)
         for info in msgspec.structs.fields(method.request)
     ]
     return method.request(*values)
