@@ -24,6 +24,10 @@ class LocalError(RealmError):
     """We were called or configured wrongly; the message says how to fix it."""
 
 
+class NoStore(LocalError):
+    """There is no store where one was named, and the caller is not the one to make it."""
+
+
 class PeerError(RealmError):
     """A peer broke its protocol."""
 

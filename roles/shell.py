@@ -40,6 +40,7 @@ from juicebox_hsm.adapters.tls.cluster_tls import ClusterTls, certificate_end, c
 from juicebox_hsm.errors import RealmError
 from juicebox_hsm.host.services import ServiceKind
 from juicebox_hsm.ports.discovery import Discovery
+from juicebox_hsm.ports.store import Store
 from juicebox_hsm.wire.rpc import PeerRole
 from roles.options import Address, CommonOptions, load_identity
 
@@ -191,6 +192,11 @@ class Shell:
                 sample()
             report_suppressed()
             await trio.sleep(REPORT_S)
+
+    def look_at(self, store: Store) -> None:
+        """Say that the store was not there before: its path may be mistyped, or its disk not mounted."""
+        if store.is_new:
+            self.log.warning("there was no store; made a new, empty one", store=store.description)
 
     def entry(self, discovery: Discovery, kind: ServiceKind, url: str) -> Entry:
         """Return our entry in discovery, not yet made."""

@@ -34,6 +34,8 @@ class Store:
     description: str = field(default="")
     stats: TableStats | None = None
     bus: EventBus | None = None
+    is_new: bool = False
+    """Whether opening made it."""
 
 
 class RealmStore(Protocol):

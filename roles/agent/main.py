@@ -133,6 +133,7 @@ async def run_agent(shell: Shell, options: AgentOptions) -> None:
             with_bus(opened, url, options.pubsub, metrics, kept_s=options.event_kept_s) as store,
             trio.open_nursery() as nursery,
         ):
+            shell.look_at(store)
             await _serve(shell, nursery, options, hsm, with_faults(store, shell.faults))
             nursery.cancel_scope.cancel()
         shell.log.info("agent stopped")

@@ -76,6 +76,7 @@ async def run(shell: Shell, options: LoadBalancerOptions, place: WorkerPlace) ->
         open_store(common.store_url, metrics=metrics) as opened,
         open_secrets(options.secrets, common.store_url, metrics=metrics, log=shell.log) as secrets,
     ):
+        shell.look_at(opened)
         await opened.realms.create_shared()
         store = with_metrics(with_faults(opened, shell.faults), metrics)
         record_key = record_id_key(secrets.versions(RECORD_ID_KEY_NAME), options.record_id_key_version)

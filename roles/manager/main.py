@@ -64,6 +64,7 @@ async def _run(shell: Shell, common: CommonOptions, interval_s: float, rebalance
     """Open the store and run until a stop signal. Raises `StoreUnavailable` when the store cannot be opened."""
     shell.identify(common, PeerRole.MANAGER)
     async with open_store(common.store_url, metrics=shell.metrics) as opened:
+        shell.look_at(opened)
         await opened.realms.create_shared()
         store = with_metrics(with_faults(opened, shell.faults), shell.metrics)
         async with trio.open_nursery() as nursery:

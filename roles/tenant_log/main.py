@@ -123,6 +123,7 @@ async def run(shell: Shell, options: ServeOptions) -> None:
         with_bus(opened, options.store_url, options.pubsub, shell.metrics) as store,
         open_secrets(options.secrets, options.store_url, metrics=shell.metrics, log=shell.log) as secrets,
     ):
+        shell.look_at(opened)
         if store.bus is None:
             raise LocalError(f"--store {options.store_url}: this store has no tenant event log")
         config = _server_config(options)

@@ -19,7 +19,7 @@ from typing import Any, Final, NoReturn, TypeVar
 
 import click
 
-from juicebox_hsm.errors import LocalError, RealmError
+from juicebox_hsm.errors import LocalError, NoStore, RealmError
 from juicebox_hsm.ports.rpc import RpcCaller
 from juicebox_hsm.wire.methods import MANAGER_STATUS, Method, Reply, Request
 from juicebox_hsm.wire.rpc import Empty, PeerRole, Refusal, Refused, RpcCode
@@ -231,7 +231,7 @@ async def open_session(connection: Connection) -> AsyncIterator[Session]:
     from juicebox_hsm.adapters.stores.opening import open_store
 
     tls = load_cluster_tls(connection)
-    async with open_store(connection.store) as store, trio.open_nursery() as nursery:
+    async with open_store(connection.store, must_exist=True) as store, trio.open_nursery() as nursery:
         try:
             yield Session(store, RpcPool(nursery, tls), None if tls is None else tls.not_after)
         finally:
@@ -280,6 +280,8 @@ def first_leaf(error: BaseException) -> BaseException:
 
 def for_operator(problem: BaseException) -> BaseException:
     """Return an expected failure as one line with its exit code; anything else as it is."""
+    if isinstance(problem, NoStore):
+        return ToolFailure(str(problem), ExitCode.ID)
     if isinstance(problem, LocalError):
         return ToolFailure(str(problem))
     if isinstance(problem, RealmError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import apsw
@@ -29,12 +30,14 @@ from juicebox_hsm.adapters.sqlite.stats import SqliteStats
 from juicebox_hsm.adapters.sqlite.writer import FileLock, Writer
 from juicebox_hsm.adapters.stores.embedded_bus import EmbeddedBus
 from juicebox_hsm.adapters.stores.node_tuning import DEFAULT_NODE_TUNING, NodeTuning
-from juicebox_hsm.errors import LocalError
+from juicebox_hsm.errors import LocalError, NoStore
 from juicebox_hsm.ports.store import Store
 
 
-def _open_files(path: Path) -> tuple[FileLock, apsw.Connection]:
-    """Lock, create if needed, connect and check; closes what it opened when something is wrong."""
+def _open_files(path: Path, *, must_exist: bool = False) -> tuple[FileLock, apsw.Connection, bool]:
+    """Lock, create if needed (then True), connect and check; closes what it opened when something is wrong."""
+    if must_exist and path.parent.is_dir() and not path.exists():
+        raise NoStore(f"sqlite:{path}: there is no such file; `juicebox-hsm store init` makes a new, empty store")
     try:
         lock = FileLock(path.with_name(path.name + ".lock"))
     except FileNotFoundError:
@@ -44,10 +47,10 @@ def _open_files(path: Path) -> tuple[FileLock, apsw.Connection]:
     connection: apsw.Connection | None = None
     try:
         with lock:
-            prepare_file(path)
+            is_new = prepare_file(path)
             connection = connect(path, WRITER_CACHE_KIB)
             prepare_tables(connection, path)
-            return lock, connection
+            return lock, connection, is_new
     except BaseException as error:
         if connection is not None:
             connection.close()
@@ -63,19 +66,23 @@ def _open_files(path: Path) -> tuple[FileLock, apsw.Connection]:
 
 @asynccontextmanager
 async def open_sqlite(
-    path: Path, *, node_tuning: NodeTuning = DEFAULT_NODE_TUNING, metrics: Metrics | None = None
+    path: Path,
+    *,
+    node_tuning: NodeTuning = DEFAULT_NODE_TUNING,
+    metrics: Metrics | None = None,
+    must_exist: bool = False,
 ) -> AsyncIterator[Store]:
-    """Open `path`, making it if absent; on leaving, queued writes are committed and the file is left in one piece.
+    """Open `path`; on leaving, queued writes are committed and the file is left in one piece.
 
-    Raises `LocalError` for what the operator must mend and `StoreUnavailable` for what may pass. No operation may be
-    started after leaving; those in progress finish.
+    A missing file is made, unless it `must_exist`. Raises `LocalError` for what the operator must mend and
+    `StoreUnavailable` for what may pass. No operation may be started after leaving; those in progress finish.
     """
-    lock, connection = await trio.to_thread.run_sync(_open_files, path)
+    lock, connection, is_new = await trio.to_thread.run_sync(partial(_open_files, path, must_exist=must_exist))
     maintenance = Maintenance()
     writer = Writer(path, connection, lock, maintenance.next, maintenance.wait_s)
     writer.start()
     try:
-        reads = Reads(path)
+        reads = Reads(path, writer.identity)
     except apsw.Error as error:
         await writer.close()
         raise translate(error, path) from error
@@ -95,6 +102,7 @@ async def open_sqlite(
             description=f"sqlite:{path}",
             stats=SqliteStats(reads),
             bus=EmbeddedBus(SqlitePublished(writer, reads)),
+            is_new=is_new,
         )
     finally:
         reads.close()

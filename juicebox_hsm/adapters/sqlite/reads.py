@@ -13,6 +13,7 @@ from typing import Any, Final, TypeVar
 import apsw
 import trio
 
+from juicebox_hsm.adapters.sqlite.identity import FileIdentity
 from juicebox_hsm.adapters.sqlite.schema import READER_CACHE_KIB, connect, translate
 from juicebox_hsm.ids import GroupId, RealmId
 from juicebox_hsm.ports.errors import StoreInvalid
@@ -64,8 +65,9 @@ def make_group_number(connection: apsw.Connection, realm: RealmId, group: GroupI
 class Reads:
     """The read connections of one opened store. Numbers of realms and groups never change, so they are kept."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, identity: FileIdentity) -> None:
         self.path = path
+        self._identity = identity
         self.connection = connect(path, READER_CACHE_KIB)
         self._scans: list[apsw.Connection] = []
         self._limiter = trio.CapacityLimiter(SCANS_MAX)
@@ -74,6 +76,7 @@ class Reads:
 
     def inline(self, read: Callable[[apsw.Connection], T]) -> T:
         """Run a short read in this thread."""
+        self._identity.check_sometimes()
         try:
             return read(self.connection)
         except apsw.Error as error:
@@ -81,6 +84,7 @@ class Reads:
 
     async def scan(self, read: Callable[[apsw.Connection], T]) -> T:
         """Run a long read in a worker thread, in one snapshot if it is one statement."""
+        self._identity.check_sometimes()
         return await trio.to_thread.run_sync(self._scan, read, limiter=self._limiter)
 
     def _scan(self, read: Callable[[apsw.Connection], T]) -> T:
@@ -115,4 +119,5 @@ class Reads:
     def close(self) -> None:
         """Close all connections; no read may be in progress."""
         for connection in (self.connection, *self._scans):
+            self._identity.before_close(connection)
             connection.close()

@@ -101,8 +101,8 @@ def connect(path: Path, cache_kib: int) -> apsw.Connection:
     return connection
 
 
-def prepare_file(path: Path) -> None:
-    """Check that the place of the file makes sense, and create an empty private file if there is none.
+def prepare_file(path: Path) -> bool:
+    """Check that the place of the file makes sense, and create an empty private file if there is none: then True.
 
     The caller holds the lock. Raises `LocalError` with what to do about it.
     """
@@ -112,9 +112,10 @@ def prepare_file(path: Path) -> None:
         # Never open an existing file here: closing it would drop SQLite's own locks in this process.
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
     except FileExistsError:
-        return
+        return False
     except OSError as error:
         raise LocalError(f"sqlite:{path}: cannot create the file: {error.strerror}") from None
+    return True
 
 
 def prepare_tables(connection: apsw.Connection, path: Path) -> None:

@@ -16,7 +16,7 @@ from juicebox_hsm.adapters.sqlite.schema import (
     connect,
     translate,
 )
-from juicebox_hsm.errors import LocalError
+from juicebox_hsm.errors import LocalError, NoStore
 
 
 @contextmanager
@@ -27,7 +27,7 @@ def open_snapshot(path: Path, *, is_backup: bool = False) -> Iterator[apsw.Conne
     version, and what SQLite refuses as `StoreInvalid` or `StoreUnavailable`.
     """
     if not path.is_file():
-        raise LocalError(f"sqlite:{path}: no such file")
+        raise NoStore(f"sqlite:{path}: no such file")
     connection: apsw.Connection | None = None
     try:
         if is_backup:

@@ -26,6 +26,7 @@ import apsw
 import outcome
 import trio
 
+from juicebox_hsm.adapters.sqlite.identity import FileIdentity
 from juicebox_hsm.adapters.sqlite.schema import BUSY_TIMEOUT_MS, translate
 from juicebox_hsm.ports.errors import StoreUnavailable
 
@@ -95,6 +96,7 @@ class Writer:
         chore_s: Callable[[], float],
     ) -> None:
         self._path = path
+        self.identity = FileIdentity(path)
         self._connection = connection
         self._lock = lock
         self._chore = chore
@@ -162,6 +164,7 @@ class Writer:
                 time.sleep(FAILED_PAUSE_S)
         try:
             with self._lock:
+                self.identity.before_close(self._connection)
                 self._checkpoint(apsw.SQLITE_CHECKPOINT_TRUNCATE)
                 self._connection.close()
         except (apsw.Error, OSError):
@@ -193,7 +196,12 @@ class Writer:
     def _run_group(self, group: list[_Job]) -> bool:
         """Run one group's transaction; False, with an error for every job, if nothing of it was kept."""
         try:
+            self.identity.check()
             self._transact(group)
+        except StoreUnavailable as error:
+            for job in group:
+                job.error = error
+            return False
         except apsw.Error as error:
             self._roll_back()
             lost = translate(error, self._path)

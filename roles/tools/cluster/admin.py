@@ -34,7 +34,7 @@ def leases(connection: Connection, *, as_json: bool) -> None:
     from juicebox_hsm.host.services import Lease
 
     async def main() -> list[Lease]:
-        async with open_store(connection.store) as store:
+        async with open_store(connection.store, must_exist=True) as store:
             return await store.leases.list()
 
     found, now_ms = run(main), _now_ms()
@@ -64,7 +64,7 @@ def discovery_list(connection: Connection, *, as_json: bool) -> None:
     from juicebox_hsm.host.services import ServiceAddress
 
     async def main() -> list[ServiceAddress]:
-        async with open_store(connection.store) as store:
+        async with open_store(connection.store, must_exist=True) as store:
             return await store.discovery.list()
 
     found, now_ms = run(main), _now_ms()
@@ -94,7 +94,7 @@ def discovery_remove(connection: Connection, url: str, *, dry_run: bool) -> None
     from juicebox_hsm.adapters.stores.opening import open_store
 
     async def main() -> int:
-        async with open_store(connection.store) as store:
+        async with open_store(connection.store, must_exist=True) as store:
             entries = [entry for entry in await store.discovery.list() if entry.url == url]
             for entry in () if dry_run else entries:
                 await store.discovery.deregister(entry.kind, entry.url)

@@ -118,7 +118,7 @@ def _read_limits(connection: Connection) -> dict[str, TenantLimits]:
     from juicebox_hsm.adapters.stores.opening import open_store
 
     async def main() -> dict[str, TenantLimits]:
-        async with open_store(connection.store) as store:
+        async with open_store(connection.store, must_exist=True) as store:
             return await store.tenants.list()
 
     return run(main)

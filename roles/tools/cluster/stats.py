@@ -33,7 +33,7 @@ def _scan(connection: Connection, text: str, read: Callable[[TableStats, RealmId
     from juicebox_hsm.adapters.stores.opening import open_store
 
     async def main() -> tuple[RealmId, T]:
-        async with open_store(connection.store) as store:
+        async with open_store(connection.store, must_exist=True) as store:
             if store.stats is None:
                 raise ToolFailure(f"{store.description}: this store keeps no statistics")
             realm = RealmId(resolve_id(text, await store.realms.list_realms(), "realm"))
@@ -246,7 +246,7 @@ def user_summary(
     first, after = period(when, start, end, dt.datetime.now(dt.UTC).date())
 
     async def main() -> list[tuple[RealmId, str, int]]:
-        async with open_store(connection.store) as store:
+        async with open_store(connection.store, must_exist=True) as store:
             return [
                 (realm, tenant, users)
                 for realm in await _wanted(store, realms)
@@ -307,7 +307,7 @@ def request_counts(
     first, after = period(when, start, end, dt.datetime.now(dt.UTC).date(), None)
 
     async def main() -> list[tuple[dt.date, RealmId, str, str, int]]:
-        async with open_store(connection.store) as store:
+        async with open_store(connection.store, must_exist=True) as store:
             return [
                 (day, realm, tenant, kind, count)
                 for realm in await _wanted(store, realms)

@@ -203,7 +203,7 @@ def store_problems(url: str) -> list[str]:
 
     async def try_open() -> None:
         with trio.fail_after(OPEN_S):
-            async with open_store(url):
+            async with open_store(url, must_exist=True):
                 pass
 
     try:

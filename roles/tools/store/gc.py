@@ -45,7 +45,7 @@ async def collect(path: Path, rate: int, progress: Progress) -> list[str]:
 async def _remove_events(path: Path, rate: int, progress: Progress) -> int:
     """Remove published events that are past their time, as the dispatcher does."""
     removed = 0
-    async with open_store(f"sqlite:{path}") as store:
+    async with open_store(f"sqlite:{path}", must_exist=True) as store:
         for realm in await store.realms.list_realms():
             late = await store.settings.get(f"outbox/late/{realm.hex()}")
             if late is not None:

@@ -54,7 +54,7 @@ class Held:
 @asynccontextmanager
 async def opened(path: Path) -> AsyncIterator[Writer]:
     """Run a writer without maintenance."""
-    lock, connection = _open_files(path)
+    lock, connection, _ = _open_files(path)
     writer = Writer(path, connection, lock, lambda: None, lambda: TIMEOUT_S)
     writer.start()
     try:

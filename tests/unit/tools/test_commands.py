@@ -29,7 +29,10 @@ def _run(*arguments: str | Path) -> Result:
 
 
 def _store(tmp_path: Path) -> str:
-    return f"sqlite:{tmp_path / 'store.db'}"
+    """Return the URL of an empty store, made at the first call."""
+    url = f"sqlite:{tmp_path / 'store.db'}"
+    assert _run("store", "init", "--store", url).exit_code == 0
+    return url
 
 
 def test_help_of_every_command() -> None:

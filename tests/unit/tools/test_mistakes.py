@@ -65,7 +65,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         issue_edge(path / "edge-ca", ["localhost"], path / f"{name}.pem", path / f"{name}.key")
     generate_keys(path / "k", "test")
     init_hsm_dir(path / "k", path / "hsm")
-    for command in ("secrets init-record-id --file s.json", "secrets add-tenant test-acme --file s.json"):
+    for command in (
+        "secrets init-record-id --file s.json",
+        "secrets add-tenant test-acme --file s.json",
+        "store init --store sqlite:st.db",
+    ):
         with chdir(path), pytest.raises(SystemExit) as ended:
             main(command.split())
         assert ended.value.code == 0
@@ -96,6 +100,8 @@ TOOLS = [
     ("cluster agents --cluster-tls tls/operator", 2, "--store URL is required"),
     ("cluster agents --store nonsense --cluster-tls tls/operator", 1, "expected sqlite:PATH"),
     ("cluster agents --store sqlite:/nowhere/s.db --cluster-tls tls/operator", 1, "/nowhere does not exist"),
+    ("cluster agents --store sqlite:mistyped.db --cluster-tls tls/operator", 3, "mistyped.db: there is no such file"),
+    ("cluster request-counts --store sqlite:mistyped.db --cluster-tls tls/operator", 3, "`juicebox-hsm store init`"),
     ("cluster agents --cluster-tls tls/operator --bigtable-url grpc://h", 2, "--bigtable-url grpc://h: expected http"),
     ("cluster agents --store sqlite:st.db --cluster-tls nodir", 4, "nodir/ca.pem: No such file"),
     ("cluster agents --store sqlite:st.db --cluster-tls tls/agent", 4, "tls/agent/cert.pem: is for role agent"),
@@ -138,9 +144,9 @@ TOOLS = [
     ("hsm init --keys k --dir hsm", 1, "exists already"),
     ("hsm info --dir nodir", 1, "hsm init"),
     ("hsm public-key", 2, "give one of --keys FILE and --dir DIR"),
-    ("store check --store sqlite:nostore.db", 1, "no such file"),
-    ("store backup --store sqlite:nostore.db x", 1, "no such file"),
-    ("store restore --store sqlite:new.db nofile", 1, "no such file"),
+    ("store check --store sqlite:nostore.db", 3, "no such file"),
+    ("store backup --store sqlite:nostore.db x", 3, "no such file"),
+    ("store restore --store sqlite:new.db nofile", 3, "no such file"),
     ("check --secrets-file s.json", 2, "give --configuration"),
     ("check --configuration @nofile --secrets-file s.json", 2, "@nofile: No such file"),
     ("check --configuration @bad.json --secrets-file s.json", 2, "not JSON"),
@@ -164,7 +170,7 @@ TOOLS = [
     ("hsm init --keys k --dir text.db/h", 1, "text.db"),
     ("hsm info --dir text.db/h", 1, "text.db/h"),
     ("store init --store sqlite:text.db/s.db", 1, "text.db"),
-    ("store check --store sqlite:text.db/s.db", 1, "text.db/s.db"),
+    ("store check --store sqlite:text.db/s.db", 3, "text.db/s.db"),
     ("secrets init-record-id --file text.db/s.json", 1, "text.db/s.json"),
     ("cluster agents --store sqlite:st.db --cluster-tls text.db/tls", 4, "text.db/tls"),
     ("chaos --only nothing --plan-only", 2, "'nothing'"),

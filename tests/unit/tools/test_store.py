@@ -89,7 +89,7 @@ def test_check(path: Path) -> None:
     result = _run("check", *store, "--json")
     assert result.exit_code == 5
     assert json.loads(result.stdout)["findings"] == lines
-    assert _run("check", "--store", f"sqlite:{path}.not").exit_code == 1
+    assert _run("check", "--store", f"sqlite:{path}.not").exit_code == 3
 
 
 def test_a_stopped_check_goes_on(path: Path, tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_gc(path: Path) -> None:
     assert "removed 2 events, 9 accounting rows" in output
     assert "bytes, of which" in output
     assert "removed 0 events, 0 accounting rows" in _ok("gc", "--store", f"sqlite:{path}")
-    assert _run("gc", "--store", f"sqlite:{path}.not").exit_code == 1
+    assert _run("gc", "--store", f"sqlite:{path}.not").exit_code == 3
 
 
 def test_gc_keeps_what_agents_keep(path: Path) -> None:
@@ -217,7 +217,7 @@ def test_backup(path: Path, tmp_path: Path) -> None:
     assert "never overwrites" in result.output
     assert target.read_bytes() == before
     assert _run("backup", tmp_path / "no" / "x", "--store", f"sqlite:{path}").exit_code == 1
-    assert _run("backup", tmp_path / "y", "--store", f"sqlite:{path}.not").exit_code == 1
+    assert _run("backup", tmp_path / "y", "--store", f"sqlite:{path}.not").exit_code == 3
     assert not (tmp_path / "y").exists()
 
 
