@@ -36,6 +36,8 @@ GIVE_UP_S: Final = 1.0
 OVERLAP_RATE: Final = 0.1
 EXPIRED_RATE: Final = 0.02
 GUESSES_MAX: Final = 5
+QUIET_PAUSES: Final = 3.0
+"""How much longer users wait between calls when all is well: the interesting half of a run is the other one."""
 INFO: Final = b"simulated"
 TOKEN_S: Final = 40
 """Tokens live shorter than a run, so that clients come back with new ones and balancers forget old ones."""
@@ -144,9 +146,11 @@ class User:
     async def run(self) -> None:
         """Call for as long as the world is troubled, and more slowly afterwards until it is told to stop."""
         world = self._world
-        while not world.is_closing:
-            pause_s = world.profile.user_pause_s * (1.0 if world.is_troubled else 3.0)
-            await trio.sleep(self._chance.uniform(0.2, 1.8) * pause_s)
+        while True:
+            pause_s = world.profile.user_pause_s * (1.0 if world.is_troubled else QUIET_PAUSES)
+            with trio.move_on_after(self._chance.uniform(0.2, 1.8) * pause_s):
+                await world.closing.wait()
+                return
             if self._chance.random() < OVERLAP_RATE:
                 world.notes.count("client.two_devices")
                 async with trio.open_nursery() as nursery:

@@ -16,11 +16,11 @@ class Profile:
 
     name: str
     tricks: dict[str, float] = field(default_factory=dict)
-    trouble_s: float = 32.0
+    trouble_s: float = 30.0
     quiet_s: float = 30.0
     pause_s: float = 1.5
-    users: int = 9
-    user_pause_s: float = 2.2
+    users: int = 8
+    user_pause_s: float = 2.8
     rate: int = 1000
     rebalance_s: float = 20.0
 

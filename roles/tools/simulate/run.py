@@ -26,7 +26,7 @@ START_S: Final = 20.0
 """How long a realm may take to be founded, with everything well."""
 POLL_S: Final = 0.1
 WATCH_S: Final = 1.0
-OUTBOX_S: Final = 5.0
+OUTBOX_S: Final = 4.0
 """After the last call, before the outbox must be empty: dispatchers look every 2 s where nothing happens."""
 
 
@@ -84,7 +84,7 @@ async def _play(world: World) -> None:
         await tricks.play(world)
         world.is_troubled = False
         await trio.sleep(world.profile.quiet_s)
-        world.is_closing = True
+        world.closing.set()
     await _look(world)
 
 

@@ -25,10 +25,15 @@ from trio._core import _run as trio_run  # see the module's docstring
 
 from juicebox_hsm.errors import check
 
-TICK_S: Final = 0.0005
+TICK_S: Final = 0.002
 """Acts are put off to a multiple of this: what is due together runs in one batch, in a random order."""
 IDLE_S: Final = 1.0
 IDLE_MAX: Final = 10
+
+
+def _tick(when_s: float) -> float:
+    """Return the first tick at or after a time."""
+    return when_s if math.isinf(when_s) else -int(-when_s // TICK_S) * TICK_S
 
 
 class VirtualClock(trio.abc.Clock):
@@ -45,8 +50,7 @@ class VirtualClock(trio.abc.Clock):
 
     def at(self, when_s: float, act: Callable[..., object], *arguments: Any) -> None:
         """Call `act(*arguments)` outside of any task at the first tick at or after `when_s`. It must not raise."""
-        when_s = -int(-when_s // TICK_S) * TICK_S
-        heapq.heappush(self._acts, (when_s, next(self._numbers), act, arguments))
+        heapq.heappush(self._acts, (_tick(when_s), next(self._numbers), act, arguments))
 
     def after(self, delay_s: float, act: Callable[..., object], *arguments: Any) -> None:
         """Call `act(*arguments)` in `delay_s` seconds."""
@@ -81,7 +85,7 @@ class VirtualClock(trio.abc.Clock):
         """
         runner = trio_run.GLOBAL_RUN_CONTEXT.runner
         acts, queue = self._acts, runner.runq
-        while acts and acts[0][0] <= deadline:
+        while acts and acts[0][0] <= _tick(deadline):
             self.now = max(self.now, acts[0][0])
             while acts and acts[0][0] <= self.now:
                 _, _, act, arguments = heapq.heappop(acts)
@@ -94,7 +98,7 @@ class VirtualClock(trio.abc.Clock):
             self._idle += 1
             check(self._idle <= IDLE_MAX, "a simulated world never waits for ever")
             return IDLE_S
-        self.now = max(self.now, deadline)
+        self.now = max(self.now, _tick(deadline))
         return 0.0
 
 

@@ -23,7 +23,7 @@ from roles.tools.simulate.store_cluster import (
     SimulatedTenants,
 )
 from roles.tools.simulate.store_data import StoreData, Watcher
-from roles.tools.simulate.store_gate import Gate, StoreFaults
+from roles.tools.simulate.store_gate import Gate, Sleep, StoreFaults
 from roles.tools.simulate.store_log import SimulatedLog, SimulatedNodes
 from roles.tools.simulate.store_outbox import SimulatedAccounting, SimulatedOutbox, SimulatedPublished
 
@@ -64,7 +64,7 @@ class SimulatedStore:
 
     `chance` is drawn from in the order of calls. `keeps_tombstones`: compacted rows stay as tombstones. `removal_s`:
     how long removed nodes stay readable. `lazy_settled`: settled indexes follow their rows a moment later, and not at
-    all if the process ends meanwhile. Real back ends differ in the three.
+    all if the process ends meanwhile. Real back ends differ in the three. `sleep`: see `store_gate.Gate`.
     """
 
     def __init__(
@@ -75,10 +75,12 @@ class SimulatedStore:
         removal_s: float = 5.0,
         lazy_settled: bool = False,
         now: Callable[[], float] = trio.current_time,
+        sleep: Sleep | None = None,
     ) -> None:
         self.data = StoreData(now, keeps_tombstones=keeps_tombstones, removal_s=removal_s)
         self._chance = chance
         self._lazy_settled = lazy_settled
+        self._sleep = sleep
 
     @property
     def watchers(self) -> list[Watcher]:
@@ -93,4 +95,5 @@ class SimulatedStore:
     def view(self, process: str, faults: StoreFaults | None = None) -> StoreView:
         """Return the handle for one life of a process."""
         own = StoreFaults() if faults is None else faults
-        return StoreView(process, Gate(self.data, self._chance, own, lazy_settled=self._lazy_settled), own)
+        gate = Gate(self.data, self._chance, own, lazy_settled=self._lazy_settled, sleep=self._sleep)
+        return StoreView(process, gate, own)

@@ -8,7 +8,7 @@ generator in the order of calls, so a schedule draws the same every time.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final, TypeVar, cast
 
@@ -25,6 +25,7 @@ SETTLED_LATE_S: Final = 0.25
 UNSEEN: Final = "the write was not seen to happen"
 
 T = TypeVar("T")
+Sleep = Callable[[float], Awaitable[None]]
 
 
 @dataclass(slots=True)
@@ -64,8 +65,18 @@ class _Call:
 class Gate:
     """One process's way to the store; `crash` closes it for good."""
 
-    def __init__(self, data: StoreData, chance: random.Random, faults: StoreFaults, *, lazy_settled: bool) -> None:
+    def __init__(
+        self,
+        data: StoreData,
+        chance: random.Random,
+        faults: StoreFaults,
+        *,
+        lazy_settled: bool,
+        sleep: Sleep | None = None,
+    ) -> None:
+        """`sleep` takes the place of waits that end with the process, where dead processes are never scheduled."""
         self.data = data
+        self._sleep = sleep
         self.lazy_settled = lazy_settled
         self._chance = chance
         self._faults = faults
@@ -205,7 +216,9 @@ class Gate:
 
     async def _pause(self, delay_s: float) -> None:
         """Wait, at most until the process ends; raises `_Gone` then."""
-        if delay_s > 0 and not self._ended.is_set():
+        if delay_s > 0 and self._sleep is not None:
+            await self._sleep(delay_s)
+        elif delay_s > 0 and not self._ended.is_set():
             with trio.move_on_after(delay_s):
                 await self._ended.wait()
         else:

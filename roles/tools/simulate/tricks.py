@@ -51,7 +51,7 @@ async def play(world: World) -> None:
                 await trio.sleep(chance.expovariate(1 / pause_s))
                 name = chance.choices(names, [tempered[name] for name in names])[0]
                 nursery.start_soon(_play_one, world, name)
-        nursery.cancel_scope.deadline = trio.current_time() + OUTAGE_S_MAX
+        nursery.cancel_scope.cancel()
     await world.heal()
 
 

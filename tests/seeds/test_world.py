@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from juicebox_hsm.adapters.observation.logging import outside_context
 from roles.tools.simulate.batch import Job, run_one
 from roles.tools.simulate.scheduling import LIFE, Life, LifeOfParents, VirtualClock, hold_back_frozen, seeded_scheduler
 
@@ -103,14 +104,14 @@ def test_tasks_belong_to_the_process_of_their_nursery() -> None:
         async with trio.open_nursery() as nursery:
             life = Life("server")
 
-            async def serve(task_status: trio.TaskStatus[trio.Nursery]) -> None:
+            async def serve() -> None:
                 async with trio.open_nursery() as bodies:
-                    task_status.started(bodies)
+                    Life("caller").context.run(bodies.start_soon, body)
+                    outside_context(bodies.start_soon, body)
                     await trio.sleep(1.0)
 
-            bodies: trio.Nursery = await life.context.run(nursery.start, serve)
-            Life("caller").context.run(bodies.start_soon, body)
+            life.context.run(nursery.start_soon, serve)
             nursery.start_soon(body)
 
     trio.run(main, clock=VirtualClock(), instruments=[LifeOfParents()])
-    assert sorted(seen) == ["none", "server"]
+    assert sorted(seen) == ["none", "server", "server"]
