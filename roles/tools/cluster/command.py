@@ -12,6 +12,7 @@ from roles.tools.session import remember_connection
 _SHOW = "roles.tools.cluster.show"
 _STATUS = "roles.tools.cluster.status"
 _PLAN = "roles.tools.cluster.plan"
+_REPLACE = "roles.tools.cluster.replace"
 _STATS = "roles.tools.cluster.stats"
 _CHANGE = "roles.tools.cluster.change"
 _LEADERS = "roles.tools.cluster.leaders"
@@ -33,6 +34,8 @@ _ADMIN = "roles.tools.cluster.admin"
         "join-realm": LazyCommand(_CHANGE, "Let HSMs join a realm; irreversible.", "join_realm_command"),
         "new-group": LazyCommand(_CHANGE, "Create a group over HSMs of a realm.", "new_group_command"),
         "transfer": LazyCommand(_CHANGE, "Move a key range from one group to another.", "transfer"),
+        "retire": LazyCommand(_REPLACE, "End a group that owns nothing.", "retire"),
+        "replace": LazyCommand(_REPLACE, "Replace a lost HSM in all its groups.", "replace"),
         "experimental": LazyCommand(_CHANGE, "Commands that may still change.", "experimental"),
         "plan": LazyCommand(_PLAN, "Lay a realm out over its HSMs: print or apply the commands.", "plan"),
         "stepdown": LazyCommand(_LEADERS, "Hand over what an HSM or a group leads.", "stepdown"),
