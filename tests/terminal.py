@@ -11,9 +11,11 @@ import sys
 import termios
 from collections.abc import Sequence
 
+from tests.patience import PROGRAM_S
+
 COLUMNS = 80  # what a fresh terminal window has
 LINES = 24
-WAIT_S = 60
+WAIT_S = PROGRAM_S
 
 
 def run_on_terminal(arguments: Sequence[str], *, columns: int = COLUMNS) -> tuple[int, str]:

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.patience import PROGRAM_S
+
 HOOKS = ("protocol", "setup", "call", "teardown")
 CONFTEST = f"from tests.time_limit import {', '.join('pytest_runtest_' + hook for hook in HOOKS)}\n"
 TESTS = """
@@ -67,7 +69,7 @@ def test_hanging_tests_fail_with_stacks_and_others_go_on(tmp_path: Path) -> None
         cwd=Path(__file__).parent.parent,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=PROGRAM_S,
         check=False,
     )
     assert "4 failed, 1 passed" in done.stdout, done.stdout + done.stderr

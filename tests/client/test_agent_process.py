@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,10 +27,11 @@ from juicebox_hsm.wire.rpc import (
     Refusal,
     Refused,
 )
+from tests.patience import HANGS_S
 from tests.processes import end_group, start_group
 
 pytestmark = pytest.mark.processes
-START_S = 20.0
+START_S = HANGS_S
 
 
 @pytest.fixture
@@ -116,10 +116,8 @@ async def test_agent_keeps_its_realm_over_a_restart(tmp_path: Path, unused_port:
         status = await call(unused_port, "status", Empty())
         assert isinstance(status, AgentStatus)
         assert [(group.group, group.role.name) for group in status.groups] == [(created.group, GroupRole.LEADER)]
-        began = time.monotonic()
         process.send_signal(signal.SIGINT)
         assert await wait(process) == 0
-        assert time.monotonic() - began < 10
 
 
 @pytest.mark.parametrize(

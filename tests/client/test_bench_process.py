@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.patience import PROGRAM_S
+
 pytestmark = pytest.mark.processes
 
 
@@ -18,7 +20,7 @@ def test_a_realm_is_measured_and_compared(tmp_path: Path) -> None:
     result = tmp_path / "result.json"
     ended = subprocess.run(
         [*program, "hsm", "--num-agents", "3", "--groups", "2", "--count", "6", "--json", str(result)],
-        capture_output=True, text=True, timeout=90, check=False, env={"TMPDIR": str(tmp_path), "PATH": ""},
+        capture_output=True, text=True, timeout=PROGRAM_S, check=False, env={"TMPDIR": str(tmp_path), "PATH": ""},
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
     figures = json.loads(result.read_text())
@@ -27,6 +29,6 @@ def test_a_realm_is_measured_and_compared(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert list(tmp_path.iterdir()) == [result], "the temporary realm is gone"
     compared = subprocess.run(
-        [*program, "compare", str(result), str(result)], capture_output=True, text=True, timeout=30, check=False
+        [*program, "compare", str(result), str(result)], capture_output=True, text=True, timeout=PROGRAM_S, check=False
     )
     assert compared.returncode == 0, compared.stderr

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from roles.tools.chaos.plan import Action, Kind, Shape, make_plan
+from tests.patience import PROGRAM_S
 
 pytestmark = pytest.mark.processes
 
@@ -22,7 +23,7 @@ def _chaos(*arguments: str | int | Path) -> subprocess.CompletedProcess[str]:
         [*CHAOS, *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=PROGRAM_S,
         check=False,
         stdin=subprocess.DEVNULL,
     )
@@ -124,7 +125,7 @@ def test_a_realm_that_forgets_guesses_is_found_out(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": f"{tmp_path}:{Path.cwd()}", "TMPDIR": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PROGRAM_S,
         check=False,
         stdin=subprocess.DEVNULL,
     )

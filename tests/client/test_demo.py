@@ -28,6 +28,7 @@ from roles.survey.overview import ask_agents
 from roles.tools.demo.launch import Cluster, launch
 from roles.tools.demo.layout import DemoOptions, services
 from roles.tools.demo.processes import OrphanGuard, RunningService
+from tests.patience import HANGS_S, PROGRAM_S
 from tests.terminal import run_on_terminal, words_of
 
 pytestmark = pytest.mark.processes
@@ -41,7 +42,12 @@ SELDOM: dict[str, tuple[str, ...]] = {"manager": ("--interval", "1h")}
 
 def _demo(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*DEMO, *map(str, arguments)], capture_output=True, text=True, timeout=90, check=False, stdin=subprocess.DEVNULL
+        [*DEMO, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=PROGRAM_S,
+        check=False,
+        stdin=subprocess.DEVNULL,
     )
 
 
@@ -55,7 +61,7 @@ def _lives(pid: int) -> bool:
 
 def _cluster(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "roles", "cluster", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=PROGRAM_S, check=False)
 
 
 @asynccontextmanager
@@ -96,12 +102,10 @@ async def _guesses_left(client: Client) -> int:
 
 def test_shows_a_registration_and_stops(tmp_path: Path) -> None:
     """Without a command and without a terminal: register, recover, say so, stop everything, exit 0."""
-    begun = time.monotonic()
     result = _demo("--state-dir", tmp_path / "state")
     assert result.returncode == 0, result.stderr
     assert "First recover" in result.stdout
     assert "refused, 4 guesses left" in result.stdout
-    assert time.monotonic() - begun < 30
     processes = json.loads((tmp_path / "state" / "processes.json").read_text())
     assert {entry["role"] for entry in processes} == {"agent", "manager", "lb", "tenant-log"}
     assert "juicebox-hsm tenant-log tail" in result.stdout
@@ -195,7 +199,7 @@ async def _leaders_looked_at_ms(cluster: Cluster) -> int:
 
 async def _looks_are_far_apart(cluster: Cluster) -> int:
     """Wait for a look after which the next one cannot fall into `RECOVER_WITHIN_S`; return when it was."""
-    with trio.fail_after(60):
+    with trio.fail_after(HANGS_S):
         seen = await _leaders_looked_at_ms(cluster)
         while True:
             latest = await _leaders_looked_at_ms(cluster)
@@ -258,14 +262,14 @@ def test_a_killed_demo_leaves_nothing_running(tmp_path: Path) -> None:
     state = tmp_path / "state"
     demo = subprocess.Popen([*DEMO, "--state-dir", str(state), "--", "/bin/sleep", "60"])
     try:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + HANGS_S
         while not (state / "client.json").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         processes = json.loads((state / "processes.json").read_text())
     finally:
         demo.kill()
         demo.wait()
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + HANGS_S
     while any(_lives(entry["pid"]) for entry in processes) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not [entry["name"] for entry in processes if _lives(entry["pid"])]

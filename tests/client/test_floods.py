@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.client.reloads import drill
+from tests.patience import PROGRAM_S
 
 pytestmark = pytest.mark.processes
 
@@ -34,7 +35,7 @@ def test_floods_in_short(tmp_path: Path) -> None:
         "2000",
     ]  # tests share their machine; the program judges latencies where it has one of its own
     settings = {**os.environ, "JUICEBOX_HSM_MAX_CONNECTIONS": "400"}  # the crowds must be evicted, too
-    done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False, env=settings)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PROGRAM_S, check=False, env=settings)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "everything recovered" in done.stdout
     assert " 0 evicted" not in done.stdout

@@ -19,13 +19,12 @@ from pathlib import Path
 import pytest
 
 from tests.fakes.secret_manager import SecretManager
+from tests.patience import HANGS_S
 from tests.processes import end_group, start_group
 from tests.unit.edge.harness import Identity, make_identity
 
 pytestmark = pytest.mark.processes
 
-START_S = 120.0
-"""How long to wait for anything: for a process that hangs, not for a slow machine."""
 RSS_MIB_MAX = 120  # the promise for an idle balancer
 SECRETS = {
     "record-id-randomization": {
@@ -72,7 +71,7 @@ class Balancer:
 
     def connect(self, identity: Identity | None = None) -> http.client.HTTPSConnection:
         context = (identity or self.identity).client_context()
-        return http.client.HTTPSConnection("localhost", self.port, context=context, timeout=START_S)
+        return http.client.HTTPSConnection("localhost", self.port, context=context, timeout=HANGS_S)
 
     def livez(self, connection: http.client.HTTPSConnection | None = None) -> str:
         link = connection or self.connect()
@@ -84,7 +83,7 @@ class Balancer:
                 link.close()
 
     def wait_until_live(self) -> str:
-        deadline = time.monotonic() + START_S
+        deadline = time.monotonic() + HANGS_S
         while True:
             try:
                 return self.livez()
@@ -100,7 +99,7 @@ class Balancer:
     @staticmethod
     def wait_for(condition: Callable[[], bool]) -> None:
         """Return once the condition holds; fails after a time no machine needs."""
-        deadline = time.monotonic() + START_S
+        deadline = time.monotonic() + HANGS_S
         while not condition():
             assert time.monotonic() < deadline
             time.sleep(0.02)
@@ -108,7 +107,7 @@ class Balancer:
     def serial(self, identity: Identity) -> str:
         context = identity.client_context()
         with (
-            socket.create_connection(("localhost", self.port), timeout=START_S) as tcp,
+            socket.create_connection(("localhost", self.port), timeout=HANGS_S) as tcp,
             context.wrap_socket(tcp, server_hostname="localhost") as tls,
         ):
             certificate = tls.getpeercert()
@@ -156,7 +155,7 @@ def test_bad_settings_exit_78(balancer: Balancer, tmp_path: Path, fault: str) ->
             other.bind(("127.0.0.1", balancer.port))
             other.listen()
             name = str(balancer.port)
-        assert balancer.start().wait(START_S) == 78
+        assert balancer.start().wait(HANGS_S) == 78
     log = (balancer.folder / "lb.log").read_text()
     assert name in log
     assert "Traceback" not in log
@@ -166,14 +165,14 @@ def test_secrets_from_the_cloud(balancer: Balancer) -> None:
     """Without a file the balancer reads Secret Manager; a project without a record id key ends the start with 78."""
     manager = SecretManager("prod")
     try:
-        assert balancer.start(cloud=manager.address).wait(START_S) == 78
+        assert balancer.start(cloud=manager.address).wait(HANGS_S) == 78
         assert "record-id-randomization: no enabled version" in (balancer.folder / "lb.log").read_text()
         payload = json.dumps(SECRETS["record-id-randomization"]["1"])
         manager.put("record-id-randomization", "1", payload, kind="record_id_randomization_key")
         process = balancer.start("--shutdown-notice-period", "0s", cloud=manager.address)
         balancer.wait_until_live()
         process.terminate()
-        assert process.wait(START_S) == 0
+        assert process.wait(HANGS_S) == 0
     finally:
         manager.stop()
     assert "32-bytes" not in (balancer.folder / "lb.log").read_text()
@@ -216,7 +215,7 @@ def test_notice_drain_and_exit(balancer: Balancer) -> None:
         process.send_signal(signal.SIGTERM)
         balancer.wait_for(lambda: balancer.livez() == "Shutting down")
         assert process.poll() is None
-        assert process.wait(START_S) == 0
+        assert process.wait(HANGS_S) == 0
 
 
 def test_second_signal_ends_at_once(balancer: Balancer) -> None:
@@ -227,7 +226,7 @@ def test_second_signal_ends_at_once(balancer: Balancer) -> None:
     balancer.wait_for(lambda: balancer.livez() == "Shutting down")
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
-    assert process.wait(START_S) == 0
+    assert process.wait(HANGS_S) == 0
 
 
 def test_idle_memory(balancer: Balancer) -> None:
@@ -259,7 +258,7 @@ def test_workers_end_with_their_parent(balancer: Balancer) -> None:
     """Workers whose parent was killed end by themselves, so that the next parent finds its ports free."""
     process = balancer.start("--workers", "2", http_port=_free_port())
     balancer.wait_until_live()
-    deadline = time.monotonic() + START_S
+    deadline = time.monotonic() + HANGS_S
     log = balancer.folder / "lb.log"
     while log.read_text().count("Load balancer started") < 2:
         assert time.monotonic() < deadline
@@ -267,7 +266,7 @@ def test_workers_end_with_their_parent(balancer: Balancer) -> None:
     workers = _children(process.pid)
     process.kill()
     process.wait()
-    deadline = time.monotonic() + START_S
+    deadline = time.monotonic() + HANGS_S
     while any(_lives(worker) for worker in workers):
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -290,7 +289,7 @@ def test_a_worker_whose_parent_dies_while_it_starts(balancer: Balancer, tmp_path
     (tmp_path / "sitecustomize.py").write_text(HELD_AT_ITS_START)
     balancer.environment = {"PYTHONPATH": str(tmp_path), "TEST_FOLDER": str(tmp_path)}
     process = balancer.start("--workers", "2", http_port=_free_port())
-    deadline = time.monotonic() + START_S
+    deadline = time.monotonic() + HANGS_S
     while not (tmp_path / "started").exists() or not (tmp_path / "started").read_text():
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -298,7 +297,7 @@ def test_a_worker_whose_parent_dies_while_it_starts(balancer: Balancer, tmp_path
     process.kill()
     process.wait()
     (tmp_path / "go").touch()
-    deadline = time.monotonic() + START_S
+    deadline = time.monotonic() + HANGS_S
     while _lives(worker):
         assert time.monotonic() < deadline, (balancer.folder / "lb.log").read_text()
         time.sleep(0.05)
@@ -309,7 +308,7 @@ def test_workers(balancer: Balancer) -> None:
     """Workers share the port, one that dies is started again, and stopping stops all, even one that still starts."""
     process = balancer.start("--workers", "2", "--shutdown-notice-period", "0s", http_port=_free_port())
     balancer.wait_until_live()
-    deadline = time.monotonic() + START_S
+    deadline = time.monotonic() + HANGS_S
     while len(_children(process.pid)) < 2:
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -322,6 +321,6 @@ def test_workers(balancer: Balancer) -> None:
     balancer.wait_until_live()
     workers = _children(process.pid)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(START_S) == 0
+    assert process.wait(HANGS_S) == 0
     for worker in workers:
         assert not Path(f"/proc/{worker}").exists()

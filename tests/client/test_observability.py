@@ -23,10 +23,11 @@ from juicebox_hsm.adapters.observation.metric_names import AGENT, LOAD_BALANCER,
 from juicebox_hsm.adapters.observation.store_metrics import NAMES
 from roles.tools.demo.launch import Cluster, launch
 from roles.tools.demo.layout import DemoOptions
+from tests.patience import HANGS_S
 
 pytestmark = pytest.mark.processes
 CATALOGUES = {"agent": AGENT, "lb": LOAD_BALANCER, "manager": MANAGER}
-WAIT_S = 20.0
+WAIT_S = HANGS_S
 
 
 class Collector:
@@ -85,7 +86,7 @@ def _expected(catalogue: Catalogue) -> set[str]:
 def _families(cluster: Cluster, name: str) -> tuple[set[str], str]:
     entries = json.loads((cluster.state.path / "processes.json").read_text())
     (address,) = [entry["http"] for entry in entries if entry["name"] == name]
-    with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=HANGS_S) as answer:
         text = answer.read().decode()
     return {line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")}, text
 
@@ -113,10 +114,14 @@ async def test_metrics_traces_and_the_check(
             monkeypatch.setenv("DD_AGENT_HOST", "127.0.0.1")
             monkeypatch.setenv("DD_DOGSTATSD_PORT", str(statsd.getsockname()[1]))
             said = await trio.to_thread.run_sync(_forever, _check(cluster, "--forever", "--interval", "200ms"), statsd)
-            await trio.sleep(1.1)  # gauges are set once a second
             for role, catalogue in CATALOGUES.items():
-                families, text = await trio.to_thread.run_sync(_families, cluster, f"{role}1")
-                assert _expected(catalogue) - families == set(), role
+                with trio.move_on_after(WAIT_S):  # gauges are set once a second
+                    missing = _expected(catalogue)
+                    while missing:
+                        families, text = await trio.to_thread.run_sync(_families, cluster, f"{role}1")
+                        missing -= families
+                        await trio.sleep(0.1)
+                assert missing == set(), role
                 if role == "agent":
                     assert 'hsm_handle_seconds_count{req_name="AppRequest"}' in text
                     assert 'realm_request_count_total{realm="' in text

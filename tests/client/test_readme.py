@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.patience import PROGRAM_S
+
 ROOT = Path(__file__).parent.parent.parent
 pytestmark = pytest.mark.processes
 
@@ -21,7 +23,7 @@ def test_the_python_example_runs(tmp_path: Path) -> None:
     program.write_text(blocks[0])
     demo = [sys.executable, "-m", "roles", "demo", "--agents", "1", "--state-dir", str(tmp_path / "state")]
     done = subprocess.run(
-        [*demo, "--", sys.executable, str(program)], capture_output=True, text=True, timeout=90, check=False
+        [*demo, "--", sys.executable, str(program)], capture_output=True, text=True, timeout=PROGRAM_S, check=False
     )
     assert done.returncode == 0, done.stderr
     assert "b'my secret'" in done.stdout

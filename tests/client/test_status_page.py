@@ -34,6 +34,7 @@ from roles.manager.page_style import STYLE
 from roles.manager.status_page import HEADERS
 from tests.ci import in_ci
 from tests.host.cluster.agents import FakeAgent, FakeGroup, group, hsm, record
+from tests.patience import HANGS_S, PROGRAM_S
 
 pytestmark = [pytest.mark.processes, pytest.mark.chromium]
 NOW_MS = 1_795_512_600_000  # 24 November 2026, 9:30 UTC
@@ -146,7 +147,7 @@ def _browse(chromium: str, profile: Path, *arguments: str, width: int = 1280, he
             "--no-first-run", "--disable-background-networking", f"--user-data-dir={profile}",
             f"--window-size={width},{height}", *arguments,
         ],
-        capture_output=True, text=True, timeout=60, check=False,
+        capture_output=True, text=True, timeout=PROGRAM_S, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     return run.stdout
@@ -261,7 +262,7 @@ def test_refreshes_itself(chromium: str, tmp_path: Path) -> None:
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
         try:
-            deadline = time.monotonic() + 30
+            deadline = time.monotonic() + HANGS_S
             while asked.count("/") < 3 and time.monotonic() < deadline:
                 time.sleep(0.05)
         finally:

@@ -27,6 +27,7 @@ from juicebox_hsm.adapters.process.supervision import ExitCode
 from juicebox_hsm.adapters.tls.certificates import CaKind, init_ca, issue, issue_edge
 from roles.options import flag_of
 from roles.tools.demo.layout import PORTS
+from tests.patience import HANGS_S
 from tests.processes import end_group, start_group
 
 pytestmark = pytest.mark.processes
@@ -43,8 +44,8 @@ TOOLS = {
 }
 ROLE_UNITS = [path for path in UNITS if path.stem.removeprefix("juicebox-").rstrip("@") in COMMANDS]
 TOOL_UNITS = [path for path in UNITS if path not in ROLE_UNITS]
-WATCHDOG_S = 0.4
-WAIT_S = 20.0
+WATCHDOG_S = 4.0
+WAIT_S = HANGS_S
 
 
 class Supervisor:

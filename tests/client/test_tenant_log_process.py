@@ -20,17 +20,19 @@ import trio
 from juicebox_hsm.client import Client, ClientError, Configuration, HttpTransport, InvalidPin, NotRegistered
 from juicebox_hsm.tenant_keys import event_user_id
 from juicebox_hsm.tokens import Scope
+from roles.tenant_log.service import WAIT_S
 from roles.tools.demo.launch import Cluster, launch
 from roles.tools.demo.layout import TENANT, TENANT_LOG, DemoOptions
 from roles.tools.session import ToolFailure
 from roles.tools.tenant_log.client import LogClient
+from tests.patience import HANGS_S, PROGRAM_S
 
 pytestmark = pytest.mark.processes
 
 USERS = 12
 OPERATIONS = 30
 GUESSES = 60
-SETTLE_S = 60.0
+SETTLE_S = HANGS_S
 ATTEMPTS = 5  # a request of the client is tried this often, and each try may have been committed
 
 Segment = tuple[str, int, int]
@@ -246,7 +248,7 @@ async def test_commands(tmp_path: Path) -> None:
         async def tenant_log(*arguments: str, expect: int = 0) -> str:
             command = [sys.executable, "-m", "roles", "tenant-log", *arguments]
             done = await trio.to_thread.run_sync(
-                partial(subprocess.run, command, capture_output=True, text=True, timeout=60, check=False)
+                partial(subprocess.run, command, capture_output=True, text=True, timeout=PROGRAM_S, check=False)
             )
             assert done.returncode == expect, done.stderr
             return done.stdout
@@ -273,7 +275,7 @@ async def test_commands(tmp_path: Path) -> None:
         begun = time.monotonic()
         await log.stop()
         assert log.exit_status == 0
-        assert time.monotonic() - begun < 3, "a waiting call held up the shutdown"
+        assert time.monotonic() - begun < WAIT_S * 3 / 4, "a waiting call held up the shutdown"
         reader.send_signal(signal.SIGINT)
-        await trio.to_thread.run_sync(reader.wait, 10)
+        await trio.to_thread.run_sync(reader.wait, HANGS_S)
         reader.stdout.close()

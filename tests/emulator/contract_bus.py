@@ -11,6 +11,7 @@ from juicebox_hsm.ports.event_bus import BusEvent, EventBus, InvalidAcks
 from juicebox_hsm.ports.store import Store
 from tests.emulator.contract import Backend
 from tests.emulator.realm_data import GROUP, REALM, event
+from tests.patience import HANGS_S
 
 PULL_S = 5.0
 GUESS: dict[str, str | int] = {"event": "guess_used", "num_guesses": 5, "guess_count": 1}
@@ -117,9 +118,9 @@ class BusContract:
         got: list[BusEvent] = []
 
         async def wait() -> None:
-            got.extend(await _bus(store).pull(REALM, "acme", 5, PULL_S))
+            got.extend(await _bus(store).pull(REALM, "acme", 5, HANGS_S))
 
-        with trio.fail_after(PULL_S - 1):
+        with trio.fail_after(HANGS_S - 1):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(wait)
                 await trio.testing.wait_all_tasks_blocked(0.05)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from roles.tools.demo.emulator import EMULATOR_VARIABLE, Emulator, demo_store
+from tests.patience import PROGRAM_S
 
 pytestmark = [pytest.mark.emulator, pytest.mark.processes]
 
@@ -20,7 +21,7 @@ def _demo(*arguments: str, **environment: str) -> subprocess.CompletedProcess[st
         [sys.executable, "-m", "roles", "demo", "--store", "bigtable", "--agents", "1", *arguments],
         capture_output=True,
         text=True,
-        timeout=90,
+        timeout=PROGRAM_S,
         check=False,
         stdin=subprocess.DEVNULL,
         env=inherited | environment,
@@ -49,7 +50,7 @@ def test_without_an_emulator(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != EMULATOR_VARIABLE}
     environment["PATH"] = str(tmp_path)
     result = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False, env=environment
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=PROGRAM_S, check=False, env=environment
     )
     assert result.returncode == 1
     assert "apt-get install google-cloud-cli-bigtable-emulator" in result.stderr

@@ -44,6 +44,7 @@ from tests.emulator.realm_data import (
     event,
     intent,
 )
+from tests.patience import HANGS_S
 
 pytestmark = pytest.mark.emulator
 APPENDED, CONFLICT = AppendOutcome.APPENDED, AppendOutcome.CONFLICT
@@ -381,7 +382,7 @@ async def test_removed_nodes_are_readable_for_a_while(backend: BigtableBackend) 
         proof = (await reader.nodes.read_proofs(REALM, before, [record]))[0]
         assert proof is not None
         assert b"old" in proof
-        with trio.fail_after(5):
+        with trio.fail_after(HANGS_S):
             while len(await node_rows(store)) > 2:
                 pass
         tree(reader).cache.__init__(100)  # type: ignore[misc] # forget, as another process would

@@ -36,6 +36,7 @@ from juicebox_hsm.host.retry import RetryProfile
 from juicebox_hsm.ids import RealmId
 from juicebox_hsm.ports.errors import StoreAmbiguous, StoreInvalid, StoreUnavailable
 from tests.emulator.bigtable_backend import QUICK_RETRY, Faults
+from tests.patience import HANGS_S
 
 pytestmark = pytest.mark.emulator
 REALM = RealmId(b"\x11" * 16)
@@ -344,7 +345,7 @@ async def test_deadlines() -> None:
     address = f"127.0.0.1:{listeners[0].socket.getsockname()[1]}"
     async with opened(address, "silent", Faults(), call_s=0.05) as endpoint:
         silent = Table(endpoint, "silent", RetryProfile(attempts_max=2))
-        with trio.fail_after(10):
+        with trio.fail_after(HANGS_S):
             with pytest.raises(StoreUnavailable, match="DEADLINE_EXCEEDED"):
                 await silent.read_row(b"key")
             with pytest.raises(StoreAmbiguous, match="DEADLINE_EXCEEDED"):
@@ -365,7 +366,7 @@ async def test_cancellation(table: Table) -> None:
 async def test_nobody_listens(unused_port: int) -> None:
     """A refused connection is a failure that may pass, soon."""
     async with opened(f"127.0.0.1:{unused_port}", "none", Faults()) as endpoint:
-        with trio.fail_after(10), pytest.raises(StoreUnavailable, match="UNAVAILABLE"):
+        with trio.fail_after(HANGS_S), pytest.raises(StoreUnavailable, match="UNAVAILABLE"):
             await Table(endpoint, "none", QUICK_RETRY).read_row(b"key")
 
 

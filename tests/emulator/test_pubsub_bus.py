@@ -30,6 +30,7 @@ from roles.tools.demo.pubsub import PubSubEmulator
 from tests.emulator import contract
 from tests.emulator.contract_bus import GUESS, BusContract, publish, pull, user_event
 from tests.emulator.realm_data import GROUP, REALM
+from tests.patience import HANGS_S
 
 pytestmark = pytest.mark.emulator
 store = contract.store
@@ -93,7 +94,7 @@ def row(seq: int, user: int = 1, tenant: str = "acme") -> OutboxEvent:
 async def drain(bus: PubSubBus, count: int, tenant: str = "acme") -> list[BusEvent]:
     """Pull and acknowledge `count` events."""
     found: list[BusEvent] = []
-    with trio.fail_after(30):
+    with trio.fail_after(HANGS_S):
         while len(found) < count:
             page = await bus.pull(REALM, tenant, 100, 5.0)
             await bus.acknowledge(REALM, tenant, [event.ack for event in page])

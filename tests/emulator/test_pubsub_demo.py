@@ -18,6 +18,7 @@ from roles.tools.demo.launch import launch
 from roles.tools.demo.layout import TENANT, TENANT_LOG, DemoOptions
 from tests.client.audit import Seen, read_log
 from tests.client.audit_match import Logged
+from tests.patience import HANGS_S
 
 pytestmark = [pytest.mark.emulator, pytest.mark.processes]
 
@@ -42,7 +43,7 @@ async def test_events_through_pubsub(bigtable_emulator: str, pubsub_emulator: st
         token = cluster.state.audit_token(realm).read_text(encoding="utf-8").strip()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(read_log, log.service.url, token, seen)
-            with trio.fail_after(30):
+            with trio.fail_after(HANGS_S):
                 while seen.count < 5:  # noqa: ASYNC110 - another process delivers
                     await trio.sleep(0.1)
             nursery.cancel_scope.cancel()

@@ -20,9 +20,10 @@ from juicebox_hsm.ids import RecordId
 from juicebox_hsm.merkle.kernel import Tree
 from tests.emulator.realm_data import GROUP, REALM, Grown, append, batch, entry
 from tests.emulator.sqlite_process import RACE_INDEXES
+from tests.patience import HANGS_S
 
 pytestmark = pytest.mark.processes
-LIMIT_S = 40.0
+LIMIT_S = HANGS_S
 
 
 def start(task: str, path: Path, *arguments: int) -> subprocess.Popen[str]:

@@ -15,9 +15,10 @@ from typing import Any
 import grpc
 
 from juicebox_hsm.adapters.tls.certificates import CaKind, init_ca, issue_edge
+from tests.patience import HANGS_S
 
 STREAMS = {"ReadRows", "MutateRows"}
-WAIT_S = 20.0
+WAIT_S = HANGS_S
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ import grpc
 from google.cloud.secretmanager_v1 import types
 from google.cloud.secretmanager_v1.services.secret_manager_service.transports import SecretManagerServiceGrpcTransport
 
+from tests.patience import HANGS_S
+
 SERVICE = "google.cloud.secretmanager.v1.SecretManagerService"
 METHODS: dict[str, tuple[Any, Any]] = {
     "ListSecrets": (types.ListSecretsRequest, types.ListSecretsResponse),
@@ -81,7 +83,7 @@ class SecretManager:
                 self.most_at_once = max(self.most_at_once, self._at_once)
                 self._lock.notify_all()
                 if name == "AccessSecretVersion":
-                    self._lock.wait_for(lambda: self.most_at_once >= self.hold_until, timeout=5)
+                    self._lock.wait_for(lambda: self.most_at_once >= self.hold_until, timeout=HANGS_S)
                 self.calls.append((name, target))
                 refused = name in self.fail or target in self.fail
             try:

@@ -21,6 +21,7 @@ from juicebox_hsm.adapters.tls.certificates import CaKind, init_ca, issue, issue
 from juicebox_hsm.adapters.tls.cluster_tls import ClusterTls, PeerIdentity, peer_identity
 from juicebox_hsm.errors import LocalError, PeerError
 from juicebox_hsm.wire.rpc import PeerRole
+from tests.patience import HANGS_S
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +82,7 @@ async def handshake(
             results[name] = error
             await trio.aclose_forcefully(stream)
 
-    with trio.fail_after(5):
+    with trio.fail_after(HANGS_S):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(side, "server", trio.SSLStream(theirs, server_context, server_side=True))
             nursery.start_soon(side, "client", trio.SSLStream(ours, client_context))

@@ -41,6 +41,7 @@ from juicebox_hsm.hsm.state import InvalidRealmStatement
 from juicebox_hsm.ports.errors import HsmGone
 from juicebox_hsm.ports.hsm_transport import HsmTransport
 from tests.fakes.hsm import MemoryPlatform, expect, realm_keys
+from tests.patience import HANGS_S
 
 
 @pytest.fixture
@@ -293,11 +294,11 @@ async def test_strictly_serialised() -> None:
 
     def slow(_: bytes) -> None:
         begun.set()
-        assert proceed.wait(5)
+        assert proceed.wait(HANGS_S)
         order.append("written")
 
     platform.on_write = slow
-    with trio.fail_after(10):
+    with trio.fail_after(HANGS_S):
         async with trio.open_nursery() as nursery:
             scope = trio.CancelScope()
 

@@ -18,6 +18,7 @@ from juicebox_hsm.host.retry import RetryProfile
 from juicebox_hsm.ports.errors import StoreUnavailable
 from juicebox_hsm.tenant_keys import RECORD_ID_KEY_NAME, SecretAlgorithm, SecretError
 from tests.fakes.secret_manager import SecretManager
+from tests.patience import HANGS_S
 
 ATTEMPTS = 3
 QUICK = RetryProfile(first_s=0.01, cap_s=0.02, attempts_max=ATTEMPTS, total_s=5.0)
@@ -207,7 +208,7 @@ async def test_periodic_refresh(
     monkeypatch.setattr(CloudSecrets, "refresh_s", 0.01)
     await secrets.load()
     server.put("tenant-acme", "2", payload("11" * 32))
-    with trio.fail_after(5):
+    with trio.fail_after(HANGS_S):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(secrets.refresh_forever)
             while secrets.token_key("acme", 2) is None:  # noqa: ASYNC110 - what is waited for has no event

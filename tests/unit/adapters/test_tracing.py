@@ -32,6 +32,7 @@ from juicebox_hsm.adapters.rpc import RpcPool, serve_rpc
 from juicebox_hsm.errors import LocalError
 from juicebox_hsm.wire.methods import MANAGER_METHODS, MANAGER_STATUS
 from juicebox_hsm.wire.rpc import Empty, ManagerStatus
+from tests.patience import PROGRAM_S
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 SAMPLED = f"00-{TRACE}-b7ad6b7169203331-01"
@@ -160,7 +161,7 @@ def test_off_by_default() -> None:
         "import sys, roles.lb.main, roles.agent.main, roles.manager.main\n"
         "sys.exit(any(name.startswith('opentelemetry') for name in sys.modules))"
     )
-    assert subprocess.run([sys.executable, "-c", program], check=False, timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", program], check=False, timeout=PROGRAM_S).returncode == 0
 
 
 @pytest.mark.parametrize("text", ["localhost:4317", "grpc://h:4317", "http://"])

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.patience import PROGRAM_S
+
 
 @pytest.mark.parametrize(
     "module", ["juicebox_hsm.client", "roles.agent.main", "roles.tools.hsm.command", "roles.tools.check.command"]
@@ -21,6 +23,6 @@ def test_imports_leave_nothing(module: str, tmp_path: Path) -> None:
         "os.kill(os.getpid(), 9)\n"
     )
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
-    ended = subprocess.run([sys.executable, "-c", program], env=environment, timeout=60, check=False)
+    ended = subprocess.run([sys.executable, "-c", program], env=environment, timeout=PROGRAM_S, check=False)
     assert ended.returncode == -9
     assert list(tmp_path.iterdir()) == []

@@ -23,6 +23,7 @@ from roles.agent.context import AgentConfig
 from roles.agent.outbox import LATE_MS, BusTrouble, Dispatcher, kept_name
 from tests.emulator.contract_dispatch import DAY_MS, NOW_MS, Clock, dispatcher, made
 from tests.emulator.realm_data import GROUP, REALM
+from tests.patience import HANGS_S
 
 
 @pytest.fixture
@@ -137,7 +138,7 @@ async def test_a_bus_that_is_down_is_a_warning(store: Store) -> None:
             await trio.sleep(0.001)
         return True
 
-    with trio.fail_after(10):
+    with trio.fail_after(HANGS_S):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(Dispatcher(cast("Any", agent)).run)
             assert await published({"a": 0, "b": 1})

@@ -26,6 +26,7 @@ from juicebox_hsm.adapters.google.calls import GoogleCalls, Service
 from juicebox_hsm.host.retry import RetryProfile
 from juicebox_hsm.ports.errors import StoreUnavailable
 from tests.fakes.google_service import Call, GoogleService
+from tests.patience import HANGS_S
 
 INSTANCE = "projects/p/instances/i"
 PUBLISH = "/google.pubsub.v1.Publisher/Publish"
@@ -173,7 +174,7 @@ async def test_channels_without_a_call_to_warm_are_connected(
     async with connected(service, monkeypatch) as (endpoint, transport):
         calls = GoogleCalls(Service("pubsub", service.target, ()), transport, endpoint.authorization, 10.0)
         await calls.unary(PUBLISH, b"", ("topic", "t"), QUICK)
-        with trio.fail_after(10):
+        with trio.fail_after(HANGS_S):
             await transport.rotate(ChannelTransport.connect)
         await calls.unary(PUBLISH, b"", ("topic", "t"), QUICK)
         assert len({call.peer for call in service.calls}) == 2
@@ -185,7 +186,7 @@ async def test_a_token_endpoint_that_hangs(monkeypatch: pytest.MonkeyPatch) -> N
 
     class Hanging(Tokens):
         def refresh(self, transport: object) -> None:
-            release.wait(20)
+            release.wait(HANGS_S)
 
     monkeypatch.setattr(google.auth, "default", lambda scopes: (Hanging(), "p"))
     monkeypatch.setattr(auth, "REFRESH_TIMEOUT_S", 0.05)

@@ -8,6 +8,7 @@ import trio
 from juicebox_hsm.adapters.edge.exchange import Request, Response
 from juicebox_hsm.adapters.edge.limits import EdgeLimits
 from juicebox_hsm.adapters.tls.streams import lean
+from tests.patience import HANGS_S
 from tests.unit.edge.harness import EdgeFixture, H1Client, Identity, until_hangup
 
 
@@ -211,7 +212,7 @@ async def test_disconnect_does_not_cancel_the_handler(identity: Identity, nurser
     await trio.aclose_forcefully(stream.transport_stream)
     await trio.testing.wait_all_tasks_blocked()
     release.set()
-    with trio.fail_after(5):
+    with trio.fail_after(HANGS_S):
         await finished.wait()
 
 

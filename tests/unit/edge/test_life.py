@@ -29,6 +29,7 @@ from juicebox_hsm.adapters.edge.server import open_edge_listener
 from juicebox_hsm.adapters.edge.tls import EdgeTls, load_edge_context
 from juicebox_hsm.adapters.tls.streams import TlsStream
 from juicebox_hsm.errors import LocalError
+from tests.patience import HANGS_S
 from tests.unit.edge.harness import (
     EdgeFixture,
     H1Client,
@@ -232,7 +233,7 @@ async def test_drain_sequence(identity: Identity, nursery: trio.Nursery) -> None
     release.set()
     answer = await blocked.answer()
     assert (answer.body, answer.headers["connection"]) == (b"in full", "close")
-    with trio.fail_after(1):
+    with trio.fail_after(HANGS_S):
         await drained.wait()
     for each in (client, blocked):
         await each.stream.aclose()

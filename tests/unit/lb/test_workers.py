@@ -18,8 +18,8 @@ import trio
 from juicebox_hsm.adapters.observation import logging
 from juicebox_hsm.adapters.process.supervision import ExitCode
 from roles.lb import workers
+from tests.patience import HANGS_S
 
-WAIT_S = 20.0
 PRELUDE = """
 import os, signal, socket, sys
 def say(text, where=os.environ["NOTIFY_SOCKET"]):
@@ -57,7 +57,7 @@ class Listener:
 
     async def wait_for(self, *wanted: str) -> None:
         """Wait until each of `wanted` was said since the last time."""
-        with trio.fail_after(WAIT_S):
+        with trio.fail_after(HANGS_S):
             while not all(word in self.said for word in wanted):
                 self.said += (await self.socket.recv(4096)).decode().split("\n")
         self.said.clear()
@@ -105,9 +105,9 @@ async def _parent(stage: Stage, monkeypatch: pytest.MonkeyPatch, script: str, co
     monkeypatch.setattr(workers, "worker_command", lambda: [sys.executable, "-c", PRELUDE + script])
 
     async def run() -> None:
-        stage.codes.append(await workers.run_workers(count, WAIT_S))
+        stage.codes.append(await workers.run_workers(count, HANGS_S))
 
-    with trio.fail_after(3 * WAIT_S):
+    with trio.fail_after(3 * HANGS_S):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(run)
             yield
@@ -123,7 +123,7 @@ async def test_stop_while_workers_start(stage: Stage, monkeypatch: pytest.Monkey
     async with _parent(stage, monkeypatch, 'tell("here"); signal.pause()'):
         await stage.told.wait_for("0 here", "1 here")
         _signal(number)
-        await stage.supervisor.wait_for("STOPPING=1", f"EXTEND_TIMEOUT_USEC={round(WAIT_S * 1e6)}")
+        await stage.supervisor.wait_for("STOPPING=1", f"EXTEND_TIMEOUT_USEC={round(HANGS_S * 1e6)}")
     assert stage.codes == [ExitCode.OK]
 
 
@@ -218,7 +218,7 @@ async def test_a_worker_that_hangs_is_started_again(stage: Stage, monkeypatch: p
 
 async def test_no_watchdog_for_workers_that_all_hang(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     """The parent is alive to its supervisor only as long as one of its workers is."""
-    parent = workers._Parent(2, WAIT_S)
+    parent = workers._Parent(2, HANGS_S)
     hanging = [_Hanging(), _Hanging()]
     for worker, process in zip(parent._workers, hanging, strict=True):
         monkeypatch.setattr(worker, "process", process)

@@ -18,6 +18,7 @@ from juicebox_hsm.adapters.tls.cluster_tls import ClusterTls
 from juicebox_hsm.errors import LocalError
 from juicebox_hsm.wire.methods import Method
 from juicebox_hsm.wire.rpc import AppOk, PeerRole, RpcCode
+from tests.patience import HANGS_S
 
 from .harness import ECHO, METHODS, WAIT, Gate, body, echo
 
@@ -286,7 +287,7 @@ async def test_shutdown_over_tcp() -> None:
             await gate.entered.wait()
             gate.opened.set()
             assert await server.shutdown(5)
-        with trio.fail_after(5):
+        with trio.fail_after(HANGS_S):
             await replied.wait()
         with pytest.raises(RpcUnreachable):
             await pool.call(url, WAIT, body(), timeout_s=5)
@@ -321,7 +322,7 @@ async def test_unfinished_handshakes_lock_nobody_out(
         pool_of(identities["agent"]) as pool,
     ):
         crowd = [await trio.open_tcp_stream("127.0.0.1", server.port) for _ in range(12)]
-        with trio.fail_after(5):
+        with trio.fail_after(HANGS_S):
             for stream in crowd[:8]:
                 assert await stream.receive_some() == b""
         assert await pool.call(url, ECHO, body(), timeout_s=5) == AppOk(b"hello")
@@ -341,7 +342,7 @@ async def test_plaintext_to_a_tls_port(identities: dict[str, ClusterTls], data: 
     ):
         async with await trio.open_tcp_stream("127.0.0.1", server.port) as stream:
             await stream.send_all(data)
-            with trio.fail_after(5):
+            with trio.fail_after(HANGS_S):
                 while await stream.receive_some():
                     pass
         assert await pool.call(url, ECHO, body(), timeout_s=5) == AppOk(b"hello")
@@ -357,7 +358,7 @@ async def test_too_many_streams_are_closed(monkeypatch: pytest.MonkeyPatch) -> N
             await second.call(url, ECHO, body(), timeout_s=5)
         assert await first.call(url, ECHO, body(), timeout_s=5) == AppOk(b"hello")
         first.close()
-        with trio.fail_after(5):
+        with trio.fail_after(HANGS_S):
             while True:
                 second.forget(url)  # no backoff
                 with suppress(RpcUnreachable):

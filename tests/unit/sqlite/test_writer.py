@@ -18,8 +18,7 @@ from juicebox_hsm.adapters.sqlite.schema import connect
 from juicebox_hsm.adapters.sqlite.writer import CHECKPOINT_BYTES, Operation, Writer
 from juicebox_hsm.errors import InvariantViolation, check
 from juicebox_hsm.ports.errors import StoreUnavailable
-
-TIMEOUT_S = 3.0
+from tests.patience import HANGS_S
 
 
 def put(name: str, size: int = 1) -> Operation[str]:
@@ -43,19 +42,19 @@ class Held:
     def __call__(self, db: apsw.Connection) -> None:
         self.first(db)
         self.begun.set()
-        self.release.wait(TIMEOUT_S)
+        self.release.wait(HANGS_S)
 
     async def start(self, nursery: trio.Nursery, writer: Writer) -> None:
         """Queue the operation and return when the writer is in it, alone in its group."""
         nursery.start_soon(writer.run, self)
-        assert await trio.to_thread.run_sync(self.begun.wait, TIMEOUT_S)
+        assert await trio.to_thread.run_sync(self.begun.wait, HANGS_S)
 
 
 @asynccontextmanager
 async def opened(path: Path) -> AsyncIterator[Writer]:
     """Run a writer without maintenance."""
     lock, connection, _ = _open_files(path)
-    writer = Writer(path, connection, lock, lambda: None, lambda: TIMEOUT_S)
+    writer = Writer(path, connection, lock, lambda: None, lambda: HANGS_S)
     writer.start()
     try:
         yield writer
@@ -234,7 +233,7 @@ async def test_a_lock_that_fails_is_unavailable(tmp_path: Path) -> None:
     async with opened(tmp_path / "f.db") as writer:
         lock = writer._lock
         good, lock._descriptor = lock._descriptor, 1 << 20  # nobody has that many files open
-        with pytest.raises(StoreUnavailable, match="cannot lock"), trio.fail_after(TIMEOUT_S):
+        with pytest.raises(StoreUnavailable, match="cannot lock"), trio.fail_after(HANGS_S):
             await writer.run(put("a"))
         lock._descriptor = good
         await writer.run(put("b"))

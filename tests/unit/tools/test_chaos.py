@@ -31,6 +31,7 @@ from roles.tools.chaos.load import CountingTransport, History, lost_attempts
 from roles.tools.chaos.plan import LONG_PAUSE_S, Kind, Shape, make_plan, possible_kinds
 from roles.tools.chaos.proxy import Network, pid_of_port
 from roles.tools.chaos.report import Report
+from tests.patience import HANGS_S
 
 SHAPE = Shape(agents=3, managers=2, load_balancers=2, groups=2)
 
@@ -208,7 +209,7 @@ async def forwarded(nursery: trio.Nursery) -> tuple[Network, int]:
 async def test_forwarders_pass_hold_and_reset(forwarded: tuple[Network, int]) -> None:
     """Bytes pass; a cut link holds them back until it heals; a reset link ends old and new connections."""
     network, port = forwarded
-    with trio.fail_after(5):
+    with trio.fail_after(HANGS_S):
         stream = await trio.open_tcp_stream("127.0.0.1", port)
         assert pid_of_port(stream.socket.getsockname()[1], {os.getpid(): "a"}) == "a"
         assert pid_of_port(stream.socket.getsockname()[1], {}) is None

@@ -17,6 +17,7 @@ from click.testing import CliRunner
 from juicebox_hsm.adapters.hsm_directory.hsm_host import generate_keys, init_hsm_dir
 from juicebox_hsm.adapters.tls.certificates import CaKind, init_ca, issue, issue_edge
 from roles.cli import cli, main
+from tests.patience import PROGRAM_S
 
 REALM = "00" * 16
 CONFIGURATION = {
@@ -229,7 +230,7 @@ def test_roles(command: str, code: int, said: str, busy: int) -> None:
     """A service that cannot start says so in one line of stderr, with a code that keeps a supervisor from trying."""
     ended = subprocess.run(
         [sys.executable, "-m", "roles", *command.replace("BUSY", str(busy)).split()],
-        capture_output=True, text=True, timeout=60, check=False,
+        capture_output=True, text=True, timeout=PROGRAM_S, check=False,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
     )  # fmt: skip
     assert said.replace("BUSY", str(busy)) in ended.stderr

@@ -14,6 +14,7 @@ import trio
 
 from juicebox_hsm.adapters.stores.opening import open_store
 from juicebox_hsm.host.services import ServiceKind, TenantLimits
+from tests.patience import PROGRAM_S
 from tests.terminal import run_on_terminal, words_of
 
 LEASE = f"group-{'0f' * 16}-{'1e' * 16}"
@@ -48,7 +49,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def _piped(arguments: list[str]) -> str:
     command = [sys.executable, "-m", "roles", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False).stdout
+    return subprocess.run(command, capture_output=True, text=True, timeout=PROGRAM_S, check=False).stdout
 
 
 COMMANDS = [
