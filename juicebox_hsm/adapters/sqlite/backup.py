@@ -1,8 +1,8 @@
 """Copy a store's file in one snapshot, and put a copy into an empty store (operator-tools.md 5, decision record 0009).
 
 SQLite's backup interface copies page by page inside one read transaction, so writers go on and the copy is of one
-moment. A copy is a plain single file without a write-ahead log. Who may restore it is not decided here: `tails` says
-where its logs end, and the HSMs decide.
+moment. A copy is a single file without a write-ahead log, with a digest at its end (`digest`). Who may restore it is
+not decided here: `tails` says where its logs end, and the HSMs decide.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import apsw
 
 from juicebox_hsm.adapters.hsm_directory.nvram import sync_directory
 from juicebox_hsm.adapters.sqlite.check_logs import group_bounds
+from juicebox_hsm.adapters.sqlite.digest import append_digest
 from juicebox_hsm.adapters.sqlite.reads import fetch, fetch_one
 from juicebox_hsm.adapters.sqlite.rows import decode_entries
 from juicebox_hsm.adapters.sqlite.schema import (
@@ -34,6 +35,13 @@ from juicebox_hsm.ids import GroupId, RealmId
 
 STEP_PAGES: Final = 2_048
 """Pages copied between two reports of progress: 8 MiB."""
+
+PROBE_BYTES: Final = STEP_PAGES * 4_096
+"""As much as one step writes: what stopped the copy stops this, too."""
+_WRITING: Final = frozenset({
+    apsw.SQLITE_IOERR_WRITE, apsw.SQLITE_IOERR_FSYNC, apsw.SQLITE_IOERR_DIR_FSYNC, apsw.SQLITE_IOERR_TRUNCATE,
+    apsw.SQLITE_IOERR_CLOSE, apsw.SQLITE_IOERR_DELETE,
+})  # fmt: skip
 
 Progress = Callable[[str, int, int], None]
 
@@ -60,8 +68,11 @@ def backup_file(source: Path, target: Path, progress: Progress) -> int:
                     copy.pragma("journal_mode", "delete")
                 finally:
                     copy.close()
-            except apsw.FullError:
-                raise LocalError(f"{target}: the disk is full") from None
+            except apsw.Error as error:
+                if not _is_of_writing(error):
+                    raise
+                raise LocalError(f"{target}: cannot be written: {_why_not_written(part)}") from None
+        append_digest(part)
         _sync(part)
         os.link(part, target)  # unlike a rename, fails if somebody made the file meanwhile
         sync_directory(target.parent)
@@ -135,6 +146,23 @@ def restore_file(backup: Path, target: Path, progress: Progress) -> None:
         if db is not None:
             db.close()
         lock.close()
+
+
+def _is_of_writing(error: apsw.Error) -> bool:
+    """Tell whether SQLite failed to write. Of the two files of a backup only the target is written."""
+    return isinstance(error, apsw.FullError) or getattr(error, "extendedresult", 0) in _WRITING
+
+
+def _why_not_written(part: Path) -> str:
+    """Ask the system why nothing more can be written to a file: SQLite keeps its own errors and forgets the reason."""
+    try:
+        with part.open("ab") as file:
+            file.write(bytes(PROBE_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error.strerror or str(error)
+    return "the disk is full"
 
 
 def _copy_pages(source: apsw.Connection, target: apsw.Connection, progress: Progress) -> None:

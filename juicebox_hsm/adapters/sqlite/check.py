@@ -38,17 +38,23 @@ _STRAY_LOG_ROWS: Final = "SELECT count(*) FROM log WHERE id >> ? NOT IN (SELECT 
 
 
 def check_file(
-    path: Path, macs: Mapping[RealmId, Macs], progress: Progress, checkpoint: Checkpoint | None = None
+    path: Path,
+    macs: Mapping[RealmId, Macs],
+    progress: Progress,
+    checkpoint: Checkpoint | None = None,
+    *,
+    is_backup: bool = False,
 ) -> Report:
     """Check the file; blocks for about 20 us per log entry and 15 us per tree node.
 
     `macs` are the MAC keys of the realms whose entries and certificates are to be verified. With a `checkpoint` of a
-    stopped check, the slices of the trees that it looked at are not looked at again; all else is. Raises `LocalError`
-    and `StoreUnavailable` when the file cannot be read at all.
+    stopped check, the slices of the trees that it looked at are not looked at again; all else is. `is_backup` opens a
+    file that nobody else uses, read-only. Raises `LocalError` and `StoreUnavailable` when the file cannot be read at
+    all.
     """
     checkpoint = checkpoint or Checkpoint()
     report = Report()
-    with open_snapshot(path) as db:
+    with open_snapshot(path, is_backup=is_backup) as db:
         progress("file", 0, 0)
         try:
             for (line,) in db.execute("PRAGMA quick_check(20)"):

@@ -79,13 +79,20 @@ UPDATE users SET seq = 0;
 """Version -> what brings a file of that version to the next."""
 
 
+_SAYS_NOTHING: Final = ("", "not an error", "None")
+
+
 def translate(error: apsw.Error, path: Path) -> RealmError:
     """Return our error for SQLite's: content that is not ours is `StoreInvalid`, all else may pass."""
     if isinstance(error, apsw.NotADBError | apsw.CorruptError | apsw.FormatError):
         return StoreInvalid(f"sqlite:{path}: {error}")
     if isinstance(error, apsw.FullError):
         return StoreUnavailable(f"sqlite:{path}: the disk is full; nothing was written")
-    return StoreUnavailable(f"sqlite:{path}: {error}")
+    said = str(error)
+    if said in _SAYS_NOTHING:  # the message of whatever the connection did last; the result code is what happened
+        code = apsw.mapping_extended_result_codes.get(getattr(error, "extendedresult", 0))
+        said = str(code or type(error).__name__)
+    return StoreUnavailable(f"sqlite:{path}: {said}")
 
 
 def connect(path: Path, cache_kib: int) -> apsw.Connection:

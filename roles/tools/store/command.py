@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -90,7 +90,7 @@ def check(
         macs, witnesses = _hsm_memories(hsm_dirs)
         try:
             with _progress() as progress:
-                report = _check(connection, macs, progress, checkpoint)
+                report = _check(connection, macs, progress, checkpoint, is_backup=is_backup)
         except StoreInvalid as error:
             report = Report(findings=[str(error)])
         for problem in captured_problems(report.tails, [] if is_backup else witnesses, "the store"):
@@ -167,10 +167,23 @@ def backup(connection: Connection, file: Path) -> None:
 @click.option(
     "--unknown-hsm", "unknown", multiple=True, metavar="ID", help="Member HSM that is dead for good; full id."
 )
+@click.option(
+    "--no-digest", "without_digest", is_flag=True,
+    help="Take a backup of an older version, which carries no digest: damage in tenants' events would not be found.",
+)  # fmt: skip
 def restore(
-    connection: Connection, file: Path, hsm_dirs: tuple[Path, ...], agents: tuple[str, ...], unknown: tuple[str, ...]
+    connection: Connection,
+    file: Path,
+    hsm_dirs: tuple[Path, ...],
+    agents: tuple[str, ...],
+    unknown: tuple[str, ...],
+    *,
+    without_digest: bool,
 ) -> None:
-    """Put a backup into the empty store, if no HSM went further than the backup's logs.
+    """Put a backup into the empty store, if it is whole and no HSM went further than its logs.
+
+    The backup is checked first, as `check --backup` does, with the keys of the HSMs in --hsm-dir; any finding refuses
+    the restore, and nothing is written.
 
     Every member HSM of every group must be shown by --hsm-dir or --agent, or declared dead by --unknown-hsm. One that
     captured more than the backup holds would forget guesses: the restore is refused, with group, indexes and HSM.
@@ -182,14 +195,11 @@ def restore(
     dead = _hsm_ids(unknown)
     with _expected_errors():
         check_empty(path)
+        _refuse(_damage(file, hsm_dirs, without_digest=without_digest))
         tails = read_tails(file)
         running = _ask_agents(connection, agents)
         with read_hsm_dirs(hsm_dirs) as stopped:
-            problems = restore_problems(tails, [*running, *stopped], dead)
-            if problems:
-                for line in problems:
-                    click.echo(line)
-                raise ToolFailure(f"not restored: {len(problems)} reasons above", ExitCode.FAILED)
+            _refuse(restore_problems(tails, [*running, *stopped], dead))
             with _progress() as progress:
                 restore_file(file, path, progress)
     click.echo(f"restored {len(tails)} groups into sqlite:{path}; the HSMs can go on from there")
@@ -197,7 +207,36 @@ def restore(
         click.echo(f"HSM {hsm.hex()} must never run again with a state from before")
 
 
-def _check(connection: Connection, macs: dict[RealmId, Macs], progress: Progress, checkpoint: Checkpoint) -> Report:
+def _refuse(problems: Sequence[str]) -> None:
+    """End the command if there is a reason not to restore."""
+    if problems:
+        for line in problems:
+            click.echo(line)
+        raise ToolFailure(f"not restored: {len(problems)} reasons above", ExitCode.FAILED)
+
+
+def _damage(file: Path, hsm_dirs: tuple[Path, ...], *, without_digest: bool) -> list[str]:
+    """Return what is wrong with the backup itself, one line each."""
+    from juicebox_hsm.adapters.sqlite.check import check_file
+    from juicebox_hsm.adapters.sqlite.digest import digest_problem
+
+    if not without_digest:
+        problem = digest_problem(file)
+        if problem is not None:
+            return [problem]
+    macs, _ = _hsm_memories(hsm_dirs)
+    try:
+        with _progress() as progress:
+            report = check_file(file, macs, progress, is_backup=True)
+    except StoreInvalid as error:
+        return [str(error)]
+    more = [f"and {report.more_findings} more findings"] if report.more_findings else []
+    return [*report.findings, *more]
+
+
+def _check(
+    connection: Connection, macs: dict[RealmId, Macs], progress: Progress, checkpoint: Checkpoint, *, is_backup: bool
+) -> Report:
     """Check the store the connection names, whatever its back end."""
     if connection.store.startswith("bigtable:"):
         from juicebox_hsm.adapters.bigtable.upkeep import open_upkeep
@@ -208,8 +247,14 @@ def _check(connection: Connection, macs: dict[RealmId, Macs], progress: Progress
 
         return run(check_instance)
     from juicebox_hsm.adapters.sqlite.check import check_file
+    from juicebox_hsm.adapters.sqlite.digest import digest_problem
 
-    return check_file(_sqlite_path(connection), macs, progress, checkpoint)
+    path = _sqlite_path(connection)
+    problem = digest_problem(path) if is_backup and path.is_file() else None
+    report = check_file(path, macs, progress, checkpoint, is_backup=is_backup)
+    if problem is not None:
+        report.add("file", problem)
+    return report
 
 
 def _collect(connection: Connection, rate: int, age_s: float, progress: Progress) -> list[str]:

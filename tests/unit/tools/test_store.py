@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from juicebox_hsm.adapters.hsm_directory.hsm_host import InProcessHsm, generate_
 from juicebox_hsm.adapters.sqlite.accounting import DAY_MS
 from juicebox_hsm.adapters.sqlite.backup import read_tails
 from juicebox_hsm.adapters.sqlite.check import check_file
+from juicebox_hsm.adapters.sqlite.digest import TRAILER_BYTES
 from juicebox_hsm.adapters.stores.check import SLICES, Checkpoint, LogTail
 from juicebox_hsm.adapters.stores.opening import open_store
 from juicebox_hsm.errors import LocalError
@@ -317,6 +320,68 @@ def test_restore(tmp_path: Path) -> None:
 def _tails(file: Path, tmp_path: Path) -> list[LogTail]:
     _ok("backup", tmp_path / "again", "--store", f"sqlite:{file}")
     return read_tails(tmp_path / "again")
+
+
+def test_no_damaged_backup_is_restored(tmp_path: Path) -> None:
+    """Whichever byte of a backup changed, its restore is refused, nothing is written, and nobody is told to go on."""
+    file, hsm_dir, copy, new = (tmp_path / name for name in ("realm.db", "hsm", "copy", "new.db"))
+    generate_keys(tmp_path / "keys.json", "test")
+    init_hsm_dir(tmp_path / "keys.json", hsm_dir)
+    trio.run(_one_hsm_realm, file, hsm_dir)
+    _ok("backup", copy, "--store", f"sqlite:{file}")
+    whole = copy.read_bytes()
+    chance = random.Random(5)
+    for at in [0, 20, len(whole) - 1, len(whole) - 40, *chance.sample(range(len(whole)), 40)]:
+        copy.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << chance.randrange(8))]) + whole[at + 1 :])
+        result = _run("restore", copy, "--store", f"sqlite:{new}", "--hsm-dir", hsm_dir)
+        assert result.exit_code == 1, at
+        assert "not restored" in result.output
+        assert "go on" not in result.output
+        assert not new.exists()
+        assert _run("check", "--backup", "--store", f"sqlite:{copy}").exit_code in {1, 5}
+    copy.write_bytes(whole)
+    assert "the HSMs can go on" in _ok("restore", copy, "--store", f"sqlite:{new}", "--hsm-dir", hsm_dir)
+
+
+def test_restore_checks_backups_without_a_digest(tmp_path: Path) -> None:
+    """A backup of an older version needs the word of the operator, and what a check finds still refuses it."""
+    file, hsm_dir, copy, new = (tmp_path / name for name in ("realm.db", "hsm", "copy", "new.db"))
+    generate_keys(tmp_path / "keys.json", "test")
+    init_hsm_dir(tmp_path / "keys.json", hsm_dir)
+    trio.run(_one_hsm_realm, file, hsm_dir)
+    _ok("backup", copy, "--store", f"sqlite:{file}")
+    whole = copy.read_bytes()[:-TRAILER_BYTES]
+    restore = ("restore", copy, "--store", f"sqlite:{new}", "--hsm-dir", hsm_dir)
+    copy.write_bytes(whole)
+    result = _run(*restore)
+    assert result.exit_code == 1
+    assert "carries no digest" in result.output
+    connection = apsw.Connection(str(copy))
+    connection.execute("UPDATE log SET entries = zeroblob(length(entries))")
+    connection.close()
+    result = _run(*restore, "--no-digest")
+    assert result.exit_code == 1
+    assert not new.exists()
+    copy.write_bytes(whole)
+    _ok(*restore, "--no-digest")
+
+
+def test_a_backup_that_cannot_be_written_blames_its_target(path: Path, tmp_path: Path) -> None:
+    """A limit on the size of files is told with the target and the system's reason, and the source is not blamed."""
+    target = tmp_path / "copy"
+    program = (
+        "import resource, sys\n"
+        "from roles.cli import main\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))\n"
+        "main(sys.argv[1:])\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program, "store", "backup", str(target), "--store", f"sqlite:{path}"],
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert ended.returncode == 1, ended.stderr
+    assert f"{target}: cannot be written: File too large" in ended.stderr
+    assert not target.exists()
 
 
 def test_restore_forgets_services(path: Path, tmp_path: Path) -> None:
