@@ -17,6 +17,7 @@ from typing import Any, Final, TypeVar, cast
 
 import click
 
+from juicebox_hsm.adapters.process.regular_file import open_regular
 from juicebox_hsm.adapters.tls.cluster_tls import ClusterTls
 from juicebox_hsm.errors import LocalError
 from juicebox_hsm.wire.rpc import PeerRole
@@ -130,7 +131,7 @@ def read_settings(path: Path, parameters: Iterable[click.Parameter]) -> tuple[di
     A setting is called like its flag, with `-` or `_`. Relative paths are relative to the file's directory.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             content = file.read(CONFIG_BYTES_MAX)
         settings = tomllib.loads(content.decode())
     except OSError as error:

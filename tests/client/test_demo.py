@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -26,7 +28,7 @@ from juicebox_hsm.wire.rpc import Empty, ManagerStatus, PeerRole
 from roles.cli import cli
 from roles.survey.overview import ask_agents
 from roles.tools.demo.launch import Cluster, launch
-from roles.tools.demo.layout import DemoOptions, services
+from roles.tools.demo.layout import PORTS, DemoOptions, StateDir, services
 from roles.tools.demo.processes import OrphanGuard, RunningService
 from tests.patience import HANGS_S, PROGRAM_S
 from tests.terminal import run_on_terminal, words_of
@@ -98,6 +100,46 @@ async def _guesses_left(client: Client) -> int:
     except InvalidPin as error:
         return error.guesses_remaining
     raise AssertionError("a wrong PIN recovered the secret")
+
+
+def _certificates(directory: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in directory.rglob("*.pem")}
+
+
+async def test_a_state_directory_has_one_demo(tmp_path: Path) -> None:
+    """A second demo on a directory in use says by whom, and the realm that runs there does not notice."""
+    async with launch(DemoOptions(state_dir=tmp_path, agents=1, pin_hashing="FastInsecure")) as cluster:
+        before = _certificates(tmp_path)
+        written = cluster.state.processes_json.read_bytes()
+        second = await trio.to_thread.run_sync(_demo, "--state-dir", tmp_path)
+        assert second.returncode == 1, second.stderr
+        assert f"is in use by process {os.getpid()}" in second.stderr
+        assert _certificates(tmp_path) == before
+        assert cluster.state.processes_json.read_bytes() == written
+        assert len(await cluster.session.store.discovery.list()) >= 3
+        async with _client(cluster, "alice") as client:
+            await client.register(b"1234", b"secret", INFO, 5)
+            assert await client.recover(b"1234", INFO) == b"secret"
+
+
+def test_a_taken_port_is_named(tmp_path: Path) -> None:
+    """A demo that finds a stranger on an agent's port says that the address is in use, not what the stranger showed."""
+    with socket.socket() as stranger:
+        while True:
+            base = random.choice(PORTS)
+            options = DemoOptions(state_dir=tmp_path, agents=1, port_base=base)
+            found = services(options, StateDir(tmp_path))
+            port = next(service.port for service in found if service.role == "agent")
+            try:
+                stranger.bind(("127.0.0.1", port))
+                break
+            except OSError:
+                continue
+        stranger.listen()
+        result = _demo("--state-dir", tmp_path, "--agents", "1", "--port-base", str(base))
+    assert result.returncode == 1, result.stderr
+    assert "agent1 exited" in result.stderr
+    assert "in use" in result.stderr
 
 
 def test_shows_a_registration_and_stops(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 
+from juicebox_hsm.adapters.process.regular_file import open_regular
 from juicebox_hsm.errors import LocalError
 
 ALPN: Final = ("http/1.1", "h2")
@@ -41,7 +42,7 @@ class LeafInfo:
 
 def _read(path: Path, what: str) -> bytes:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             data = file.read(PEM_BYTES_MAX + 1)
     except OSError as error:
         raise LocalError(f"cannot read TLS {what} file {path}: {error.strerror}") from None

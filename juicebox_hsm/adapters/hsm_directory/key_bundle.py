@@ -22,6 +22,7 @@ from nacl.bindings import (
 from nacl.exceptions import CryptoError
 
 from juicebox_hsm.adapters.hsm_directory.nvram import sync_directory
+from juicebox_hsm.adapters.process.regular_file import open_regular
 from juicebox_hsm.crypto import Random
 from juicebox_hsm.crypto.redacted import Secret
 from juicebox_hsm.errors import LocalError
@@ -111,7 +112,7 @@ def read_bundle(bundle_file: Path, wrapping_key_file: Path) -> KeyBundle:
 
 def _read_text(path: Path) -> str:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return file.read(_FILE_BYTES_MAX).decode("ascii")
     except OSError as error:
         raise LocalError(f"{path}: {error.strerror}") from None

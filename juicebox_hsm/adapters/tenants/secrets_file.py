@@ -13,6 +13,7 @@ from typing import Final, Protocol
 
 import trio
 
+from juicebox_hsm.adapters.process.regular_file import open_regular
 from juicebox_hsm.errors import LocalError, RealmError
 from juicebox_hsm.tenant_keys import (
     TENANT_NAME_PREFIX,
@@ -155,7 +156,7 @@ class SecretsFile(HeldSecrets):
 
     def _read(self) -> tuple[bytes, int]:
         try:
-            with self.path.open("rb") as file:
+            with open_regular(self.path) as file:
                 content = file.read(FILE_BYTES_MAX + 1)
             mode = self.path.stat().st_mode
         except OSError as error:

@@ -21,6 +21,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 
 from juicebox_hsm.adapters.observation.logging import get_logger
+from juicebox_hsm.adapters.process.regular_file import open_regular
 from juicebox_hsm.errors import LocalError, PeerError
 from juicebox_hsm.wire.rpc import PeerRole
 
@@ -157,7 +158,7 @@ def _role_of(uris: list[str]) -> PeerRole:
 
 def _read(path: Path) -> bytes:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             data = file.read(FILE_BYTES_MAX + 1)
     except OSError as error:
         raise LocalError(f"{path}: {error.strerror}; {_ISSUE}") from None

@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import trio
 
+from juicebox_hsm.adapters.process.directory_lock import own_directory
 from juicebox_hsm.adapters.rpc import RpcPool
 from juicebox_hsm.adapters.stores.opening import open_store
 from juicebox_hsm.adapters.tls.cluster_tls import ClusterTls
@@ -295,7 +296,11 @@ async def launch(
     """Start a cluster, hand it over ready, and stop it afterwards. Raises `ToolFailure` and `LocalError`."""
     path = options.state_dir.resolve()
     path.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with demo_store(options.store, path) as used, demo_bus(options.bus, options.store) as bus:
+    with (
+        own_directory(path),
+        demo_store(options.store, path) as used,
+        demo_bus(options.bus, options.store) as bus,
+    ):
         pids = [pid for pid in (used.pid, bus.pid) if pid]
         async with _launched(options, StateDir(path, used.url, bus.flags), pids, on_exit) as cluster:
             yield cluster
