@@ -16,6 +16,7 @@ import trio
 from juicebox_hsm.adapters.clock.retrying import retrying
 from juicebox_hsm.adapters.observation.logging import bind_context
 from juicebox_hsm.errors import RealmError
+from juicebox_hsm.host.cluster.leases import LEASE_MS, StandingLeases
 from juicebox_hsm.host.events import EVENT_KEPT_MS, AccountingEvent, NewEvent, OutboxEvent, TenantCursor
 from juicebox_hsm.host.outbox import is_full, is_long
 from juicebox_hsm.host.services import Lease
@@ -24,8 +25,9 @@ from juicebox_hsm.ids import GroupId, RealmId
 if TYPE_CHECKING:
     from roles.agent.context import Agent
 
-LEASE_MS: Final = 3000
-LEASE_MARGIN_MS: Final = 1000
+RENEW_S: Final = LEASE_MS / 1000 - 1.0
+ASK_AGAIN_S: Final = 1.0
+"""Between two looks at a lease that another agent holds."""
 """A dispatcher renews when less than this is left."""
 PAGE_EVENTS: Final = 1000
 REMOVE_ROWS: Final = 5000
@@ -105,7 +107,8 @@ class Dispatcher:
     def __init__(self, agent: Agent) -> None:
         self._agent = agent
         self._lease: Lease | None = None
-        self._ask_again_ms = 0
+        self._standing = StandingLeases()
+        self._renew_s = self._ask_again_s = 0.0
         self._kept_ms = agent.config.event_kept_ms
         self._noted: set[RealmId] = set()
 
@@ -253,20 +256,24 @@ class Dispatcher:
         return int(oldest_ms), int(published_ms)
 
     async def _hold_lease(self, realm: RealmId) -> bool:
-        """Obtain or renew `<realm>-outbox`."""
-        leases = self._agent.store.leases
-        now_ms = self._agent.now_ms()
-        name = f"{realm.hex()}-outbox"
-        lease = self._lease
-        if lease is not None and lease.name == name:
-            if lease.expires_ms - now_ms > LEASE_MARGIN_MS:
+        """Obtain or renew `<realm>-outbox`. When is due is said by the monotonic clock: the other one may be set."""
+        leases, now_ms = self._agent.store.leases, self._agent.now_ms()
+        name, sent = f"{realm.hex()}-outbox", trio.current_time()
+        if self._lease is not None and self._lease.name == name:
+            if sent < self._renew_s:
                 return True
-            self._lease = await leases.extend(lease, now_ms, LEASE_MS)
-        if (self._lease is None or self._lease.name != name) and now_ms >= self._ask_again_ms:
-            self._lease = await leases.obtain(name, self._agent.config.name, now_ms, LEASE_MS)
+            self._lease = await leases.extend(self._lease, now_ms, LEASE_MS)
+            self._renew_s = sent + RENEW_S
+        if (self._lease is None or self._lease.name != name) and sent >= self._ask_again_s:
+            self._standing.look(await leases.list(), trio.current_time())
+            at_ms = self._standing.obtain_ms(name, now_ms, trio.current_time())
+            self._lease = None
+            if at_ms is not None:
+                self._lease = await leases.obtain(name, self._agent.config.name, at_ms, LEASE_MS)
+            self._renew_s = sent + RENEW_S
             if self._lease is None:
-                self._ask_again_ms = now_ms + LEASE_MS
-        return self._lease is not None
+                self._ask_again_s = sent + ASK_AGAIN_S
+        return self._lease is not None and self._lease.name == name
 
     async def release(self) -> None:
         """Give the lease back."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from juicebox_hsm.adapters.faults.switch import FaultSwitch
 from juicebox_hsm.adapters.observation.tracing import Traces
+from juicebox_hsm.host.cluster.leases import StandingLeases
 from juicebox_hsm.host.cluster.progress import TransferProgress
 from juicebox_hsm.host.cluster.view import GroupKey
 from juicebox_hsm.ports.observation import Log, Meter
@@ -31,6 +32,7 @@ class ManagerState:
     pending: dict[tuple[GroupKey, int], int] = field(default_factory=dict)
     transfers: list[TransferProgress] = field(default_factory=list)
     held_leases: dict[str, int] = field(default_factory=dict)
+    standing: StandingLeases = field(default_factory=StandingLeases)
     actions: dict[str, str] = field(default_factory=dict)
     loops: dict[str, LoopRun] = field(default_factory=dict)
 
@@ -42,7 +44,7 @@ def no_certificate() -> dt.datetime | None:
 
 @dataclass(frozen=True, slots=True)
 class ManagerContext:
-    """The manager's surroundings; `now_ms` is wall-clock Unix time in ms, for leases and discovery only.
+    """The manager's surroundings; `now_ms` is wall-clock Unix time in ms, which others only get to see.
 
     `certificate_end` tells when the cluster certificate in service ends (UTC), None without TLS.
     """

@@ -34,8 +34,11 @@ class LeaseLost(RealmError):
 @asynccontextmanager
 async def management_lease(context: ManagerContext, name: str) -> AsyncIterator[Lease]:
     """Hold lease `name` for the body. Raises `LeaseBusy`, `StoreUnavailable`, or `LeaseLost` after cancelling it."""
+    leases, standing = context.store.leases, context.state.standing
+    standing.look(await leases.list(), trio.current_time())
     sent = trio.current_time()
-    lease = await context.store.leases.obtain(name, context.name, context.now_ms(), LEASE_MS)
+    at_ms = standing.obtain_ms(name, context.now_ms(), sent)
+    lease = None if at_ms is None else await leases.obtain(name, context.name, at_ms, LEASE_MS)
     if lease is None:
         context.meter.count("manager.lease.busy")
         raise LeaseBusy(f"lease {name} is held by another manager")

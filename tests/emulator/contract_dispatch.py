@@ -16,7 +16,7 @@ from juicebox_hsm.ids import RealmId
 from juicebox_hsm.ports.store import Store
 from roles.agent import outbox
 from roles.agent.context import AgentConfig
-from roles.agent.outbox import LEASE_MS, Dispatcher
+from roles.agent.outbox import Dispatcher
 from tests.emulator.contract import Backend
 from tests.emulator.realm_data import REALM, event
 
@@ -128,7 +128,8 @@ class DispatchContract:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(stale.dispatch, REALM)
                 await slow.entered.wait()
-                clock.ms += LEASE_MS + 1
+                for lease in await store.leases.list():  # as if it had not been renewed
+                    await store.leases.terminate(lease)
                 await second.dispatch(REALM)
                 await other.outbox.record(REALM, [deleted], {})
                 await second.dispatch(REALM)

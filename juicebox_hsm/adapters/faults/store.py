@@ -20,6 +20,8 @@ from juicebox_hsm.ports.errors import StoreAmbiguous, StoreUnavailable
 from juicebox_hsm.ports.leases import Leases
 from juicebox_hsm.ports.store import Store
 
+_VALUES: Final = frozenset({"description", "is_new"})
+"""Fields of a store that are no ports."""
 _AMBIGUOUS: Final = frozenset({"append"})
 _UNSHARED_ID: Final = "0" * 32
 """The id of a lease the store knows nothing of; real ones are random."""
@@ -32,7 +34,7 @@ def with_faults(store: Store, switch: FaultSwitch) -> Store:
     ports: dict[str, Any] = {
         field.name: _FaultyPort(getattr(store, field.name), switch)
         for field in fields(store)
-        if field.name != "description" and getattr(store, field.name) is not None
+        if field.name not in _VALUES and getattr(store, field.name) is not None
     }
     ports["leases"] = _FaultyLeases(ports["leases"], switch)
     return replace(store, **ports)
@@ -80,7 +82,10 @@ class _FaultyLeases:
             await self._leases.terminate(lease)
 
     async def list(self) -> list[Lease]:
-        return await self._leases.list()
+        if not self._switch.now.ignores_leases:
+            return await self._leases.list()
+        await trio.lowlevel.checkpoint()
+        return []
 
 
 def _gated(operation: Any, switch: FaultSwitch, *, loses_replies: bool) -> Any:

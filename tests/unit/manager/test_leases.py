@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import trio
 import trio.testing
 
 from juicebox_hsm.host.cluster.leases import usable_until_s
 from juicebox_hsm.ports.errors import StoreInvalid, StoreUnavailable
-from roles.manager.context import ManagerContext
+from roles.manager.context import ManagerContext, ManagerState
 from roles.manager.leases import LeaseBusy, LeaseLost, management_lease
 from tests.unit.manager.fakes import FakeLeases, make_context
 
@@ -149,3 +151,30 @@ async def test_counts_from_the_sending(autojump_clock: trio.testing.MockClock, s
         await work()
     assert until == pytest.approx(usable_until_s(sent[0]))
     assert until * 1000 < leases.rows["x"].expires_ms - 400
+
+
+async def test_clocks_far_apart_neither_steal_nor_wait(autojump_clock: trio.testing.MockClock) -> None:
+    """A manager an hour ahead does not take what another renews; one an hour behind takes what a dead one left."""
+    context, leases = _context()
+
+    def beside(offset_ms: int) -> ManagerContext:
+        """Return another manager, whose clock is off."""
+        return replace(context, now_ms=lambda: round(trio.current_time() * 1000) + offset_ms, state=ManagerState())
+
+    ahead, behind = beside(3_600_000), beside(-3_600_000)
+
+    async def attempts(other: ManagerContext) -> int:
+        """Try every second; return how often it was refused."""
+        for attempt in range(60):
+            try:
+                async with management_lease(other, "x"):
+                    return attempt
+            except LeaseBusy:
+                await trio.sleep(1)
+        return 60
+
+    async with management_lease(context, "x"):
+        assert await attempts(ahead) == 60
+        assert await attempts(behind) == 60
+    await leases.obtain("x", "dead", ahead.now_ms(), 3000)
+    assert await attempts(behind) == 3
