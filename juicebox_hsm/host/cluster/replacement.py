@@ -7,11 +7,11 @@ shows there, so a run after an interrupted one goes on where that stopped (opera
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from juicebox_hsm.errors import LocalError
-from juicebox_hsm.host.cluster.view import ClusterView, GroupView
+from juicebox_hsm.host.cluster.view import ClusterView, GroupView, HsmView
 from juicebox_hsm.ids import GroupId, HsmId, OwnedRange, RealmId, uncovered
 
 
@@ -126,6 +126,22 @@ def _replaced(view: ClusterView, old: GroupView, replacing: Mapping[HsmId, str])
             raise ReplacementRefused(f"HSM {member.hex()} would be twice in the group that replaces {old.id.hex()}")
         wanted[member] = None if found is None else found.url
     return dict(sorted(wanted.items()))
+
+
+def propose(view: ClusterView, realm: RealmId, usable: Sequence[HsmView]) -> dict[HsmId, str | None]:
+    """Return the HSMs that groups miss, each with the agent of one that could replace it, None when there is none.
+
+    An HSM is missed when no registered agent has it: managers forget an agent that was silent for 21 minutes, and only
+    then is this a proposal. `usable` are HSMs that are in the realm or may join it.
+    """
+    groups = [group for group in view.groups_of(realm) if not group.has_ended]
+    missed = sorted({hsm for group in groups for hsm in group.configuration} - set(view.hsms))
+    proposed: dict[HsmId, str | None] = {}
+    for lost in missed:
+        beside = {hsm for group in groups if lost in group.configuration for hsm in group.configuration}
+        free = [hsm for hsm in usable if hsm.id not in beside and hsm.url not in proposed.values()]
+        proposed[lost] = min(free, key=lambda hsm: (len(hsm.groups), hsm.id)).url if free else None
+    return proposed
 
 
 def pending_towards(view: ClusterView, realm: RealmId, wanted: GroupId) -> GroupId | None:

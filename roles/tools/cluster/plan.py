@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import click
 import trio
 
 from juicebox_hsm.consensus.types import GROUP_MEMBERS_MAX, GROUPS_PER_HSM_MAX
-from juicebox_hsm.host.cluster.layout import Layout, advice, choose_hsms, commands, make_layout, owners_of, windows
+from juicebox_hsm.host.cluster.layout import (
+    PROGRAM,
+    Layout,
+    advice,
+    choose_hsms,
+    commands,
+    make_layout,
+    owners_of,
+    windows,
+)
 from juicebox_hsm.host.cluster.planning import spread
 from juicebox_hsm.host.cluster.ranges import show_range
+from juicebox_hsm.host.cluster.replacement import propose
 from juicebox_hsm.host.cluster.view import ClusterView
-from juicebox_hsm.ids import RealmId
+from juicebox_hsm.ids import HsmId, RealmId
 from juicebox_hsm.wire.methods import REBALANCE
 from juicebox_hsm.wire.rpc import Empty, Refused
 from roles.survey.overview import read_overview
 from roles.tools.cluster.change import transfer_shown
 from roles.tools.cluster.create import join_realm, new_group, new_realm
 from roles.tools.cluster.leaders import MOVES_MAX, manager_option
+from roles.tools.cluster.replace import replace_hsms
 from roles.tools.cluster.show import with_session
 from roles.tools.ids import resolve_id
 from roles.tools.output import print_json
@@ -100,10 +111,27 @@ async def _run(
     *,
     apply: bool,
     as_json: bool,
+    replace_lost: bool = False,
 ) -> None:
     view = await read_overview(session.store, session.rpc)
     realm = _choose_realm(view, realm_text)
     hsms = choose_hsms(view, realm)
+    if realm is not None and groups is not None:
+        proposed = _told(propose(view, realm, hsms))
+        if proposed and as_json:
+            lines = [f"{PROGRAM} replace {lost.hex()} {url}" for lost, url in proposed]
+            print_json({"realm": realm.hex(), "hsms": len(hsms), "commands": lines})
+            return
+        if proposed and not (apply and replace_lost):
+            _print([f"{PROGRAM} replace {lost.hex()} {url}" for lost, url in proposed])
+            click.echo("# HSMs are lost. Replace them first, or give --apply --replace-lost; then plan again", err=True)
+            if apply:
+                raise ToolFailure("nothing was changed: whether these HSMs are gone for good is yours to say")
+            return
+        if proposed:
+            await replace_hsms(session, manager, realm, proposed, dry_run=False)
+            view = await read_overview(session.store, session.rpc)
+            hsms = choose_hsms(view, realm)
     members = min(len(hsms), GROUP_MEMBERS_MAX) if size is None else size
     wanted = windows([hsm.id for hsm in hsms], len(hsms) if groups is None else groups, members)
     if realm is not None and view.groups_of(realm):
@@ -122,6 +150,14 @@ async def _run(
         _print(lines)
 
 
+def _told(proposed: Mapping[HsmId, str | None]) -> list[tuple[HsmId, str]]:
+    """Return the replacements that can be made; say which lost HSMs have none."""
+    for lost, url in proposed.items():
+        if url is None:
+            click.echo(f"warning: HSM {lost.hex()} is lost, and there is no other HSM to replace it", err=True)
+    return [(lost, url) for lost, url in proposed.items() if url is not None]
+
+
 def _print(lines: Sequence[str]) -> None:
     for line in lines:
         click.echo(line)
@@ -136,6 +172,7 @@ def _print(lines: Sequence[str]) -> None:
 @realm_option
 @manager_option
 @click.option("--apply", is_flag=True, help="Do it; without this the commands are printed and nothing is changed.")
+@click.option("--replace-lost", is_flag=True, help="With --apply: also replace HSMs that are gone, as planned.")
 @click.option("--dry-run", is_flag=True, help="Print the commands even with --apply.")
 @click.option("--json", "as_json", is_flag=True, help="Print the commands as one JSON object; changes nothing.")
 @with_connection
@@ -146,17 +183,22 @@ def plan(
     manager: str | None,
     *,
     apply: bool,
+    replace_lost: bool,
     dry_run: bool,
     as_json: bool,
 ) -> None:
     """Lay a realm out: that many groups over all its HSMs, the key space split evenly, leaders spread.
+
+    HSMs whose agents managers have forgotten (silent for 21 minutes) are lost: `replace` is proposed for each as long
+    as there is another HSM for its groups, and nothing else until that is done.
 
     HSMs in no realm that hold the realm's keys join it; with no realm at all one is made. The recommended layout is 5
     HSMs and --groups 3. Groups of more than 9 HSMs are impossible; with more HSMs each group takes 9 of them in turn.
     """
 
     async def body(session: Session) -> None:
-        await _run(session, manager, realm_text, groups, None, apply=apply and not dry_run, as_json=as_json)
+        doing = apply and not dry_run
+        await _run(session, manager, realm_text, groups, None, apply=doing, as_json=as_json, replace_lost=replace_lost)
 
     with_session(connection, body)
 

@@ -109,7 +109,7 @@ def check_retire(view: ClusterView, group: GroupView) -> None:
 
 
 async def _look(session: Session) -> ClusterView:
-    return await read_overview(session.store, session.rpc, session.now_ms())
+    return await read_overview(session.store, session.rpc)
 
 
 def _find_group(view: ClusterView, text: str) -> GroupView:

@@ -13,6 +13,7 @@ from juicebox_hsm.host.cluster.replacement import (
     Retire,
     next_step,
     pending_towards,
+    propose,
 )
 from juicebox_hsm.host.cluster.view import AgentView, ClusterView, build_view
 from juicebox_hsm.ids import FULL_RANGE, OwnedRange, RealmId
@@ -155,3 +156,21 @@ def test_a_group_without_majority_that_nobody_misses_is_left() -> None:
     agents[1].groups[group(2)].owned = None
     with pytest.raises(ReplacementRefused, match="no leader"):
         _step(agents)
+
+
+def test_replacements_are_proposed_for_lost_hsms() -> None:
+    """A member that no registered agent has is proposed for replacement, by the least busy HSM outside its groups."""
+    agents = _realm()
+    agents[3].realm = REALM
+    view = _view([agent for agent in agents if not agent.down])
+    spare = [view.hsms[hsm(number)] for number in (1, 2, 4)]
+    assert propose(view, REALM, spare) == {hsm(3): NEW}
+    assert propose(view, REALM, spare[:2]) == {hsm(3): None}, "the others are in its groups already"
+    assert propose(view, OTHER_REALM, spare) == {}
+    agents[2].down = False
+    assert propose(_view(agents), REALM, spare) == {}
+    for agent in agents[:3]:
+        for known in agent.groups.values():
+            known.ended = True
+    agents[2].down = True
+    assert propose(_view([agent for agent in agents if not agent.down]), REALM, spare) == {}, "ended groups miss nobody"

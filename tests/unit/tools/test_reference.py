@@ -54,7 +54,8 @@ def test_every_tool_is_there() -> None:
 
 CHANGING = {
     "new-realm", "join-realm", "new-group", "transfer", "stepdown", "rebalance", "drain", "undrain", "plan",
-    "tenant set-capacity", "tenant unset", "discovery remove", "experimental assimilate", "experimental transfer",
+    "retire", "replace", "tenant set-capacity", "tenant unset", "discovery remove", "experimental assimilate",
+    "experimental transfer",
 }  # fmt: skip
 
 
