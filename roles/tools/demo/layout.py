@@ -248,7 +248,12 @@ def _choose_ports(options: DemoOptions, state: StateDir, names: list[str]) -> di
         base = options.port_base
         if not 1024 <= base <= 65535 - 2 * len(names):
             raise LocalError(f"--port-base {base}: give 1024 to {65535 - 2 * len(names)}")
-        return {name: (base + 2 * index, base + 2 * index + 1) for index, name in enumerate(names)}
+        ports = {name: (base + 2 * index, base + 2 * index + 1) for index, name in enumerate(names)}
+        for name, pair in ports.items():
+            for port in pair:
+                if not _is_free(port):
+                    raise LocalError(f"{name}: address {HOST}:{port} is in use; stop who has it or give --port-base")
+        return ports
     remembered = _remembered_ports(state)
     taken: set[int] = set()
     ports = {}
@@ -270,6 +275,20 @@ def _remembered_ports(state: StateDir) -> dict[str, tuple[int, int]]:
         return {}
 
 
+def _is_free(port: int) -> bool:
+    """Tell whether a service could listen on `port` now.
+
+    A demo that went on over somebody else's socket would talk to a stranger, and say what is wrong with him.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError:
+            return False
+    return True
+
+
 def _free_port(wanted: int, taken: set[int]) -> int:
     """Return `wanted` if it is free, else some free port; never one twice."""
     chooser = random.SystemRandom()
@@ -277,12 +296,8 @@ def _free_port(wanted: int, taken: set[int]) -> int:
         port = wanted if attempt == 0 and wanted else chooser.choice(PORTS)
         if port in taken:
             continue
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((HOST, port))
-            except OSError:
-                continue
+        if not _is_free(port):
+            continue
         taken.add(port)
         return port
     raise LocalError("no free port found; give --port-base")

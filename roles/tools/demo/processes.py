@@ -135,13 +135,9 @@ class RunningService:
             await self.kill()
 
     async def wait_listening(self) -> None:
-        """Wait until the service listens on its port, without connecting: a server logs broken handshakes.
-
-        Somebody else's socket does not count. Then the service ends by itself and says that the address is in use.
-        """
+        """Wait until something listens on the service's port, without connecting: a server logs broken handshakes."""
         while True:
-            found = listening_inodes(self.service.port)
-            if found and any(_has_socket(pid, found) for pid in (self.pid, *_children(self.pid))):
+            if is_listening(self.service.port):
                 return
             await trio.sleep(PORT_POLL_S)
 
@@ -164,29 +160,12 @@ class RunningService:
 
 def is_listening(port: int) -> bool:
     """Tell whether a TCP socket on 127.0.0.1 listens on `port`, as the kernel's table says."""
-    return bool(listening_inodes(port))
-
-
-def listening_inodes(port: int) -> list[str]:
-    """Return the inodes of the TCP sockets that listen on 127.0.0.1 and `port`; workers of a balancer share one."""
     wanted = f"{_LOOPBACK_HEX}:{port:04X}"
-    rows = (line.split(maxsplit=10) for line in Path("/proc/net/tcp").read_text(encoding="ascii").splitlines()[1:])
-    return [columns[9] for columns in rows if columns[1] == wanted and columns[3] == _TCP_LISTEN_HEX]
-
-
-def _has_socket(pid: int, inodes: list[str]) -> bool:
-    wanted = {f"socket:[{inode}]" for inode in inodes}
-    try:
-        return any(str(entry.readlink()) in wanted for entry in Path(f"/proc/{pid}/fd").iterdir())
-    except OSError:
-        return False  # it ended, or closed one meanwhile: the next look tells
-
-
-def _children(pid: int) -> list[int]:
-    try:
-        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()]
-    except OSError:
-        return []
+    for line in Path("/proc/net/tcp").read_text(encoding="ascii").splitlines()[1:]:
+        columns = line.split(maxsplit=4)
+        if columns[1] == wanted and columns[3] == _TCP_LISTEN_HEX:
+            return True
+    return False
 
 
 def describe_exit(running: RunningService) -> str:
