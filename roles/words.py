@@ -19,6 +19,7 @@ from juicebox_hsm.host.cluster.findings import (
     Fact,
     FewMembers,
     Finding,
+    HsmTwice,
     MemberBehind,
     Moving,
     OfGroup,
@@ -82,6 +83,11 @@ def sentence(found: Finding) -> str:
             return _FACTS[code]
         case OfService(code=code, url=url, said=said):
             return _OF_SERVICES.get(code, _A_WARNING).format(url=url, said=said)
+        case HsmTwice(hsm=hsm, urls=urls):
+            return (
+                f"HSM {hsm.hex()} runs at {' and at '.join(urls)}: one is a copy. Stop it for good and destroy its "
+                "directory; until then neither is ready or made a leader"
+            )
         case OutboxLate(url=url, backlog=backlog, oldest_s=oldest_s):
             return f"agent {url}: {backlog} unpublished events, the oldest {oldest_s:.0f} s"
         case CertificateEnds(whose=whose, url=url):

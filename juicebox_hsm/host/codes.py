@@ -25,6 +25,7 @@ class Code(enum.Enum):
 
     NO_AGENT = ("no-agent", _PROBLEM)
     AGENT_SILENT = ("agent-silent", _PROBLEM)
+    HSM_TWICE = ("hsm-twice", _PROBLEM)
     HSM_SILENT = ("hsm-silent", _PROBLEM)
     OUTBOX = ("outbox", _PROBLEM)
     NO_MANAGER = ("no-manager", _PROBLEM)

@@ -57,6 +57,7 @@ class Refusal(enum.Enum):
     NOT_CAPTURED = "NotCaptured"
     NOT_LEADER = "NotLeader"
     BUSY = "Busy"
+    HSM_TWICE = "HsmTwice"
     NO_QUORUM = "NoQuorum"
     INVALID_PROOF = "InvalidProof"
     MISSING_SESSION = "MissingSession"
@@ -230,7 +231,10 @@ class OutboxInfo(_Body, frozen=True):
 
 
 class AgentStatus(_Body, frozen=True):
-    """Reply of `status`. `hsm`: None when the HSM does not answer. `certificate_end_ms`: Unix time, if it has one."""
+    """Reply of `status`. `hsm`: None when the HSM does not answer. `certificate_end_ms`: Unix time, if it has one.
+
+    `instance` is drawn when the process starts, and tells it from one with a copy of its HSM.
+    """
 
     uptime_s: float
     hsm: HsmInfo | None
@@ -239,6 +243,7 @@ class AgentStatus(_Body, frozen=True):
     groups: list[AgentGroupInfo]
     outbox: OutboxInfo | None = None
     certificate_end_ms: int | None = None
+    instance: bytes = b""
 
 
 class RealmCreated(_Body, frozen=True):

@@ -7,9 +7,11 @@ One object is passed to every part instead of nine arguments. Parts are function
 from __future__ import annotations
 
 import datetime as dt
+import os
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final
 
 import trio
@@ -74,6 +76,9 @@ def wall_clock_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
+INSTANCE_BYTES: Final = 16
+
+
 def no_certificate() -> dt.datetime | None:
     """Return that there is no certificate whose end could be told."""
     return None
@@ -83,7 +88,8 @@ def no_certificate() -> dt.datetime | None:
 class AgentConfig:
     """Settings of one agent. `url` is the address others reach it at; `default_rate` is in requests per second.
 
-    `certificate_end` tells when the cluster certificate in service ends (UTC), None without TLS.
+    `certificate_end` tells when the cluster certificate in service ends (UTC), None without TLS. `instance` tells this
+    process from one that runs a copy of its HSM.
     """
 
     name: str
@@ -94,6 +100,7 @@ class AgentConfig:
     timings: Timings = field(default_factory=Timings)
     now_ms: Callable[[], int] = wall_clock_ms
     certificate_end: Callable[[], dt.datetime | None] = no_certificate
+    instance: bytes = field(default_factory=partial(os.urandom, INSTANCE_BYTES))
 
 
 WATCHDOG_CHECKS: Final = 5

@@ -74,6 +74,8 @@ async def handle_become_leader(agent: Agent, body: BecomeLeaderCall) -> Done | R
     group = agent.groups.find(body.realm, body.group)
     if isinstance(group, Refusal):
         return Refused(group)
+    if agent.peers.copies:
+        return Refused(Refusal.HSM_TWICE, detail=f"this HSM also runs at {', '.join(agent.peers.copies)}")
     if agent.stopping:
         return _refused(Obstacle(ObstacleCode.STOPPING))
     deadline = trio.current_time() + agent.timings.become_leader_s

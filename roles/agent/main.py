@@ -172,6 +172,7 @@ async def _serve(shell: Shell, nursery: trio.Nursery, options: AgentOptions, hsm
 
     def sample() -> None:
         cache.sample(trio.current_time())
+        shell.metrics.gauge("agent.hsm.copies", len(agent.peers.copies))
         stalls.sample(agent.groups, shell.metrics, trio.current_time())
 
     shell.report(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from juicebox_hsm.errors import RealmError
+from juicebox_hsm.host.copies import Elsewhere, Place
 from juicebox_hsm.host.liveness import Reachable
 from juicebox_hsm.host.services import ServiceAddress, ServiceKind
 from juicebox_hsm.ids import HsmId
@@ -31,6 +32,7 @@ class Peers:
     def __init__(self, agent: Agent) -> None:
         self._agent = agent
         self._reachable = Reachable()
+        self._elsewhere = Elsewhere()
         self._seen: tuple[ServiceAddress, ...] | None = None
         self._wake = Signal()
         self.agent_urls: tuple[str, ...] = ()
@@ -39,6 +41,11 @@ class Peers:
     def url_of(self, member: HsmId) -> str | None:
         """Return where the agent of `member` is, if it answered lately; None for our own HSM."""
         return self._reachable.url_of(member)
+
+    @property
+    def copies(self) -> tuple[str, ...]:
+        """Return at which other addresses our own HSM answers; it should be none."""
+        return self._elsewhere.urls
 
     def suspect(self) -> None:
         """A call failed: look again soon."""
@@ -50,7 +57,7 @@ class Peers:
         refresh_at = looked_at = trio.current_time()
         while True:
             changed = await self._read_discovery()
-            if changed or trio.current_time() >= refresh_at:
+            if changed or self.copies or trio.current_time() >= refresh_at:
                 looked_at = trio.current_time()
                 await self._read_statuses()
                 refresh_at = trio.current_time() + timings.peer_refresh_s
@@ -76,18 +83,31 @@ class Peers:
 
     async def _read_statuses(self) -> None:
         """Ask every other agent for its HSM's id."""
-        found: dict[HsmId, str] = {}
+        places: list[Place] = []
 
         async def ask(url: str) -> None:
             status = await self.status(url)
             if status is not None and status.hsm is not None:
-                found[HsmId(status.hsm.id)] = url
+                places.append(Place(url, HsmId(status.hsm.id), status.instance))
 
         async with trio.open_nursery() as nursery:
             for url in self.agent_urls:
                 nursery.start_soon(ask, url)
-        if self._reachable.asked(found, self.agent_urls):
+        self._look_for_copies(places)
+        if self._reachable.asked({place.hsm: place.url for place in sorted(places)}, self.agent_urls):
             self._wake.set()
+
+    def _look_for_copies(self, places: list[Place]) -> None:
+        """Find out whether our own HSM answers at another address, too; log when that begins and when it ends."""
+        agent = self._agent
+        if agent.hsm_id is None:
+            return
+        before = self.copies
+        self._elsewhere.asked(Place(agent.config.url, agent.hsm_id, agent.config.instance), places, self.agent_urls)
+        if self.copies and not before:
+            agent.log.error("our HSM also runs elsewhere: one is a copy", hsm=agent.hsm_id.hex(), at=list(self.copies))
+        elif before and not self.copies:
+            agent.log.info("our HSM runs here only, again", hsm=agent.hsm_id.hex())
 
     async def status(self, url: str) -> AgentStatus | None:
         """Return an agent's status, None when it does not answer in 2 s."""

@@ -59,6 +59,10 @@ async def livez(agent: Agent) -> tuple[bool, str]:
 async def readyz(agent: Agent) -> tuple[bool, str]:
     """Answer 200 when registered, HSM and store answer and nothing is in trouble; warnings do not count."""
     reasons = [f"{what}: {why}" for what, why in sorted(agent.troubles.items())]
+    reasons += [
+        f"hsm_twice: our HSM also runs at {url}: one of the two is a copy, which must be stopped for good"
+        for url in agent.peers.copies
+    ]
     reasons += stalls.reasons(agent.groups, trio.current_time())
     if not agent.registered:
         reasons.append("not yet registered")

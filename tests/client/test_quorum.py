@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from collections.abc import Awaitable, Callable
-from functools import partial
 from pathlib import Path
-from urllib.error import HTTPError
-from urllib.request import urlopen
 
 import pytest
-import trio
 
 from juicebox_hsm.client import Client, ClientError, Configuration, HttpTransport
 from juicebox_hsm.client.transport import Observation
-from roles.tools.demo.launch import Cluster, launch
+from roles.tools.demo.launch import launch
 from roles.tools.demo.layout import DemoOptions
+from tests.client.looking import eventually, page_of, status_of
 
 pytestmark = pytest.mark.processes
 
@@ -25,32 +19,6 @@ TOLD_S = 10.0
 """Nothing dangerous is silent for longer (docs/reliability.md)."""
 REFUSED_S = 4.0
 """A request takes a second until the majority counts as lost and one of the balancer's patience; it was 20 s."""
-
-
-def _page(cluster: Cluster, name: str, path: str) -> str:
-    """Return a page of a service's HTTP port, ready or not."""
-    try:
-        with urlopen(f"http://{cluster.process(name).service.http}{path}", timeout=5) as page:
-            return str(page.read().decode())
-    except HTTPError as error:
-        return error.read().decode()
-
-
-async def _page_of(cluster: Cluster, name: str, path: str) -> str:
-    return await trio.to_thread.run_sync(_page, cluster, name, path)
-
-
-async def _status(cluster: Cluster) -> str:
-    command = [sys.executable, "-m", "roles", "cluster", "status", "--config", str(cluster.state.cluster_toml)]
-    done = await trio.to_thread.run_sync(partial(subprocess.run, command, capture_output=True, text=True, timeout=60))
-    return str(done.stdout)
-
-
-async def _eventually(holds: Callable[[], Awaitable[bool]], within_s: float, what: str) -> None:
-    with trio.move_on_after(within_s) as waiting:
-        while not await holds():  # noqa: ASYNC110 - what is looked at are other processes
-            await trio.sleep(0.1)
-    assert not waiting.cancelled_caught, f"not within {within_s} s: {what}"
 
 
 async def test_no_majority_is_told_and_ends(tmp_path: Path) -> None:
@@ -82,17 +50,17 @@ async def test_no_majority_is_told_and_ends(tmp_path: Path) -> None:
         print("clients were answered after", [f"{wait_s:.2f}" for wait_s in waits_s])
 
         async def told(service: str) -> bool:
-            page = await _page_of(cluster, service, "/readyz")
+            page = await page_of(cluster.process(service).service.http, "/readyz")
             return f"group {group.id.hex()} ([0x00...-0xff...]) cannot commit" in page
 
-        await _eventually(lambda: told(name), TOLD_S, "the leader is not ready")
-        await _eventually(lambda: told("lb1"), TOLD_S, "the balancer is not ready")
-        metrics = await _page_of(cluster, name, "/metrics")
+        await eventually(lambda: told(name), TOLD_S, "the leader is not ready")
+        await eventually(lambda: told("lb1"), TOLD_S, "the balancer is not ready")
+        metrics = await page_of(cluster.process(name).service.http, "/metrics")
         about = f'{{group="{group.id.hex()}",realm="{realm.hex()}"}}'
         assert f"agent_group_members_alive{about} 2" in metrics
         assert f"agent_group_stalled{about} 1" in metrics
         assert "agent_commit_no_quorum_total 1" in metrics
-        assert "cannot commit for" in await _status(cluster)
+        assert "cannot commit for" in await status_of(cluster)
         log = cluster.state.log(name)
         assert log.read_text().count("group cannot commit") == 1
 
@@ -100,10 +68,10 @@ async def test_no_majority_is_told_and_ends(tmp_path: Path) -> None:
             await cluster.restart(victim.service.name)
 
         async def ready() -> bool:
-            pages = [await _page_of(cluster, service, "/readyz") for service in (name, "lb1")]
+            pages = [await page_of(cluster.process(service).service.http, "/readyz") for service in (name, "lb1")]
             return all(page.startswith("ready") for page in pages)
 
-        await _eventually(ready, TOLD_S, "ready again")
+        await eventually(ready, TOLD_S, "ready again")
         assert await client.recover(PIN, INFO) == SECRET
         assert log.read_text().count("group commits again") == 1
-        assert f"agent_group_stalled{about} 0" in await _page_of(cluster, name, "/metrics")
+        assert f"agent_group_stalled{about} 0" in await page_of(cluster.process(name).service.http, "/metrics")

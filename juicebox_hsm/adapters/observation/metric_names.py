@@ -40,7 +40,7 @@ AGENT: Final = Catalogue(
     gauges=(
         "agent.accounting.batch_size", "agent.commit.log.index", "agent.compaction.compact_index",
         "agent.compaction.uncompacted_rows.count", "agent.compaction.uncompacted_rows.first_index",
-        "agent.outbox.backlog", "bigtable.append.batch.size", "bigtable.append.queue.size",
+        "agent.hsm.copies", "agent.outbox.backlog", "bigtable.append.batch.size", "bigtable.append.queue.size",
     ),
     timers=(
         "agent.catchup", "agent.commit.latency", "agent.handle_become_leader.hsm_request",

@@ -77,10 +77,12 @@ def candidates(
 ) -> list[Member]:
     """Order the members that answered: undrained first, least work, freshest capture, lowest id.
 
-    The order is total, so two managers agree. An exclusion that would leave nobody is dropped. `extra_work` is what
-    this pass gave away already, so that several orphans do not all go to one idle HSM.
+    An HSM of which there is a copy is not among them. The order is total, so two managers agree. An exclusion that
+    would leave nobody is dropped. `extra_work` is what this pass gave away already, so that several orphans do not all
+    go to one idle HSM.
     """
-    members = [member for member in group.members if member.hsm != exclude] or list(group.members)
+    single = [member for member in group.members if member.hsm not in view.copied]
+    members = [member for member in single if member.hsm != exclude] or single
     extra = extra_work or {}
 
     def order(member: Member) -> tuple[bool, int, bool, int, bytes]:

@@ -29,7 +29,7 @@ class GroupLoad:
 
 @dataclass(frozen=True, slots=True)
 class HsmLoad:
-    """An HSM with its groups; a drained one is no destination."""
+    """An HSM with its groups; a drained one is no destination, nor is one of which there is a copy."""
 
     hsm: HsmId
     groups: tuple[GroupLoad, ...]
@@ -74,7 +74,7 @@ def loads(view: ClusterView, drained: Collection[HsmId] = ()) -> list[HsmLoad]:
                     captured=member.captured_index,
                 )
             )
-        result.append(HsmLoad(hsm.id, tuple(found), hsm.id in drained))
+        result.append(HsmLoad(hsm.id, tuple(found), hsm.id in drained or hsm.id in view.copied))
     return result
 
 

@@ -42,6 +42,15 @@ class OfService:
 
 
 @dataclass(frozen=True, slots=True)
+class HsmTwice:
+    """One HSM answers at all of these addresses, from different processes: all but one run a copy."""
+
+    hsm: HsmId
+    urls: tuple[str, ...]
+    code: ClassVar[Code] = Code.HSM_TWICE
+
+
+@dataclass(frozen=True, slots=True)
 class OutboxLate:
     """An agent's events do not leave: `backlog` of them, the oldest waiting for `oldest_s`."""
 
@@ -155,6 +164,7 @@ class Drained:
 Finding = (
     Fact
     | OfService
+    | HsmTwice
     | OutboxLate
     | CertificateEnds
     | VersionsDiffer

@@ -20,6 +20,7 @@ from juicebox_hsm.host.cluster.findings import (
     Fact,
     FewMembers,
     Finding,
+    HsmTwice,
     MemberBehind,
     Moving,
     OfGroup,
@@ -126,6 +127,8 @@ def judge(evidence: Evidence) -> Verdict:
 def _agent_problems(view: ClusterView, now_ms: int) -> Iterator[Finding]:
     if not view.agents:
         yield Fact(Code.NO_AGENT)
+    for hsm, urls in view.copied.items():
+        yield HsmTwice(hsm, urls)
     for agent in view.agents:
         status = agent.status
         if status is None:

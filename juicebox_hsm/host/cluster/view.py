@@ -6,10 +6,11 @@ may be stale or uncommitted, and nothing that matters for safety is decided from
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from juicebox_hsm.host.copies import Place, copied
 from juicebox_hsm.ids import GroupId, HsmId, OwnedRange, RealmId, RecordId
 from juicebox_hsm.wire.rpc import AgentGroupInfo, AgentStatus, GroupInfo, GroupRole, LeaderInfo, Range
 
@@ -138,6 +139,8 @@ class ClusterView:
     agents: tuple[AgentView, ...]
     hsms: Mapping[HsmId, HsmView] = field(default_factory=dict)
     groups: Mapping[GroupKey, GroupView] = field(default_factory=dict)
+    copied: Mapping[HsmId, tuple[str, ...]] = field(default_factory=dict)
+    """HSMs that answer at several addresses, with those: one of them is a copy, and nobody can tell which."""
 
     @property
     def realms(self) -> list[RealmId]:
@@ -181,14 +184,19 @@ def wire_range(value: OwnedRange) -> Range:
 
 
 def build_view(agents: Sequence[AgentView]) -> ClusterView:
-    """Index the answers of one round. Two addresses of one HSM: the last one by URL counts."""
+    """Index the answers of one round. Of two addresses of one HSM the one that leads counts, else the last by URL."""
     ordered = tuple(sorted(agents, key=lambda agent: agent.url))
     hsms: dict[HsmId, HsmView] = {}
     own_views: dict[tuple[HsmId, GroupKey], AgentGroupInfo] = {}
+    places: list[Place] = []
     for agent in ordered:
         if agent.status is None or agent.status.hsm is None:
             continue
         info = agent.status.hsm
+        places.append(Place(agent.url, HsmId(info.id), agent.status.instance))
+        known = hsms.get(HsmId(info.id))
+        if known is not None and _leads(known.groups) and (info.realm is None or not _leads(info.realm.groups)):
+            continue
         realm = info.realm
         hsms[HsmId(info.id)] = HsmView(
             id=HsmId(info.id),
@@ -218,7 +226,11 @@ def build_view(agents: Sequence[AgentView]) -> ClusterView:
         )
         for key, found in members.items()
     }
-    return ClusterView(agents=ordered, hsms=hsms, groups=groups)
+    return ClusterView(agents=ordered, hsms=hsms, groups=groups, copied=copied(places))
+
+
+def _leads(groups: Iterable[GroupInfo]) -> bool:
+    return any(group.role.name is GroupRole.LEADER for group in groups)
 
 
 def width(value: OwnedRange | None) -> int:

@@ -321,7 +321,13 @@ class AgentProcess(Process):
             raise HsmGone(str(error)) from error
         world.hsm_started(self.name, self.hsm.core)
         config = AgentConfig(
-            self.name, self.url, "simulated", default_rate=world.profile.rate, timings=world.timings, now_ms=self.now_ms
+            self.name,
+            self.url,
+            "simulated",
+            default_rate=world.profile.rate,
+            timings=world.timings,
+            now_ms=self.now_ms,
+            instance=f"{self.name} {self.platform.lives}".encode(),
         )
         agent = Agent(
             config, self.hsm, self.view.store, Pool(world.network, life), NoMetrics(), self.log, nursery, lead

@@ -60,6 +60,7 @@ class FakeAgent:
     down: bool = False
     refuse: dict[str, Any] = field(default_factory=dict)
     hang: set[str] = field(default_factory=set)
+    instance: bytes = b""
 
     def lead(self, wanted: GroupId, owned: OwnedRange | None = None, starting: int = 6) -> FakeAgent:
         """Make this HSM the leader of a group."""
@@ -93,7 +94,7 @@ class FakeAgent:
             for key, found in self.groups.items()
         ]
         info = rpc.HsmInfo(self.hsm, rpc.RealmInfo(self.realm, b"statement", infos), b"k" * 32)
-        return rpc.AgentStatus(1.0, info, self.url, "build", own)
+        return rpc.AgentStatus(1.0, info, self.url, "build", own, instance=self.instance or self.url.encode())
 
 
 def three(groups: int = 1, realm: RealmId = REALM, first: int = 1) -> list[FakeAgent]:

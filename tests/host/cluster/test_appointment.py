@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from juicebox_hsm.host.cluster.appointment import candidates
+from juicebox_hsm.host.cluster.balance import loads
 from tests.host.cluster.agents import FULL, REALM, FakeAgent, FakeGroup, group, hsm, three, view_of
 
 
@@ -38,3 +41,17 @@ def test_exclusion_is_dropped_for_a_group_of_one() -> None:
     agent = FakeAgent("tls://a1", hsm(1), groups={group(1): FakeGroup([hsm(1)])})
     view = view_of([agent])
     assert [member.hsm[0] for member in candidates(view, view.groups[REALM, group(1)], exclude=hsm(1))] == [1]
+
+
+def test_an_hsm_with_a_copy_is_not_appointed() -> None:
+    """Neither the original nor the copy is asked to lead, even if nobody else is left; its leadership is still seen."""
+    agents = three()
+    agents[0].lead(group(1), FULL)
+    view = view_of([*agents, replace(agents[1], url="tls://copy"), FakeAgent("tls://zz", agents[0].hsm)])
+    wanted = view.groups[REALM, group(1)]
+    assert [member.hsm[0] for member in candidates(view, wanted)] == [3]
+    assert wanted.leader is not None
+    assert wanted.leader.url == agents[0].url, "the copy's silence about the group hides no leader"
+    view = view_of([agents[1], replace(agents[1], url="tls://copy")])
+    assert candidates(view, view.groups[REALM, group(1)]) == []
+    assert [load.hsm for load in loads(view) if load.drained] == [hsm(2)], "nor is a leadership moved to it"

@@ -110,6 +110,25 @@ def test_a_leader_that_cannot_commit() -> None:
     )
 
 
+def _copy() -> list[FakeAgent]:
+    """Return a healthy group of three, and a process with a copy of the third one's HSM."""
+    agents = _led()
+    return [*agents, replace(agents[2], url="tls://copy")]
+
+
+def test_a_copy_of_an_hsm() -> None:
+    """Two processes with one HSM are a problem with both addresses; one process at two addresses is none."""
+    assert _codes(_evidence(_copy())) == [Code.HSM_TWICE]
+    said = _only(_evidence(_copy()))
+    assert said.startswith(f"HSM {hsm(3).hex()} runs at tls://a3 and at tls://copy: one is a copy. Stop it for good")
+    renamed = _copy()
+    renamed[3].instance = b"tls://a3"
+    assert _codes(_evidence(renamed)) == []
+    moved = _copy()
+    moved[2].down = True
+    assert _codes(_evidence(moved)) == [Code.AGENT_SILENT], "the address it had is dead"
+
+
 def test_range_without_owner_and_range_with_two() -> None:
     """Holes and overlaps of the key space are named by their range."""
     agents = three(2)
@@ -319,6 +338,7 @@ def _trouble_of_every_kind() -> list[Evidence]:
         _evidence(lost),
         _evidence(half),
         _evidence(stalled),
+        _evidence(_copy()),
         replace(busy, balancers=BALANCERS[:1]),
     ]
 

@@ -12,11 +12,12 @@ from juicebox_hsm.adapters.rpc import RpcFailed
 from juicebox_hsm.host.services import ServiceAddress, ServiceKind
 from juicebox_hsm.ids import HsmId
 from juicebox_hsm.wire.methods import AnyMethod
-from juicebox_hsm.wire.rpc import AgentStatus, HsmInfo, RpcCode
+from juicebox_hsm.wire.rpc import AgentStatus, BecomeLeaderCall, HsmInfo, Refusal, Refused, RpcCode
+from roles.agent.leader import handle_become_leader
 from roles.agent.peers import Peers
 
 HERE, THERE = "tls://here", "tls://there"
-MEMBER = HsmId(b"\x07" * 16)
+MEMBER, OWN = HsmId(b"\x07" * 16), HsmId(b"\x01" * 16)
 
 
 class World:
@@ -25,6 +26,8 @@ class World:
     def __init__(self) -> None:
         self.answers = True
         self.asked = 0
+        self.hsm, self.instance = MEMBER, b"there"
+        self.lines: list[str] = []
         self.addresses = [ServiceAddress(ServiceKind.AGENT, url, 1) for url in (HERE, THERE)]
         self.peers = Peers(
             cast(
@@ -33,12 +36,17 @@ class World:
                     store=SimpleNamespace(discovery=self),
                     rpc=self,
                     now_ms=lambda: 1,
-                    config=SimpleNamespace(url=HERE),
+                    hsm_id=OWN,
+                    log=SimpleNamespace(error=self.note, info=self.note),
+                    config=SimpleNamespace(url=HERE, instance=b"here"),
                     timings=SimpleNamespace(peer_refresh_s=10.0, peer_status_s=2.0, discovery_poll_s=1.0),
                     clear_trouble=lambda _: None,
                 ),
             )
         )
+
+    def note(self, event: str, **_about: object) -> None:
+        self.lines.append(event)
 
     async def list(self) -> list[ServiceAddress]:
         await trio.lowlevel.checkpoint()
@@ -53,7 +61,7 @@ class World:
             await trio.sleep(timeout_s)
             raise RpcFailed(RpcCode.DEADLINE_EXCEEDED)
         await trio.lowlevel.checkpoint()
-        return AgentStatus(1.0, HsmInfo(MEMBER, None, b""), THERE, "", [])
+        return AgentStatus(1.0, HsmInfo(self.hsm, None, b""), THERE, "", [], instance=self.instance)
 
 
 async def test_one_missing_answer_is_forgiven(autojump_clock: trio.testing.MockClock, nursery: trio.Nursery) -> None:
@@ -90,3 +98,28 @@ async def test_who_is_not_registered_any_more_goes(
     world.addresses = world.addresses[:1]
     await trio.sleep(2)
     assert world.peers.url_of(MEMBER) is None
+
+
+async def test_a_copy_of_our_own_hsm_is_noticed(autojump_clock: trio.testing.MockClock, nursery: trio.Nursery) -> None:
+    """Our HSM at another address is told while it answers from another process, with a line at each end."""
+    world = World()
+    nursery.start_soon(world.peers.run)
+    await trio.sleep(1)
+    seen = [world.peers.copies]
+    world.hsm = OWN
+    await trio.sleep(11)
+    seen.append(world.peers.copies)
+    world.instance = b"here"  # the same process, which was advertised there before
+    await trio.sleep(2)
+    assert [*seen, world.peers.copies] == [(), (THERE,), ()]
+    assert world.lines == ["our HSM also runs elsewhere: one is a copy", "our HSM runs here only, again"]
+
+
+async def test_an_agent_with_a_copy_does_not_lead() -> None:
+    """Whoever asks, a copied HSM is not made a leader: a manager that sees one of the addresses cannot know."""
+    agent: Any = SimpleNamespace(
+        hsm_id=OWN, groups=SimpleNamespace(find=lambda *_: object()), peers=SimpleNamespace(copies=(THERE,))
+    )
+    reply = await handle_become_leader(agent, BecomeLeaderCall(bytes(16), bytes(16)))
+    assert isinstance(reply, Refused)
+    assert (reply.outcome, reply.detail) == (Refusal.HSM_TWICE, f"this HSM also runs at {THERE}")
