@@ -15,6 +15,7 @@ from juicebox_hsm.host.cluster.findings import (
     CannotCommit,
     Certificate,
     CertificateEnds,
+    ClockOff,
     Drained,
     Fact,
     FewMembers,
@@ -92,6 +93,8 @@ def sentence(found: Finding) -> str:
             return f"agent {url}: {backlog} unpublished events, the oldest {oldest_s:.0f} s"
         case CertificateEnds(whose=whose, url=url):
             return f"{_CERTIFICATES[whose].format(url=url)} {_ends(found.end_ms, found.remaining_days)}"
+        case ClockOff(kind=kind, url=url, ahead_s=ahead_s):
+            return f"{f'{_KINDS[kind]} {url}: its' if kind else 'your'} clock is {clock_off(ahead_s)}"
         case VersionsDiffer(running=running):
             parts = [
                 f"{version} ({', '.join(counted(count, _KINDS[kind]) for kind, count in kinds)})"
@@ -133,6 +136,11 @@ def _of_members(found: FewMembers | TransferPending | MemberBehind | Drained) ->
 
 def _group(key: GroupKey) -> str:
     return f"realm {key[0].hex()} group {key[1].hex()}"
+
+
+def clock_off(ahead_s: float) -> str:
+    """Return how far a clock is off."""
+    return f"{abs(ahead_s):,.0f} s {'ahead of' if ahead_s > 0 else 'behind'} the others'"
 
 
 def counted(count: int, what: str) -> str:

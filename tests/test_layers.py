@@ -23,7 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     *((f"juicebox_hsm.{name}",) for name in (*CORE, "ports", "adapters", "client")),
     # flags, words and tables that services and tools share
     ("roles.durations",), ("roles.lazy",), ("roles.commands",), ("roles.store_options",), ("roles.options",),
-    ("roles.cloud_options",), ("roles.words",), ("roles.survey",),
+    ("roles.cloud_options",), ("roles.words",), ("roles.clock",), ("roles.survey",),
     ("roles.shell",),
     SERVICE_ROW,
     ("roles.tools",),

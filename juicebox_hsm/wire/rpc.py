@@ -234,6 +234,7 @@ class AgentStatus(_Body, frozen=True):
     """Reply of `status`. `hsm`: None when the HSM does not answer. `certificate_end_ms`: Unix time, if it has one.
 
     `instance` is drawn when the process starts, and tells it from one with a copy of its HSM.
+    `now_ms` is the agent's wall clock, None from one of an older version.
     """
 
     uptime_s: float
@@ -244,6 +245,7 @@ class AgentStatus(_Body, frozen=True):
     outbox: OutboxInfo | None = None
     certificate_end_ms: int | None = None
     instance: bytes = b""
+    now_ms: int | None = None
 
 
 class RealmCreated(_Body, frozen=True):
@@ -498,7 +500,8 @@ class ManagerStatus(_Body, frozen=True):
 
     `older` is JSON with the version alone, which is what a reader of an older version takes the whole status from; from
     a manager of an older version it is all there is. `certificate_end_ms` is when its cluster certificate ends, Unix
-    time in ms, None without TLS. `announced` are (realm, group) of groups somebody said are leaderless.
+    time in ms, None without TLS. `announced` are (realm, group) of groups somebody said are leaderless. `now_ms` is its
+    wall clock.
     """
 
     older: str
@@ -511,3 +514,4 @@ class ManagerStatus(_Body, frozen=True):
     transfers: tuple[RunningTransfer, ...] = ()
     pending: tuple[PendingTransfer, ...] = ()
     announced: tuple[tuple[bytes, bytes], ...] = ()
+    now_ms: int | None = None

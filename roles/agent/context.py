@@ -36,6 +36,7 @@ from juicebox_hsm.ports.store import Store
 from roles.agent.driver import Driver
 from roles.agent.peers import Peers
 from roles.agent.watch import Follower, Persister
+from roles.clock import OwnClock
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +137,7 @@ class Agent:
         self.followers: dict[tuple[RealmId, GroupId], Follower] = {}
         self.persister = Persister(self)
         self.peers = Peers(self)
+        self.clock = OwnClock(config.now_ms, metrics, log)
         self.leaders = Leaders(
             Patience(self.timings.silence_s, self.timings.leader_hint_first_s, self.timings.leader_hint_again_s)
         )

@@ -94,6 +94,7 @@ class Peers:
             for url in self.agent_urls:
                 nursery.start_soon(ask, url)
         self._look_for_copies(places)
+        self._agent.clock.look()
         if self._reachable.asked({place.hsm: place.url for place in sorted(places)}, self.agent_urls):
             self._wake.set()
 
@@ -111,7 +112,10 @@ class Peers:
 
     async def status(self, url: str) -> AgentStatus | None:
         """Return an agent's status, None when it does not answer in 2 s."""
+        asked = trio.current_time()
         try:
-            return await self._agent.rpc.call(url, AGENT_STATUS, Empty(), timeout_s=self._agent.timings.peer_status_s)
+            status = await self._agent.rpc.call(url, AGENT_STATUS, Empty(), timeout_s=self._agent.timings.peer_status_s)
         except RealmError:
             return None
+        self._agent.clock.heard(url, status.now_ms, asked)
+        return status

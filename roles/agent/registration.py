@@ -12,6 +12,7 @@ from juicebox_hsm.host.services import ServiceKind
 from roles.agent import stalls
 from roles.agent.service import hsm_status
 from roles.shell import Entry
+from roles.words import clock_off
 
 if TYPE_CHECKING:
     from roles.agent.context import Agent
@@ -79,4 +80,6 @@ async def readyz(agent: Agent) -> tuple[bool, str]:
         lines.append(f"warning: {agent.outbox_warning}")
     if agent.bus_warning:
         lines.append(f"warning: events are not published: {agent.bus_warning}")
+    if agent.clock.off_s:
+        lines.append(f"warning: this machine's clock is {clock_off(agent.clock.off_s)}")
     return not reasons, "\n".join(lines)

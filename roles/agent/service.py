@@ -245,6 +245,7 @@ async def agent_status(agent: Agent) -> AgentStatus:
         outbox=OutboxInfo(agent.outbox_rows, agent.outbox_oldest_s, agent.outbox_warning),
         certificate_end_ms=to_unix_ms(agent.config.certificate_end()),
         instance=agent.config.instance,
+        now_ms=agent.now_ms(),
     )
 
 

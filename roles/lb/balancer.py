@@ -28,6 +28,7 @@ from juicebox_hsm.ports.store import Store
 from juicebox_hsm.tenant_keys import RECORD_ID_KEY_NAME, record_id_key, record_id_key_fingerprint
 from juicebox_hsm.tokens import RejectionReason
 from juicebox_hsm.wire.rpc import PeerRole
+from roles.clock import OwnClock
 from roles.cloud_options import SecretsOptions, open_secrets
 from roles.lb.forward import Forwarder
 from roles.lb.guard import RealmGuard
@@ -113,6 +114,7 @@ class LoadBalancer:
         self._rpc = RpcPool(
             nursery, shell.tls, build=__version__, metrics=shell.metrics, passes_trace=shell.traces is not None
         )
+        self._clock = OwnClock(shell.faults.now_ms, shell.metrics, shell.log)
         self._poller = Poller(
             self._rpc,
             store.discovery,
@@ -120,6 +122,7 @@ class LoadBalancer:
             metrics=shell.metrics,
             log=shell.log,
             traces=shell.traces,
+            clock=self._clock,
         )
         self._record_key = record_key
         self._guard = RealmGuard(record_id_key_fingerprint(record_key), store.settings, self._poller, shell.log)
@@ -129,6 +132,7 @@ class LoadBalancer:
             guard=self._guard,
             secrets_age_s=secrets.age_s,
             cluster_end=shell.certificate_end,
+            clock_off_s=lambda: self._clock.off_s,
             refresh_s=secrets.refresh_s,
         )
 
@@ -249,6 +253,7 @@ class LoadBalancer:
     def _sample(self) -> None:
         """Report the age of the secrets and the end of the edge's certificate; look after a worker's parent."""
         metrics = self._shell.metrics
+        self._clock.look()
         metrics.gauge("secrets.age_seconds", self._secrets.age_s())
         days = self._edge_tls.leaf.remaining_days(dt.datetime.now(dt.UTC))
         metrics.gauge("load_balancer.tls_cert.remaining_days", days)

@@ -22,6 +22,7 @@ from juicebox_hsm.ports.observation import Log, Meter
 from juicebox_hsm.ports.rpc import RpcCaller
 from juicebox_hsm.wire.methods import AGENT_STATUS
 from juicebox_hsm.wire.rpc import Empty, PeerRole
+from roles.clock import OwnClock
 
 POLL_S: Final = 0.1
 POLL_JITTER: Final = 0.2
@@ -62,11 +63,13 @@ class Poller:
         metrics: Meter,
         log: Log,
         traces: Traces | None = None,
+        clock: OwnClock | None = None,
         poll_s: float = POLL_S,
     ) -> None:
         """`poll_s` is the mean pause between two looks at an agent that answers."""
         self._poll_s = poll_s
         self._traces = traces
+        self._clock = clock
         self.table = RoutingTable()
         self._rpc = rpc
         self._discovery = discovery
@@ -162,7 +165,7 @@ class Poller:
     async def _ask(self, agent: _Agent) -> bool:
         """Poll an agent once; False when it did not answer."""
         claims = agent.claims
-        poll = claims.ask()
+        poll, asked = claims.ask(), trio.current_time()
         try:
             status = await self._rpc.call(
                 claims.url, AGENT_STATUS, _EMPTY, timeout_s=POLL_TIMEOUT_S, server=PeerRole.AGENT
@@ -177,6 +180,8 @@ class Poller:
                 self._log.warning("agent does not answer", agent=claims.url, error=str(error))
             return False
         agent.warned = False
+        if self._clock is not None:
+            self._clock.heard(claims.url, status.now_ms, asked)
         if claims.heard(poll, status, trio.current_time(), contested=self.table.contested):
             self._publish(agent)
         return True

@@ -16,7 +16,7 @@ from juicebox_hsm.host.routing import RoutingTable
 from juicebox_hsm.ids import RealmId, uncovered
 from roles.lb.guard import RealmGuard
 from roles.lb.poller import Poller
-from roles.words import certificate_ends
+from roles.words import certificate_ends, clock_off
 
 REFRESHES_MISSED_MAX: Final = 10
 """Secrets older than so many refresh intervals make a balancer not ready."""
@@ -43,7 +43,8 @@ def _unserved(table: RoutingTable, realm: RealmId) -> list[str]:
 class Readiness:
     """Judges the balancer: live, at least one realm fully routed, fresh secrets.
 
-    `cluster_end` tells when its cluster certificate ends (UTC), None without TLS.
+    `cluster_end` tells when its cluster certificate ends (UTC), None without TLS; `clock_off_s` how far its clock is
+    off, 0 while it is right.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Readiness:
         guard: RealmGuard,
         secrets_age_s: Callable[[], float],
         cluster_end: Callable[[], dt.datetime | None],
+        clock_off_s: Callable[[], float] = lambda: 0.0,
         refresh_s: float = REFRESH_S,
     ) -> None:
         self._drain = drain
@@ -61,6 +63,7 @@ class Readiness:
         self._guard = guard
         self._secrets_age_s = secrets_age_s
         self._cluster_end = cluster_end
+        self._clock_off_s = clock_off_s
         self._age_s_max = REFRESHES_MISSED_MAX * refresh_s
 
     def reasons(self) -> list[str]:
@@ -76,7 +79,11 @@ class Readiness:
     def warnings(self) -> list[tuple[Code, str]]:
         """Return what somebody has to see to although the balancer serves."""
         told = certificate_ends(to_unix_ms(self._cluster_end()), round(time.time() * 1000))
-        return [(Code.CERTIFICATE, f"the cluster certificate {told}")] if told else []
+        warnings = [(Code.CERTIFICATE, f"the cluster certificate {told}")] if told else []
+        off_s = self._clock_off_s()
+        if off_s:
+            warnings.append((Code.CLOCK, f"its clock is {clock_off(off_s)}"))
+        return warnings
 
     def _unrouted(self) -> list[str]:
         """Return why no realm is fully served, nothing as soon as one is."""

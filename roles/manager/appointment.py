@@ -20,6 +20,7 @@ from juicebox_hsm.host.cluster.leases import group_lease
 from juicebox_hsm.host.cluster.view import ClusterView, GroupKey, GroupView, name_of
 from juicebox_hsm.ids import GroupId, HsmId, RealmId
 from juicebox_hsm.wire.rpc import LeaderLost
+from roles.clock import OwnClock
 from roles.manager.assign import assign
 from roles.manager.context import ManagerContext
 from roles.manager.leases import LeaseBusy, management_lease
@@ -35,6 +36,7 @@ class Appointer:
 
     def __init__(self, context: ManagerContext) -> None:
         self._context = context
+        self._clock = OwnClock(context.now_ms, context.meter, context.log)
         self._leaderless_since: dict[GroupKey, float] = {}
         self._hinted: dict[GroupKey, int] = {}
 
@@ -44,6 +46,9 @@ class Appointer:
         announced = set(context.state.announced)
         view = await read_overview(context.store, context.rpc, STATUS_TIMEOUT_S)
         remember_urls(context, view)
+        for agent in view.agents:
+            self._clock.read(agent.url, agent.clock)
+        self._clock.look()
         # Announced before we looked, and led: the announcement has served. What was announced since stays.
         context.state.announced -= served(announced, view)
         extra_work: dict[HsmId, int] = {}

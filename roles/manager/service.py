@@ -81,6 +81,7 @@ class ManagerService:
                 for ((realm, group), _), since_ms in pending
             ),
             announced=tuple(sorted(state.announced)),
+            now_ms=now_ms,
         )
 
     async def _leader_stepdown(self, body: StepdownOrder, caller: object) -> Done | Refused:  # noqa: ARG002

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 
 import trio
 
 from juicebox_hsm.errors import RealmError
 from juicebox_hsm.host.certificates import moment_ms
+from juicebox_hsm.host.clocks import Reading
 from juicebox_hsm.host.cluster.settings import DRAIN_PREFIX, PAUSED, drained_hsms
 from juicebox_hsm.host.cluster.verdict import BalancerReport, Evidence, ManagerReport
 from juicebox_hsm.host.cluster.view import ClusterView, GroupKey
@@ -19,7 +21,7 @@ from juicebox_hsm.ports.store import Store
 from juicebox_hsm.wire.methods import MANAGER_STATUS
 from juicebox_hsm.wire.rpc import Empty, ManagerStatus
 from roles.survey.balancers import probe_balancers
-from roles.survey.overview import STATUS_TIMEOUT_S, ask_agents
+from roles.survey.overview import STATUS_TIMEOUT_S, ask_agents, clock_of
 
 
 async def gather(
@@ -29,6 +31,7 @@ async def gather(
     *,
     timeout_s: float = STATUS_TIMEOUT_S,
     own_certificate_end_ms: int | None = None,
+    own_clock: Reading | None = None,
 ) -> Evidence:
     """Ask every service in discovery, all at once, each for at most `timeout_s`. Raises `StoreUnavailable`."""
     services = await store.discovery.list()
@@ -57,6 +60,7 @@ async def gather(
         drained=drained,
         rebalancing_paused=paused,
         own_certificate_end_ms=own_certificate_end_ms,
+        own_clock=own_clock,
     )
 
 
@@ -65,12 +69,13 @@ def _urls(services: Iterable[ServiceAddress], kind: ServiceKind) -> list[str]:
 
 
 async def _ask_manager(rpc: RpcCaller, url: str, timeout_s: float, reports: list[ManagerReport]) -> None:
+    asked = trio.current_time()
     try:
         reply = await rpc.call(url, MANAGER_STATUS, Empty(), timeout_s=timeout_s)
     except RealmError as error:
         reports.append(ManagerReport(url, error=str(error) or type(error).__name__))
         return
-    reports.append(read_manager_status(url, reply))
+    reports.append(replace(read_manager_status(url, reply), clock=clock_of(reply.now_ms, asked)))
 
 
 def read_manager_status(url: str, status: ManagerStatus) -> ManagerReport:

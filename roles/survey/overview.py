@@ -8,6 +8,7 @@ from typing import Final
 import trio
 
 from juicebox_hsm.errors import RealmError
+from juicebox_hsm.host.clocks import Reading, read_clock
 from juicebox_hsm.host.cluster.view import AgentView, ClusterView, build_view
 from juicebox_hsm.host.services import ServiceKind
 from juicebox_hsm.ports.rpc import RpcCaller
@@ -23,11 +24,17 @@ STEPDOWN_STATUS_TIMEOUT_S: Final = 1.0
 
 async def ask_agent(rpc: RpcCaller, url: str, timeout_s: float) -> AgentView:
     """Ask one agent; trouble becomes the view's `error`."""
+    asked = trio.current_time()
     try:
         reply = await rpc.call(url, AGENT_STATUS, Empty(), timeout_s=timeout_s)
     except RealmError as error:
         return AgentView(url, None, str(error) or type(error).__name__)
-    return AgentView(url, reply)
+    return AgentView(url, reply, clock=clock_of(reply.now_ms, asked))
+
+
+def clock_of(told_ms: int | None, asked_s: float) -> Reading | None:
+    """Read the clock of a service that has just answered, None if it is of a version that does not tell."""
+    return None if told_ms is None else read_clock(told_ms, asked_s, trio.current_time())
 
 
 async def ask_agents(rpc: RpcCaller, urls: Iterable[str], timeout_s: float) -> ClusterView:

@@ -72,6 +72,16 @@ class CertificateEnds:
 
 
 @dataclass(frozen=True, slots=True)
+class ClockOff:
+    """A wall clock is `ahead_s` ahead of most others, or behind when negative. No `kind`: that of whoever judges."""
+
+    kind: ServiceKind | None
+    url: str
+    ahead_s: float
+    code: ClassVar[Code] = Code.CLOCK
+
+
+@dataclass(frozen=True, slots=True)
 class VersionsDiffer:
     """Services run different versions: for each, by name, how many of which kind run it."""
 
@@ -167,6 +177,7 @@ Finding = (
     | HsmTwice
     | OutboxLate
     | CertificateEnds
+    | ClockOff
     | VersionsDiffer
     | OfRange
     | OfGroup

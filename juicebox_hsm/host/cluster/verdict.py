@@ -11,11 +11,13 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from juicebox_hsm.host.certificates import is_due, moment_ms, remaining_days
+from juicebox_hsm.host.clocks import Reading, is_off, offset_ms
 from juicebox_hsm.host.cluster.balance import TRAILING_ENTRIES_MAX
 from juicebox_hsm.host.cluster.findings import (
     CannotCommit,
     Certificate,
     CertificateEnds,
+    ClockOff,
     Drained,
     Fact,
     FewMembers,
@@ -46,7 +48,7 @@ class ManagerReport:
     """What one manager said.
 
     `pending` maps a group to the age in s of the transfer this manager sees pending there. `certificate_end_ms` is that
-    of its cluster certificate, None when it told none.
+    of its cluster certificate, None when it told none. `clock` is its wall clock as the asker read it.
     """
 
     url: str
@@ -54,6 +56,7 @@ class ManagerReport:
     version: str = ""
     pending: Mapping[GroupKey, float] = field(default_factory=dict)
     certificate_end_ms: int | None = None
+    clock: Reading | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +76,7 @@ class BalancerReport:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """Everything a verdict is made from. `own_certificate_end_ms` is that of the judging operator, if there is one."""
+    """Everything a verdict is made from. `own_...` are those of whoever judges, if there are any."""
 
     view: ClusterView
     managers: tuple[ManagerReport, ...]
@@ -82,6 +85,7 @@ class Evidence:
     drained: frozenset[HsmId] = frozenset()
     rebalancing_paused: bool = False
     own_certificate_end_ms: int | None = None
+    own_clock: Reading | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +117,7 @@ def judge(evidence: Evidence) -> Verdict:
         *_agent_problems(view, evidence.now_ms),
         *_manager_problems(evidence),
         *_balancer_problems(evidence),
+        *_clock_problems(evidence),
         *_version_problems(evidence),
     ]
     for realm in view.realms:
@@ -172,6 +177,19 @@ def _balancer_problems(evidence: Evidence) -> Iterator[Finding]:
 def _certificate(whose: Certificate, url: str, end_ms: int | None, now_ms: int) -> Iterator[Finding]:
     if end_ms is not None and is_due(end_ms, now_ms):
         yield CertificateEnds(whose, url, end_ms, remaining_days(end_ms, now_ms))
+
+
+def _clock_problems(evidence: Evidence) -> Iterator[Finding]:
+    """Compare all clocks; load balancers compare theirs themselves and warn."""
+    told: list[tuple[ServiceKind | None, str, Reading | None]] = [
+        *((ServiceKind.AGENT, agent.url, agent.clock) for agent in evidence.view.agents),
+        *((ServiceKind.MANAGER, manager.url, manager.clock) for manager in evidence.managers),
+        (None, "", evidence.own_clock),
+    ]
+    everybody = [reading for _, _, reading in told if reading is not None]
+    for kind, url, reading in told:
+        if reading is not None and is_off(reading, everybody):
+            yield ClockOff(kind, url, offset_ms(reading, everybody) / 1000)
 
 
 def _version_problems(evidence: Evidence) -> Iterator[Finding]:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from juicebox_hsm.host.clocks import Reading
 from juicebox_hsm.host.copies import Place, copied
 from juicebox_hsm.ids import GroupId, HsmId, OwnedRange, RealmId, RecordId
 from juicebox_hsm.wire.rpc import AgentGroupInfo, AgentStatus, GroupInfo, GroupRole, LeaderInfo, Range
@@ -24,11 +25,15 @@ MEASURED_RATE_MIN: Final = 1.0  # requests/s of a realm from which measured load
 
 @dataclass(frozen=True, slots=True)
 class AgentView:
-    """One agent's answer; `status` is None when it did not answer, and `error` says why."""
+    """One agent's answer; `status` is None when it did not answer, and `error` says why.
+
+    `clock` is its wall clock as the asker read it.
+    """
 
     url: str
     status: AgentStatus | None
     error: str = ""
+    clock: Reading | None = None
 
 
 @dataclass(frozen=True, slots=True)

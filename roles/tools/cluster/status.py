@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import click
+import trio
 
 from juicebox_hsm.adapters.tls.certificate_end import to_unix_ms
 from juicebox_hsm.host.cluster.verdict import Evidence, judge
 from roles.survey.document import verdict_json
 from roles.survey.evidence import gather
+from roles.survey.overview import clock_of
 from roles.tools.cluster.show import with_session
 from roles.tools.output import print_json
 from roles.tools.session import Connection, ExitCode, Session, end, with_connection
@@ -37,12 +39,17 @@ def status(connection: Connection, *, as_json: bool) -> None:
     Problems: agents, HSMs, managers or balancers that do not answer; fewer than two managers; members down; groups
     without a leader; groups of one member or an even number that serve, where the realm has three HSMs or more; ranges
     nobody serves; transfers pending for more than a minute; balancers that are not ready (stale secrets or routes);
-    certificates that end within 20 days; different versions; a growing outbox.
+    certificates that end within 20 days; clocks that are off; different versions; a growing outbox.
     """
 
     async def body(session: Session) -> Evidence:
+        now_ms = session.now_ms()
         return await gather(
-            session.store, session.rpc, session.now_ms(), own_certificate_end_ms=to_unix_ms(session.certificate_end)
+            session.store,
+            session.rpc,
+            now_ms,
+            own_certificate_end_ms=to_unix_ms(session.certificate_end),
+            own_clock=clock_of(now_ms, trio.current_time()),
         )
 
     evidence = with_session(connection, body)

@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from juicebox_hsm.host.certificates import DAY_MS
+from juicebox_hsm.host.clocks import Reading
 from juicebox_hsm.host.cluster.verdict import BalancerReport, Evidence, ManagerReport, judge
 from juicebox_hsm.host.cluster.view import AgentView, build_view
 from juicebox_hsm.host.codes import Code, code_of
@@ -201,8 +202,24 @@ def test_cluster_certificates(days: int | None, says: str) -> None:
 def test_an_older_agent_tells_no_end() -> None:
     """A status without the end of the certificate, as older agents send it, is read and judged as before."""
     status = _led()[0].status()
-    older = msgspec.msgpack.decode(msgspec.msgpack.encode(status))[:-1]
+    older = msgspec.msgpack.decode(msgspec.msgpack.encode(status))[:-3]
     assert msgspec.convert(older, rpc.AgentStatus).certificate_end_ms is None
+
+
+def test_a_clock_that_is_off_is_named() -> None:
+    """The service or the operator whose clock is far from the middle, by kind and address, and nobody else."""
+    agents, right, wrong = _led(), Reading(7_000), Reading(7_000 + 1_500_000)
+
+    def told(of_agent: Reading | None, of_manager: Reading | None, own: Reading | None) -> tuple[str, ...]:
+        clocks = [of_agent, right, right]
+        views = [AgentView(a.url, a.status(), clock=clock) for a, clock in zip(agents, clocks, strict=True)]
+        managers = (replace(MANAGERS[0], clock=of_manager), MANAGERS[1])
+        return _problems(_evidence(agents, view=build_view(views), managers=managers, own_clock=own))
+
+    assert told(right, right, right) == told(None, None, None) == ()
+    assert told(wrong, right, right) == ("agent tls://a1: its clock is 1,500 s ahead of the others'",)
+    assert told(right, Reading(-20_000), None) == ("manager tls://m1: its clock is 27 s behind the others'",)
+    assert told(right, right, wrong) == ("your clock is 1,500 s ahead of the others'",)
 
 
 @pytest.mark.parametrize("sent", [-1, 1 << 62])
@@ -339,6 +356,7 @@ def _trouble_of_every_kind() -> list[Evidence]:
         _evidence(half),
         _evidence(stalled),
         _evidence(_copy()),
+        _evidence(_led(), managers=(replace(MANAGERS[0], clock=Reading(0)), MANAGERS[1]), own_clock=Reading(60_000)),
         replace(busy, balancers=BALANCERS[:1]),
     ]
 

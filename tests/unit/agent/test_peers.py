@@ -8,6 +8,8 @@ from typing import Any, cast
 import trio
 import trio.testing
 
+from juicebox_hsm.adapters.observation.logging import get_logger
+from juicebox_hsm.adapters.observation.metrics import Metrics
 from juicebox_hsm.adapters.rpc import RpcFailed
 from juicebox_hsm.host.services import ServiceAddress, ServiceKind
 from juicebox_hsm.ids import HsmId
@@ -15,6 +17,7 @@ from juicebox_hsm.wire.methods import AnyMethod
 from juicebox_hsm.wire.rpc import AgentStatus, BecomeLeaderCall, HsmInfo, Refusal, Refused, RpcCode
 from roles.agent.leader import handle_become_leader
 from roles.agent.peers import Peers
+from roles.clock import OwnClock
 
 HERE, THERE = "tls://here", "tls://there"
 MEMBER, OWN = HsmId(b"\x07" * 16), HsmId(b"\x01" * 16)
@@ -39,6 +42,7 @@ class World:
                     hsm_id=OWN,
                     log=SimpleNamespace(error=self.note, info=self.note),
                     config=SimpleNamespace(url=HERE, instance=b"here"),
+                    clock=OwnClock(lambda: 1, Metrics(), get_logger("test")),
                     timings=SimpleNamespace(peer_refresh_s=10.0, peer_status_s=2.0, discovery_poll_s=1.0),
                     clear_trouble=lambda _: None,
                 ),
