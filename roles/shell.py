@@ -21,7 +21,7 @@ from juicebox_hsm import __version__
 from juicebox_hsm.adapters.faults.switch import FaultSwitch
 from juicebox_hsm.adapters.observation import build_info
 from juicebox_hsm.adapters.observation.dogstatsd import send_metrics
-from juicebox_hsm.adapters.observation.logging import get_logger, report_suppressed
+from juicebox_hsm.adapters.observation.logging import get_logger, lines_dropped, report_suppressed
 from juicebox_hsm.adapters.observation.metric_names import Catalogue, declare
 from juicebox_hsm.adapters.observation.metrics import Metrics
 from juicebox_hsm.adapters.observation.probes import Probe, serve_probes
@@ -105,6 +105,7 @@ class Shell:
         self.log = get_logger(kind.logger)
         self.metrics = Metrics()
         declare(self.metrics, kind.series)
+        self._lines_dropped = self.metrics.counter("log.lines_dropped")
         self.faults = FaultSwitch.from_environment(name)
         self.tls: ClusterTls | None = None
         self.stop = trio.Event()
@@ -187,6 +188,7 @@ class Shell:
     async def _report(self, sample: Callable[[], None] | None) -> None:
         while True:
             self.metrics.timing("service.uptime.ns", round((trio.current_time() - self._began) * 1e9))
+            self._lines_dropped.add(lines_dropped() - self._lines_dropped.value)
             report_cluster_end(self.metrics, certificate_end(self.tls))
             if sample is not None:
                 sample()

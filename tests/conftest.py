@@ -67,7 +67,7 @@ def _fresh_log() -> Iterator[None]:
     """Give each test a log as a process begins with: what was said and configured before is forgotten."""
     root = stdlib.getLogger()
     handlers, level = list(root.handlers), root.level
-    logging._output.level, logging._output.stream = stdlib.INFO, None
+    logging._output.level, logging._output.stream, logging._output.writer = stdlib.INFO, None, None
     logging._processors[:] = logging._chain(as_json=True, colors=False)
     logging._limiter._places.clear()
     structlog.contextvars.clear_contextvars()
@@ -75,6 +75,7 @@ def _fresh_log() -> Iterator[None]:
     root.handlers[:] = handlers
     root.setLevel(level)
     atexit.unregister(logging.report_suppressed)
+    atexit.unregister(logging.flush)
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import select
 import shutil
@@ -10,8 +11,9 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import click
@@ -120,10 +122,12 @@ def _flags(role: str, directory: Path, store: Path) -> list[str]:
 
 
 @contextmanager
-def _service(role: str, directory: Path, supervisor: Supervisor, *more: str) -> Iterator[subprocess.Popen[bytes]]:
+def _service(
+    role: str, directory: Path, supervisor: Supervisor, *more: str, stdout: int | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
     init_ca(directory / "ca")
     command = [sys.executable, "-m", "roles", "--role", role, *_flags(role, directory, directory / "realm.db"), *more]
-    with _running(command, directory, supervisor) as process:
+    with _running(command, directory, supervisor, stdout) as process:
         yield process
 
 
@@ -147,7 +151,9 @@ def _guards(directory: Path) -> list[str]:
 
 
 @contextmanager
-def _running(command: list[str], directory: Path, supervisor: Supervisor) -> Iterator[subprocess.Popen[bytes]]:
+def _running(
+    command: list[str], directory: Path, supervisor: Supervisor, stdout: int | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
     (directory / "guards").mkdir()
     (directory / "witness").mkdir()
     (directory / "witness" / "sitecustomize.py").write_text(GUARD_WITNESS)
@@ -161,7 +167,7 @@ def _running(command: list[str], directory: Path, supervisor: Supervisor) -> Ite
         "WATCHDOG_USEC": str(round(WATCHDOG_S * 1e6)),
     }
     with (directory / "log").open("wb") as log:
-        process = start_group(command, env=environment, stdout=log, stderr=log)
+        process = start_group(command, env=environment, stdout=log if stdout is None else stdout, stderr=log)
     try:
         yield process
     finally:
@@ -220,6 +226,54 @@ def test_the_tenant_log_reports_like_the_roles(tmp_path: Path) -> None:
         process.send_signal(signal.SIGTERM)
         assert process.wait(WAIT_S) == ExitCode.OK, (tmp_path / "log").read_text()
     assert _guards(tmp_path) == [UNREADABLE], "keys in memory that others may read"
+
+
+@contextmanager
+def _full_pipe() -> Iterator[int]:
+    """Make a pipe that holds all it can and that nobody reads."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    try:
+        with suppress(BlockingIOError):
+            while True:
+                os.write(writer, bytes(select.PIPE_BUF))
+        os.set_blocking(writer, True)
+        yield writer
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
+@pytest.mark.parametrize("role", ["agent", "lb", "manager"])
+def test_an_output_that_nobody_reads_stops_nothing(role: str, tmp_path: Path) -> None:
+    """With a full pipe as stdout a service starts, answers probes and clients, reloads, and ends on SIGTERM with 0."""
+    supervisor = Supervisor(tmp_path)
+    listen, probes = next(pair for pair in itertools.pairwise(PORTS[-900:]) if all(map(_is_free, pair)))
+    more = ("--listen", f"127.0.0.1:{listen}", "--http-listen", f"127.0.0.1:{probes}")
+    with _full_pipe() as stdout, _service(role, tmp_path, supervisor, *more, stdout=stdout) as process:
+        ready = supervisor.wait_for("READY=1")
+        with urllib.request.urlopen(f"http://127.0.0.1:{probes}/livez", timeout=WAIT_S) as answer:
+            assert answer.status == 200
+        for _ in range(20):  # strangers, whose failed handshakes are logged
+            with socket.create_connection(("127.0.0.1", listen), WAIT_S) as stranger:
+                stranger.sendall(b"no TLS at all\r\n\r\n")
+                with suppress(ConnectionResetError):
+                    while stranger.recv(100):
+                        pass
+        process.send_signal(signal.SIGHUP)
+        supervisor.wait_for("READY=1", after=ready)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(WAIT_S) == ExitCode.OK, (tmp_path / "log").read_text()
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
 
 
 def _unit(path: Path) -> dict[str, list[str]]:

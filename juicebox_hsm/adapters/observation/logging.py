@@ -28,6 +28,7 @@ import msgspec
 import structlog
 from structlog.types import Processor
 
+from juicebox_hsm.adapters.observation.line_writer import LineWriter
 from juicebox_hsm.errors import LocalError
 
 TRACE: Final = 5
@@ -43,25 +44,35 @@ REPEAT_S: Final = 1.0  # operator-tools.md 9.1
 LOCATIONS_MAX: Final = 1000  # own: more than there are log calls
 TEXT_CHARS_MAX: Final = 4096  # own
 ITEMS_MAX: Final = 100  # own
+FLUSH_S: Final = 1.0
+"""Longest wait at the end of a process for somebody to read its last lines (own); a supervisor reads at once."""
 BYTES_SHOWN_MAX: Final = 16  # own: ids are shown in hex, keys and messages are not
 
 _LADDER: Final = tuple(LEVELS.values())
 _HERE: Final = __file__
+_OWN: Final = frozenset({"suppressed", "dropped"})
+"""Values of lines about lines, which are not limited themselves."""
 _STRUCTLOG: Final = str(Path(structlog.__file__).parent)
 
 
 class _Output:
     """Where lines go and which; the one mutable thing of this module."""
 
-    __slots__ = ("level", "stream")
+    __slots__ = ("level", "stream", "writer")
 
     def __init__(self) -> None:
         self.level: int = stdlib.INFO
         self.stream: TextIO | None = None
+        self.writer: LineWriter | None = None
 
     def write(self, message: str) -> None:
         """Write a line. A closed or broken output must not stop a service."""
+        if self.writer is not None:
+            self.writer.put(message)
+            return
         stream = self.stream if self.stream is not None else sys.stdout
+        if stream is None:  # Python was started without one
+            return
         try:
             stream.write(message + "\n")
             stream.flush()
@@ -142,20 +153,41 @@ def parse_level(text: str) -> int:
     return level
 
 
-def configure(level: str | None = None, json: bool | None = None, *, stream: TextIO | None = None) -> None:  # noqa: FBT001
+def configure(
+    level: str | None = None,
+    json: bool | None = None,  # noqa: FBT001
+    *,
+    stream: TextIO | None = None,
+    in_background: bool = False,
+) -> None:
     """Set level and form of all loggers, those of libraries included.
 
     `level`: a name, else LOGLEVEL, else info. `json`: None means JSON unless the output is a terminal. `stream`: None
-    means stdout, whatever that is at the time of a line. Raises `LocalError` for an unknown level.
+    means stdout, whatever that is at the time of a line. `in_background`, for services: lines go to this process's
+    stdout through a thread, and an output that nobody reads holds up nobody. Raises `LocalError` for an unknown level.
     """
     set_level(parse_level(level if level is not None else os.environ.get(LEVEL_VARIABLE) or "info"))
     _output.stream = stream
+    _output.writer = LineWriter(sys.__stdout__.fileno()) if in_background and sys.__stdout__ is not None else None
     is_terminal = bool(getattr(stream if stream is not None else sys.stdout, "isatty", lambda: False)())
     _processors[:] = _chain(as_json=not is_terminal if json is None else json, colors=is_terminal)
     root = stdlib.getLogger()
     root.handlers[:] = [_Bridge()]
+    atexit.unregister(flush)
+    atexit.register(flush)
     atexit.unregister(report_suppressed)
-    atexit.register(report_suppressed, everything=True)
+    atexit.register(report_suppressed, everything=True)  # before the other: the last one registered is called first
+
+
+def flush() -> None:
+    """Wait until lines written in the background are out, for at most 1 s."""
+    if _output.writer is not None:
+        _output.writer.flush(FLUSH_S)
+
+
+def lines_dropped() -> int:
+    """Return how many lines of this process nobody will see, since the output was full or closed."""
+    return 0 if _output.writer is None else _output.writer.dropped
 
 
 def set_level(level: int) -> None:
@@ -175,7 +207,13 @@ def quieter() -> None:
 
 
 def report_suppressed(*, everything: bool = False) -> None:
-    """Say how many lines were held back where the second is over (or everywhere). Roles call it every second."""
+    """Say how many lines were held back where the second is over (or everywhere), or dropped since nobody read them.
+
+    Roles call it every second.
+    """
+    dropped = 0 if _output.writer is None else _output.writer.take_untold()
+    if dropped:
+        _suppressed_log.warning(f"{dropped} lines dropped, the output was not read in time", dropped=dropped)
     for location, count in _limiter.due(everything=everything):
         _suppressed_log.warning("lines suppressed", suppressed=count, location=location)
 
@@ -220,7 +258,7 @@ _suppressed_log: Final = get_logger("logging")
 
 
 def _limit(_logger: Any, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    if method in {"warning", "error"} and "suppressed" not in event:
+    if method in {"warning", "error"} and not _OWN.intersection(event):
         location = event.get("location") or _location()
         event["location"] = location
         report_suppressed()

@@ -16,12 +16,17 @@ from typing import Final, TextIO, TypeVar
 
 import trio
 
-from juicebox_hsm.adapters.observation.logging import get_logger, louder, quieter
+from juicebox_hsm.adapters.observation.line_writer import write_in_time
+from juicebox_hsm.adapters.observation.logging import flush, get_logger, louder, quieter
 from juicebox_hsm.errors import InvariantViolation, LocalError, RealmError
 from juicebox_hsm.ports.errors import HsmGone, StoreUnavailable
 
 STOP_SIGNALS: Final = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGQUIT})
 FRAMES_MAX: Final = 50  # own: enough of a traceback to find the place
+
+STDERR: Final = 2
+LAST_WORDS_S: Final = 2.0
+"""Longest wait for somebody to read why the process ends (own); its exit code tells the essence."""
 
 T = TypeVar("T")
 
@@ -165,6 +170,7 @@ def report_crash(error: BaseException, *, stream: TextIO | None = None) -> ExitC
     A `LocalError` is one line `error: ...`. Otherwise: a traceback on a terminal, else one line of JSON `{message,
     reason, panic, level, location, backtrace}`. Places only, no local values, so no secrets.
     """
+    to_stderr = stream is None
     stream = stream if stream is not None else sys.stderr
     code = exit_code_of(error)
     gravest = _gravest(error, code)
@@ -186,12 +192,21 @@ def report_crash(error: BaseException, *, stream: TextIO | None = None) -> ExitC
                 "backtrace": [f"{place.filename}:{place.lineno} {place.name}" for place in places[-FRAMES_MAX:]],
             }
         )
+    flush()
+    _say_last(text, None if to_stderr and stream is sys.__stderr__ else stream)
+    return code
+
+
+def _say_last(text: str, stream: TextIO | None) -> None:
+    """Say why the process ends; a stderr that nobody reads or that is closed must not keep it from ending."""
+    if stream is None:
+        write_in_time(STDERR, text, LAST_WORDS_S)
+        return
     try:
         stream.write(text + "\n")
         stream.flush()
     except (OSError, ValueError):
         pass  # nobody is listening; the code still tells
-    return code
 
 
 def _leaves(error: BaseException) -> list[BaseException]:
