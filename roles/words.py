@@ -68,6 +68,8 @@ _OF_GROUPS: Final = {
     Code.NO_MAJORITY: "fewer than a majority of members answer; down: {missing}",
     Code.MEMBERS_DOWN: "members down: {missing}",
     Code.LEADERLESS: "nobody leads",
+    Code.STORE_DAMAGED: "nodes of its tree in the store are damaged or missing, so records cannot be served; "
+    "run `store check`",
     Code.GROUP_ENDED: "has been retired; members that have not forgotten it yet: {missing}",
 }
 _KINDS: Final = {

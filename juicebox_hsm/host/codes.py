@@ -42,6 +42,7 @@ class Code(enum.Enum):
     RANGE_CLAIMED_TWICE = ("range-claimed-twice", _PROBLEM)
     NO_MAJORITY = ("no-majority", _PROBLEM)
     CANNOT_COMMIT = ("cannot-commit", _PROBLEM)
+    STORE_DAMAGED = ("store-damaged", _PROBLEM)
     MEMBERS_DOWN = ("members-down", _PROBLEM)
     LEADERLESS = ("leaderless", _PROBLEM)
     TOO_FEW_MEMBERS = ("too-few-members", _PROBLEM)

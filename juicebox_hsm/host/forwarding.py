@@ -48,6 +48,8 @@ _FINAL: Final = {
     Refusal.RATE_LIMIT_EXCEEDED: ClientOutcome.RATE_LIMIT_EXCEEDED,
     # The agent has too much uncommitted work: asking it again at once would make that worse.
     Refusal.BUSY: ClientOutcome.UNAVAILABLE,
+    # Every leader reads the same store.
+    Refusal.STORE_DAMAGED: ClientOutcome.UNAVAILABLE,
 }
 """Refusals that are the answer, whoever else might be asked."""
 

@@ -2,7 +2,8 @@
 
 A walk is a small state machine without I/O. It names the next node it wants, by row key and by hash; the
 caller finds that node in a cache, a scan result or a store and feeds it. When nothing more is wanted the walk
-encodes its proof. The host trusts its own store here: hashes are checked by the HSM, not by the walk.
+encodes its proof. Hashes are checked by the HSM, not by the walk; what comes from a store and not from memory is looked
+at before it is fed (`stored`), so that damage is found where it lies.
 """
 
 from __future__ import annotations
@@ -121,6 +122,10 @@ class Walk(Protocol):
     def aim(self) -> int:
         """Return a key of 256 bits below the next node's prefix: the likeliest to be walked to."""
 
+    @property
+    def bounds(self) -> OwnedRange:
+        """Return the range of the tree, which the hash of its root contains."""
+
     def feed(self, node: bytes) -> None:
         """Take the encoding of the wanted node; raises `BadEncoding` if it cannot be it."""
 
@@ -180,6 +185,11 @@ class PathWalk:
             self.depth = depth + nbits
             self.wanted = child
 
+    @property
+    def bounds(self) -> OwnedRange:
+        """Return the range of the tree."""
+        return self._bounds
+
     def proof(self) -> bytes:
         """Return the encoded proof of the completed walk."""
         check(self.wanted is None, "a proof needs a completed walk")
@@ -231,6 +241,11 @@ class EdgeWalk:
         self._prefix = self._prefix << nbits | prefix
         self.depth += nbits
         self.wanted = child
+
+    @property
+    def bounds(self) -> OwnedRange:
+        """Return the range of the tree."""
+        return self._bounds
 
     def proof(self) -> bytes:
         """Return the encoded proof; the key of an empty tree is the range's end on the walked side."""

@@ -59,6 +59,7 @@ class Refusal(enum.Enum):
     BUSY = "Busy"
     HSM_TWICE = "HsmTwice"
     NO_QUORUM = "NoQuorum"
+    STORE_DAMAGED = "StoreDamaged"
     INVALID_PROOF = "InvalidProof"
     MISSING_SESSION = "MissingSession"
     SESSION_ERROR = "SessionError"
@@ -205,7 +206,7 @@ class AgentGroupInfo(_Body, frozen=True):
 
     A leader also tells how many members answer it, itself included, how long its entries have waited without progress,
     and how long it could not commit (None while it can). An agent of an older version tells none of these. `ended`: its
-    HSM captured the retired entry.
+    HSM captured the retired entry. `damaged`: a leader lately found no way to a record in its tree.
     """
 
     realm: bytes
@@ -220,6 +221,7 @@ class AgentGroupInfo(_Body, frozen=True):
     commit_age_s: float = 0.0
     stalled_s: float | None = None
     ended: bool = False
+    damaged: bool = False
 
 
 class OutboxInfo(_Body, frozen=True):

@@ -31,7 +31,7 @@ from juicebox_hsm.host.leadership.effects import (
     Wake,
 )
 from juicebox_hsm.host.leadership.events import Ended, Event, HandoverAsked, Lane, RetryDue, Turn
-from juicebox_hsm.host.leadership.machine import Leadership
+from juicebox_hsm.host.leadership.machine import DAMAGE_TOLD_S, Leadership
 from juicebox_hsm.hsm.messages import ResultKind, StepDownOk
 from juicebox_hsm.ids import HsmId
 from juicebox_hsm.wire.client import encode_noise_response
@@ -67,6 +67,8 @@ class Driver:
         self.members = [member for member in group.configuration if member != agent.hsm_id]
         self._signals: dict[Lane | HsmId, Signal] = {lane: Signal() for lane in (*Lane, *self.members)}
         self._deadline_s: float | None = None
+        self._damage_told_s = float("-inf")
+        """Until when damage is not told again: a client may ask often for a record that cannot be had."""
 
     def step(self, event: Event) -> Long | None:
         """Tell the machine an event and do what it wants at once; returns the long effect for the caller's lane."""
@@ -147,6 +149,15 @@ class Driver:
         match what:
             case Noted.RETRIES_EXHAUSTED:
                 self.agent.metrics.count("agent.start_app_request.exhausted")
+            case Noted.NODE_DAMAGED:
+                self.agent.metrics.count("agent.start_app_request.damaged")
+                if trio.current_time() >= self._damage_told_s:
+                    self._damage_told_s = trio.current_time() + DAMAGE_TOLD_S
+                    self.agent.log.error(
+                        "tree nodes in the store are damaged or missing; run `juicebox-hsm store check`",
+                        realm=self.group.realm.hex(),
+                        group=self.group.group.hex(),
+                    )
             case Noted.REPLY_UNASKED:
                 self.agent.log.error("released a reply nobody asked for", group=self.group.group.hex())
             case Noted.QUORUM_LOST:

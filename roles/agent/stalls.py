@@ -39,6 +39,11 @@ def reasons(groups: Groups, now: float) -> Iterator[str]:
     for group in groups:
         if group.leader is None:
             continue
+        if group.leader.is_damaged(now):
+            yield (
+                f"group {group.group.hex()} ({_range(group.leader)}): nodes of its tree in the store are damaged or "
+                "missing; run `juicebox-hsm store check`"
+            )
         quorum = group.leader.quorum(now)
         if quorum.stalled_s is not None:
             yield (

@@ -19,6 +19,7 @@ from juicebox_hsm.host.leadership.events import (
     MemberTurn,
     OwnShown,
     ProofsFailed,
+    ProofsRead,
     RequestArrived,
     RetryDue,
     TransferMade,
@@ -220,3 +221,22 @@ def test_reads_of_proofs_share_their_requests_time() -> None:
         Refuse(first, Refusal.NO_STORE),
         RetryLater(second, 0.01),
     ]
+
+
+def test_a_node_that_stays_missing_is_damage() -> None:
+    """A missing node is tried again with newer roots; one that stays away ends the request in about a second, told."""
+    machine = Leadership(REALM, GROUP, MEMBERS, 2, ROLE, Limits())
+    machine.step(Inherited(entry("1")), 0.0)
+    asked = request("r1")
+    machine.step(RequestArrived(asked), 0.0)
+    machine.step(Turn(Lane.PRODUCE), 0.0)
+    assert machine.step(ProofsRead([None]), 0.0) == [RetryLater(asked, 0.01)]
+    machine.step(RetryDue(asked), 0.3)
+    machine.step(Turn(Lane.PRODUCE), 0.3)
+    assert machine.step(ProofsFailed(), 0.3) == [RetryLater(asked, 0.02)], "a store in trouble says nothing of damage"
+    assert not machine.is_damaged(0.3)
+    machine.step(RetryDue(asked), 0.6)
+    machine.step(Turn(Lane.PRODUCE), 0.6)
+    assert machine.step(ProofsRead([None]), 0.6) == [Note(Noted.NODE_DAMAGED), Refuse(asked, Refusal.STORE_DAMAGED)]
+    assert machine.is_damaged(60.5)
+    assert not machine.is_damaged(60.6)

@@ -27,6 +27,7 @@ from juicebox_hsm.consensus.types import Partition
 from juicebox_hsm.errors import DecodingError
 from juicebox_hsm.ids import RealmId, RecordId
 from juicebox_hsm.merkle.kernel import EdgeWalk, PathWalk, Side, Walk, path_scan_starts, scan_end
+from juicebox_hsm.merkle.stored import is_wanted
 from juicebox_hsm.ports.errors import MissingNode, StoreInvalid, StoreUnavailable
 
 LARGE_READ_WAIT_S: Final = 3.0
@@ -146,9 +147,10 @@ class TreeNodes:
                 return
             wanted = sorted({walk.wanted_row for walk in walks})
             found = _stored(await self.table(realm).read_rows(RowSet(keys=wanted), selection=_FIRST_CELL))
-            walks = [walk for walk in walks if walk.wanted_row in found]
-            for walk in walks:
+            asked = [(walk, walk.wanted) for walk in walks if walk.wanted_row in found]
+            for walk, _ in asked:
                 self._follow(walk, found)
+            walks = [walk for walk, before in asked if walk.wanted != before]  # the node of others is damaged
 
     async def _read_together(self, realm: RealmId, chunks: list[list[tuple[PathWalk, RecordId]]]) -> None:
         """Read several chunks of paths at the same time; raises the first error alone."""
@@ -210,8 +212,8 @@ class TreeNodes:
                 stored = cache.get(key)
                 if stored is None:
                     stored = found.get(key)
-                    if stored is None:
-                        return used
+                    if stored is None or not is_wanted(walk, stored[0]):
+                        return used  # a damaged node is as good as a missing one
                     cache.put(key, stored)
                     used += 1
                 walk.feed(stored[0])
@@ -229,9 +231,11 @@ class TreeNodes:
         self._follow(walk, {})
         while walk.wanted is not None:
             row = await table.read_row(walk.wanted_row, _FIRST_CELL)
-            if row is None:
-                raise MissingNode("the tree's root is no longer current")
-            self._follow(walk, _stored([row]))
+            wanted = walk.wanted
+            if row is not None:
+                self._follow(walk, _stored([row]))
+            if walk.wanted == wanted:
+                raise MissingNode("the tree's root is no longer current, or its nodes are damaged")
         return walk.proof()
 
 

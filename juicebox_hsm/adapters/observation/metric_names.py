@@ -33,7 +33,7 @@ AGENT: Final = Catalogue(
         "agent.append.given_up", "agent.commit.no_quorum", "agent.group_forgotten", "agent.leader_lost",
         "agent.leader_lost.undelivered", "agent.outbox.given_up", "agent.outbox.retry", "agent.outbox.unknown",
         "agent.replicate.undecodable",
-        "agent.start_app_request.exhausted", "agent.start_app_request.missing_node",
+        "agent.start_app_request.damaged", "agent.start_app_request.exhausted", "agent.start_app_request.missing_node",
         "agent.start_app_request.stale_proof", "agent.tenants.failed", "agent.watchdog.crash", "bigtable.append.retry",
         "pubsub.publish_msg.exhausted_errors", "pubsub.publish_msg.fatal_errors",
     ),

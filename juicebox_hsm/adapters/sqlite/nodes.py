@@ -36,6 +36,7 @@ from juicebox_hsm.adapters.stores.node_tuning import CACHE_NODES
 from juicebox_hsm.consensus.types import Partition
 from juicebox_hsm.errors import DecodingError
 from juicebox_hsm.ids import RealmId, RecordId
+from juicebox_hsm.merkle.stored import is_wanted
 from juicebox_hsm.merkle.walk import EdgeWalk, PathWalk, Side, Walk
 from juicebox_hsm.ports.errors import MissingNode, StoreInvalid
 
@@ -188,6 +189,8 @@ class TreeNodes:
             node = _find(realm, walk, pages)
             if node is None:
                 return _rows_ahead(realm, walk)[0] not in known
+            if not is_wanted(walk, node):
+                return False  # damaged: as good as missing, and nothing to remember
             self.cache.put(walk.wanted, node)
             self.extraneous_nodes -= 1
             self._follow(walk, node)
@@ -201,6 +204,8 @@ class TreeNodes:
             if stored is None:
                 return False
             node = stored[_FRAME_BYTES:]
+            if not is_wanted(walk, node):
+                return False  # damaged, as below
             self.cache.put(root, node)
             self._follow(walk, node)
         return walk.wanted is not None

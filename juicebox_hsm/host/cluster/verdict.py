@@ -224,6 +224,8 @@ def _group_problems(evidence: Evidence, group: GroupView) -> Iterator[Finding]:
     if leader is not None and told is not None and told.stalled_s is not None:
         alive, size = told.members_alive or 0, len(group.configuration)
         yield CannotCommit(group.key, group.owned_range, leader.url, alive, size, told.stalled_s)
+    if told is not None and told.damaged:
+        yield OfGroup(Code.STORE_DAMAGED, group.key)
     if _is_too_small(evidence.view, group):
         yield FewMembers(Code.TOO_FEW_MEMBERS, group.key, len(group.configuration))
     if leader is None:

@@ -93,6 +93,7 @@ class Noted(enum.Enum):
     """Something worth counting that no other effect shows."""
 
     RETRIES_EXHAUSTED = "retries exhausted"
+    NODE_DAMAGED = "a node is damaged"
     REPLY_UNASKED = "reply nobody asked for"
     QUORUM_LOST = "cannot commit"
     QUORUM_BACK = "commits again"

@@ -73,6 +73,9 @@ REFUSALS: Final = {
 }
 """What the HSM's refusals of a client's message mean to the balancer, and whether the message may be used up."""
 
+DAMAGED_AFTER_S: Final = 0.5
+"""A node that is missing for this long is damaged (own): the client should hear of it in about a second."""
+
 _GIVEN_UP: Final = {
     AppendResult.AMBIGUOUS: StepDownCode.APPEND_AMBIGUOUS,
     AppendResult.REFUSED: StepDownCode.APPEND_REFUSED,
@@ -215,8 +218,10 @@ def proofs_read(state: State, event: ProofsRead, now: float) -> Effects:
     effects: Effects = []
     for request, proof in zip(state.batch, event.proofs, strict=True):
         if proof is None:
-            effects += _again(state, request, now)
+            effects += _missing(state, request, now)
         else:
+            if (retry := state.retries.get(request)) is not None:
+                retry.missing_since_s = None
             state.asks.append((request, proof))
     state.batch.clear()
     return effects + _ask_next(state, now)
@@ -237,6 +242,24 @@ def _withdraw(state: State, now: float) -> Effects:
     """Drop the batch under way: its requests were refused when the leadership stopped accepting."""
     state.producing = Producing.FREE
     return _append_or_proceed(state, now)
+
+
+def _missing(state: State, request: ClientRequest, now: float) -> Effects:
+    """Try a request again whose path lacks a node, and give up when that is no passing thing.
+
+    A root that another leader replaced may lose its nodes at any moment, but then this HSM captures the other's entries
+    and the leadership ends within milliseconds. One that goes on and still finds no node reads a damaged store.
+    """
+    retry = state.retries.get(request)
+    since = None if retry is None else retry.missing_since_s
+    if since is not None and now - since >= DAMAGED_AFTER_S:
+        state.damage_seen_s = now
+        return [Note(Noted.NODE_DAMAGED), _refuse(state, request, Refusal.STORE_DAMAGED)]
+    effects = _again(state, request, now)
+    retry = state.retries.get(request)
+    if retry is not None and retry.missing_since_s is None:
+        retry.missing_since_s = now
+    return effects
 
 
 def _again(state: State, request: ClientRequest, now: float) -> Effects:

@@ -91,6 +91,8 @@ class Retry:
     attempts: int
     deadline_s: float
     gone: bool = False
+    missing_since_s: float | None = None
+    """When a node of its path was first missing; None once there was a proof."""
 
 
 @dataclass(slots=True)
@@ -210,6 +212,8 @@ class State:
     waiting_since_s: float | None = None
     """Since when appended entries have waited for a commit without any progress, None while none waits."""
     stalled_since_s: float | None = None
+    damage_seen_s: float | None = None
+    """When a request last ended for want of a node that should be there."""
     """Since when nothing can be committed; None while a majority answers and commits come."""
 
     # members

@@ -46,6 +46,7 @@ class FakeGroup:
     requests_per_s: float = 0.0
     alive: int | None = None
     stalled_s: float | None = None
+    damaged: bool = False
     ended: bool = False
 
 
@@ -89,6 +90,7 @@ class FakeAgent:
                 requests_per_s=found.requests_per_s,
                 members_alive=found.alive,
                 stalled_s=found.stalled_s,
+                damaged=found.damaged,
                 ended=found.ended,
             )
             for key, found in self.groups.items()

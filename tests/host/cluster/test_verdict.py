@@ -343,6 +343,7 @@ def _trouble_of_every_kind() -> list[Evidence]:
     half[1].down = half[2].down = True
     stalled = _led()
     stalled[0].groups[group(1)].stalled_s = 2.0
+    stalled[0].groups[group(1)].damaged = True
     alone = FakeAgent("tls://a1", hsm(1), groups={group(1): FakeGroup([hsm(1)])}).lead(group(1), FULL_RANGE)
     ended = three()
     for agent in ended:
