@@ -47,7 +47,7 @@ async def handle_app(agent: Agent, body: App) -> AppOk | Refused:
             return Refused(Refusal.SESSION_ERROR)
         return await _handshake(agent, found, record, body.session_id, encrypted)
     now_ms = agent.now_ms()
-    if not agent.limiters.of(body.tenant).admit(record, now_ms):
+    if not agent.limiters.of(body.tenant).admit(record, trio.current_time()):
         agent.metrics.count("agent.app.rate_limited")
         return Refused(Refusal.RATE_LIMIT_EXCEEDED)
     slot: Slot[AppOk | Refused] = Slot()

@@ -144,7 +144,7 @@ class Agent:
         self._pace = Pace(
             self.timings.watch_idle_first_s, self.timings.watch_idle_max_s, self.timings.catch_up_unready_s
         )
-        self.limiters = Limiters(config.default_rate)
+        self.limiters = Limiters(config.default_rate, int.from_bytes(config.instance[:4], "big") << 32)
         self.hsm_id: HsmId | None = None
         self.registered = False
         self.registering = trio.CancelScope()

@@ -44,7 +44,8 @@ if TYPE_CHECKING:
 
     from roles.agent.context import Agent
 
-_RESERVING: Final = frozenset({ResultKind.REGISTER1, ResultKind.RECOVER1, ResultKind.RECOVER2})
+_FOLLOWED_BY: Final = {ResultKind.REGISTER1: 1, ResultKind.RECOVER1: 2, ResultKind.RECOVER2: 1}
+"""How many requests of the same operation follow, which are let in when they come."""
 _QUICK: Final = frozenset(get_args(Quick))
 _WHY: Final = {
     StepDownCode.ASKED: "asked to",
@@ -175,8 +176,9 @@ class Driver:
         agent.metrics.timing("agent.commit.latency", (now_ms - answers[0].request.when_ms) * 1_000_000)
         for answer in answers:
             request, kind = answer.request, answer.result.kind
-            if kind in _RESERVING:
-                agent.limiters.of(request.tenant).reserve(request.record_id, now_ms)
+            following = _FOLLOWED_BY.get(kind)
+            if following is not None:
+                agent.limiters.of(request.tenant).reserve(request.record_id, trio.current_time(), following)
             counts[request.tenant, kind] += 1
             request.reply(AppOk(encode_noise_response(answer.noise)))
         realm = self.group.realm.hex()

@@ -32,12 +32,12 @@ async def gossip(agent: Agent) -> None:
             agent.metrics.count("agent.rate_limiter.state_update", result="unreachable")
             return
         agent.metrics.count("agent.rate_limiter.state_update", result="ok")
-        if isinstance(reply, RateState) and agent.limiters.absorb(url, reply.tenants, agent.now_ms()):
+        if isinstance(reply, RateState) and agent.limiters.absorb(url, reply.tenants, trio.current_time()):
             heard_any = True
 
     tidy_at = trio.current_time()
     while True:
-        busy = heard_any or agent.limiters.any_active(agent.now_ms())
+        busy = heard_any or agent.limiters.any_active(trio.current_time())
         await trio.sleep(agent.timings.gossip_s if busy else agent.timings.gossip_idle_s)
         urls = agent.peers.agent_urls
         heard_any = False
@@ -46,7 +46,7 @@ async def gossip(agent: Agent) -> None:
                 for url in urls:
                     nursery.start_soon(ask, url)
         if trio.current_time() >= tidy_at:
-            agent.limiters.tidy(agent.now_ms())
+            agent.limiters.tidy(trio.current_time())
             tidy_at = trio.current_time() + TIDY_S
 
 

@@ -203,7 +203,7 @@ class AgentService:
         return await handle_replicate(self.agent, body)
 
     async def _rate_state(self, _body: Empty, _caller: Connection) -> RateState:
-        return RateState(self.agent.limiters.snapshot(self.agent.now_ms()))
+        return RateState(self.agent.limiters.snapshot(trio.current_time()))
 
     async def _tenants_reload(self, _body: Empty, _caller: Connection) -> TenantsReloaded | Refused:
         try:

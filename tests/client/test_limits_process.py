@@ -136,11 +136,10 @@ async def test_a_limit_holds_over_all_agents_and_balancers(tmp_path: Path) -> No
         assert (await set_capacity(TENANT, "40")).count("reloaded") == 3
         await trio.sleep(1.0)
         began = trio.current_time()
-        await trio.sleep(3.0)
+        await trio.sleep(10.0)
         rate = sum(sum(1 for at in seen.successes if at >= began) for seen in users) / (trio.current_time() - began)
-        # Three leaders that did not know of each other would let up to 120 through. Gossip is 0.1 s behind, so they
-        # let through what all users ask within that time, too.
-        assert 0 < rate <= 70, f"{rate:.1f} operations/s at a limit of 40"
+        # three leaders that did not know of each other would let 120 through
+        assert 0 < rate <= 44, f"{rate:.1f} operations/s at a limit of 40"
 
         await set_capacity(TENANT, "100000")
         await eventually(lambda: all_saw("success"), SLACK_S, "the command itself tells the agents")

@@ -327,11 +327,13 @@ async def test_rate_limits_are_shared_by_gossip(tmp_path: Path) -> None:
         first, second = sim.agents[:2]
         for member in (first, second):
             member.agent.limiters.configure({"other": 1})
-        now_ms = first.agent.now_ms() + 60_000
-        record = RecordId(bytes(32))
-        assert all(first.agent.limiters.of("other").admit(record, now_ms) for _ in range(3))
+        record, now_s = RecordId(bytes(32)), trio.current_time()
+        first.agent.limiters.of("other").reserve(record, now_s, 5)
+        assert second.agent.limiters.of("other").knows_peers is False
         await until(lambda: second.agent.limiters.of("other").knows_peers)
-        assert not second.agent.limiters.of("other").admit(record, now_ms)
+        for _ in range(5):  # those that the first one reserved
+            assert second.agent.limiters.of("other").admit(record, trio.current_time())
+        assert not second.agent.limiters.of("other").admit(record, trio.current_time())
 
 
 async def test_shutdown_hands_over_through_a_manager(tmp_path: Path) -> None:
