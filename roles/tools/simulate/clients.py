@@ -80,6 +80,16 @@ class _Ending:
     impossible: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What a call asks for."""
+
+    op: Op
+    pin: str
+    secret: str
+    guesses: int
+
+
 async def _ask(client: Client, op: Op, pin: str, secret: str, guesses: int) -> str:
     """Make a call; return the secret that was recovered."""
     match op:
@@ -198,16 +208,24 @@ class User:
         device.transport.begin()
         start = trio.current_time()
         ending = _Ending()
-        with trio.move_on_after(limit_s):
-            ending = await _end_of(_ask(device.client, op, pin, secret, guesses))
-        outcome, detail, given_up = ending.outcome, ending.detail, ending.given_up
-        secret, left = ending.secret or secret, ending.left
+        try:
+            with trio.move_on_after(limit_s):
+                ending = await _end_of(_ask(device.client, op, pin, secret, guesses))
+        finally:  # also when whoever made us call is cancelled: the realm may still do what it was asked
+            call = self._record(device, start, ending, _Asked(op, pin, secret, guesses))
+        return call, ending.detail
+
+    def _record(self, device: _Device, start: float, ending: _Ending, asked: _Asked) -> Call:
+        """Tell the judge of a call that has ended."""
         if ending.impossible:
-            self._world.client_failed(self.name, detail)
-        lost = lost_attempts(device.transport.lost, outcome, given_up=given_up)
-        call = Call(self.name, op, start, trio.current_time(), outcome, pin, secret, guesses, left, lost)
-        shown = detail or ("given up" if given_up else outcome.value)
+            self._world.client_failed(self.name, ending.detail)
+        lost = lost_attempts(device.transport.lost, ending.outcome, given_up=ending.given_up)
+        secret = ending.secret or asked.secret
+        end = trio.current_time()
+        outcome, op, pin, guesses = ending.outcome, asked.op, asked.pin, asked.guesses
+        call = Call(self.name, op, start, end, outcome, pin, secret, guesses, ending.left, lost)
+        shown = ending.detail or ("given up" if ending.given_up else outcome.value)
         self._world.notes.count(f"client.{op.value}.{shown}")
         self._world.notes.tell(f"user {call}: {shown}")
         self._world.called(call)
-        return call, detail
+        return call
