@@ -25,7 +25,7 @@ class Profile:
     rebalance_s: float = 20.0
 
 
-_PROCESSES: Final = {"crash": 3.0, "machine": 1.0, "pause": 2.0, "clock": 1.0, "stop": 1.0, "all_at_once": 0.2}
+_PROCESSES: Final = {"crash": 3.0, "machine": 1.0, "pause": 2.0, "clock": 1.0, "stop": 1.0, "all_at_once": 0.4}
 _HSM: Final = {"nvram": 1.0, "slow_persist": 1.0}
 _NETWORK: Final = {"reset": 2.0, "cut": 2.0, "cut_one_way": 1.0, "isolate": 1.0, "slow_peer": 1.0, "bad_weather": 1.0}
 _STORE: Final = {"store_slow": 1.0, "store_refuses": 1.0, "store_ambiguous": 2.0, "store_stale": 1.0, "store_cut": 1.0}

@@ -26,8 +26,8 @@ START_S: Final = 20.0
 """How long a realm may take to be founded, with everything well."""
 POLL_S: Final = 0.1
 WATCH_S: Final = 1.0
-OUTBOX_S: Final = 4.0
-"""After the last call, before the outbox must be empty: dispatchers look every 2 s where nothing happens."""
+OUTBOX_S: Final = 5.0
+"""After the last call, before outboxes must be empty and auditors know: dispatchers look every 2 s at idle times."""
 
 
 def simulate(world: World) -> None:
@@ -129,4 +129,8 @@ async def _look(world: World) -> None:
         for user in world.users:
             nursery.start_soon(check, user)
     await trio.sleep(OUTBOX_S)
+    for tenant, ledger in world.auditor.ledgers.items():
+        missing = ledger.missing(world.store.data.realm(world.realm).tenant(tenant))
+        if missing:
+            world.broken("audit", f"events {missing} of {tenant} were published and never came")
     world.judge.finish(await look_around(world, problems))

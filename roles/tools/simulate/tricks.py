@@ -16,6 +16,7 @@ import trio
 from juicebox_hsm.errors import RealmError
 from juicebox_hsm.host.cluster.settings import DRAIN_PREFIX
 from juicebox_hsm.host.services import TenantLimits
+from roles.tools.cluster.clients import reload_tenants
 from roles.tools.simulate.keyring import TENANTS
 from roles.tools.simulate.network import Weather
 from roles.tools.simulate.processes import AgentProcess, Process
@@ -144,6 +145,7 @@ async def stop(world: World) -> None:
 @_trick
 async def all_at_once(world: World) -> None:
     """Cut the power of everything."""
+    world.notes.tell("power cut")
     for process in world.processes:
         process.kill()
     world.barrier()
@@ -352,6 +354,7 @@ async def tenant_limit(world: World) -> None:
     tenant = world.chance.choice(TENANTS)
     try:
         await tenants.put(tenant, TenantLimits(world.chance.choice((0, 1, 3))))
+        await reload_tenants(world.operator.session)
         world.notes.count("operator.tenant_limit.done")
     except RealmError:
         world.notes.count("operator.tenant_limit.failed")

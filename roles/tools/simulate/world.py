@@ -10,6 +10,7 @@ from juicebox_hsm.errors import RealmError
 from juicebox_hsm.ids import GroupId
 from juicebox_hsm.wire.methods import BECOME_LEADER
 from juicebox_hsm.wire.rpc import BecomeLeaderCall
+from roles.tools.simulate.auditor import AuditorProcess
 from roles.tools.simulate.clients import User
 from roles.tools.simulate.operators import Operator
 from roles.tools.simulate.processes import AgentProcess, BalancerProcess, ManagerProcess, Process
@@ -31,6 +32,7 @@ class World(Surroundings):
         self.agents = [AgentProcess(self, f"agent{number}") for number in range(1, self.shape.hsms + 1)]
         self.managers = [ManagerProcess(self, f"manager{number}") for number in (1, 2)]
         self.balancers = [BalancerProcess(self, f"lb{number}") for number in (1, 2)]
+        self.auditor = AuditorProcess(self, "auditor")
         self.operator = Operator(self, [manager.url for manager in self.managers])
         self.users: list[User] = []
         self.spares_left = SPARES
@@ -41,7 +43,7 @@ class World(Surroundings):
     @property
     def processes(self) -> list[Process]:
         """Return all services, spares included."""
-        return [*self.agents, *self.managers, *self.balancers]
+        return [*self.agents, *self.managers, *self.balancers, self.auditor]
 
     async def add_spare(self) -> None:
         """Start one more agent, whose HSM joins the realm and a new group."""
