@@ -6,13 +6,16 @@ from collections.abc import Callable
 
 import trio
 
-from juicebox_hsm.host.clocks import Clocks, Reading, is_off, offset_ms, read_clock
+from juicebox_hsm.host.clocks import VOTES_MIN, Clocks, Reading, is_off, offset_ms, read_clock
 from juicebox_hsm.ports.observation import Log, Meter
 from roles.words import clock_off
 
 
 class OwnClock:
-    """A service's own clock. `now_ms` is its Unix time in ms; `off_s` is how far it is ahead, 0 while it is right."""
+    """A service's own clock. `now_ms` is its Unix time in ms; `off_s` is how far it is ahead, 0 while it is right.
+
+    `outvoted_s` is the same, but 0 also while there are too few clocks to say that it is ours that is wrong.
+    """
 
     def __init__(self, now_ms: Callable[[], int], meter: Meter, log: Log) -> None:
         self._now_ms = now_ms
@@ -20,6 +23,7 @@ class OwnClock:
         self._log = log
         self._clocks = Clocks()
         self.off_s = 0.0
+        self.outvoted_s = 0.0
 
     def heard(self, url: str, told_ms: int | None, asked_s: float) -> None:
         """Take the time that a service answered with, if it did; older ones tell none. `asked_s` is Trio's."""
@@ -40,6 +44,7 @@ class OwnClock:
         offset_s = offset_ms(own, everybody) / 1000
         self._meter.gauge("clock.offset", offset_s)
         was_off, self.off_s = self.off_s != 0.0, offset_s if is_off(own, everybody) else 0.0
+        self.outvoted_s = self.off_s if len(everybody) >= VOTES_MIN else 0.0
         if self.off_s and not was_off:
             self._log.warning("this machine's clock is off, set it", clock=clock_off(self.off_s))
         elif was_off and not self.off_s:

@@ -41,6 +41,10 @@ def is_off(reading: Reading, everybody: Collection[Reading]) -> bool:
     return abs(offset_ms(reading, everybody)) > OFF_MS + reading.slack_ms
 
 
+VOTES_MIN: Final = 3
+"""Fewer clocks cannot say which of them is wrong."""
+
+
 class Clocks:
     """What one service knows of the others' clocks. Times are in s on its monotonic clock."""
 

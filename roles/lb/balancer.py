@@ -132,7 +132,7 @@ class LoadBalancer:
             guard=self._guard,
             secrets_age_s=secrets.age_s,
             cluster_end=shell.certificate_end,
-            clock_off_s=lambda: self._clock.off_s,
+            clock=self._clock,
             refresh_s=secrets.refresh_s,
         )
 

@@ -14,6 +14,7 @@ from juicebox_hsm.host.cluster.ranges import show_range
 from juicebox_hsm.host.codes import Code
 from juicebox_hsm.host.routing import RoutingTable
 from juicebox_hsm.ids import RealmId, uncovered
+from roles.clock import OwnClock
 from roles.lb.guard import RealmGuard
 from roles.lb.poller import Poller
 from roles.words import certificate_ends, clock_off
@@ -43,8 +44,7 @@ def _unserved(table: RoutingTable, realm: RealmId) -> list[str]:
 class Readiness:
     """Judges the balancer: live, at least one realm fully routed, fresh secrets.
 
-    `cluster_end` tells when its cluster certificate ends (UTC), None without TLS; `clock_off_s` how far its clock is
-    off, 0 while it is right.
+    `cluster_end` tells when its cluster certificate ends (UTC), None without TLS.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Readiness:
         guard: RealmGuard,
         secrets_age_s: Callable[[], float],
         cluster_end: Callable[[], dt.datetime | None],
-        clock_off_s: Callable[[], float] = lambda: 0.0,
+        clock: OwnClock | None = None,
         refresh_s: float = REFRESH_S,
     ) -> None:
         self._drain = drain
@@ -63,7 +63,7 @@ class Readiness:
         self._guard = guard
         self._secrets_age_s = secrets_age_s
         self._cluster_end = cluster_end
-        self._clock_off_s = clock_off_s
+        self._clock = clock
         self._age_s_max = REFRESHES_MISSED_MAX * refresh_s
 
     def reasons(self) -> list[str]:
@@ -74,15 +74,16 @@ class Readiness:
         age_s = self._secrets_age_s()
         if age_s > self._age_s_max:
             reasons.append(f"secrets stale for {age_s:.0f}s")
+        if self._clock is not None and self._clock.outvoted_s:
+            reasons.append(f"its clock is {clock_off(self._clock.outvoted_s)}: good tokens may be refused")
         return reasons + self._unrouted()
 
     def warnings(self) -> list[tuple[Code, str]]:
         """Return what somebody has to see to although the balancer serves."""
         told = certificate_ends(to_unix_ms(self._cluster_end()), round(time.time() * 1000))
         warnings = [(Code.CERTIFICATE, f"the cluster certificate {told}")] if told else []
-        off_s = self._clock_off_s()
-        if off_s:
-            warnings.append((Code.CLOCK, f"its clock is {clock_off(off_s)}"))
+        if self._clock is not None and self._clock.off_s:
+            warnings.append((Code.CLOCK, f"its clock is {clock_off(self._clock.off_s)}"))
         return warnings
 
     def _unrouted(self) -> list[str]:

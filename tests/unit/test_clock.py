@@ -28,9 +28,10 @@ async def test_a_wrong_clock_is_told_once_and_its_end(autojump_clock: trio.testi
         clock.look()
         return clock.off_s
 
-    assert look() == 0
+    assert look() == clock.outvoted_s == 0
     ahead_ms = 1_500_000
     assert look() == look() == offset.value == 1500
+    assert clock.outvoted_s == 1500
     begun, ended = "this machine's clock is off, set it", "this machine's clock agrees with the others' again"
     assert [event for _, event in log.lines] == [begun]
     ahead_ms = -1_500_000
@@ -39,3 +40,12 @@ async def test_a_wrong_clock_is_told_once_and_its_end(autojump_clock: trio.testi
     assert look() == 0
     assert offset.value == 1
     assert [event for _, event in log.lines] == [begun, ended]
+
+
+async def test_one_other_clock_does_not_outvote_ours(autojump_clock: trio.testing.MockClock) -> None:
+    """A balancer with a single agent warns and stays ready: the wrong clock may be the agent's."""
+    clock = OwnClock(lambda: 1_500_000, Metrics(), LbRecorder())
+    clock.heard("tls://a", 0, trio.current_time())
+    clock.look()
+    assert clock.off_s
+    assert not clock.outvoted_s
