@@ -1,7 +1,8 @@
 """Who else is there: the discovery watcher and the map from HSM ids to agents' addresses (agent.md 4, 8).
 
-One task polls discovery every second. Whenever it changes, every 10 s, and soon after a call to a member failed, the
-agents are asked for their status; `juicebox_hsm.host.liveness.Reachable` says which of them count as reachable.
+One task polls discovery every second, and compares our clock with what the others said. Whenever discovery changes,
+every 10 s, and soon after a call to a member failed, the agents are asked for their status;
+`juicebox_hsm.host.liveness.Reachable` says which of them count as reachable.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ class Peers:
                 looked_at = trio.current_time()
                 await self._read_statuses()
                 refresh_at = trio.current_time() + timings.peer_refresh_s
+            self._agent.clock.look()  # at every turn: what others said is kept, and our own clock may have jumped
             if await self._wake.wait_at_most(timings.discovery_poll_s):
                 await trio.sleep_until(looked_at + min(SUSPECT_PAUSE_S, timings.discovery_poll_s))
                 refresh_at = trio.current_time()
@@ -94,7 +96,6 @@ class Peers:
             for url in self.agent_urls:
                 nursery.start_soon(ask, url)
         self._look_for_copies(places)
-        self._agent.clock.look()
         if self._reachable.asked({place.hsm: place.url for place in sorted(places)}, self.agent_urls):
             self._wake.set()
 

@@ -23,6 +23,10 @@ HERE, THERE = "tls://here", "tls://there"
 MEMBER, OWN = HsmId(b"\x07" * 16), HsmId(b"\x01" * 16)
 
 
+def _time_ms() -> int:
+    return int(trio.current_time() * 1000)
+
+
 class World:
     """Discovery and one other agent, which answers unless told not to."""
 
@@ -32,6 +36,8 @@ class World:
         self.hsm, self.instance = MEMBER, b"there"
         self.lines: list[str] = []
         self.addresses = [ServiceAddress(ServiceKind.AGENT, url, 1) for url in (HERE, THERE)]
+        self.ahead_ms = 0
+        self.clock = OwnClock(lambda: _time_ms() + self.ahead_ms, Metrics(), get_logger("test"))
         self.peers = Peers(
             cast(
                 "Any",
@@ -42,7 +48,7 @@ class World:
                     hsm_id=OWN,
                     log=SimpleNamespace(error=self.note, info=self.note),
                     config=SimpleNamespace(url=HERE, instance=b"here"),
-                    clock=OwnClock(lambda: 1, Metrics(), get_logger("test")),
+                    clock=self.clock,
                     timings=SimpleNamespace(peer_refresh_s=10.0, peer_status_s=2.0, discovery_poll_s=1.0),
                     clear_trouble=lambda _: None,
                 ),
@@ -65,7 +71,7 @@ class World:
             await trio.sleep(timeout_s)
             raise RpcFailed(RpcCode.DEADLINE_EXCEEDED)
         await trio.lowlevel.checkpoint()
-        return AgentStatus(1.0, HsmInfo(self.hsm, None, b""), THERE, "", [], instance=self.instance)
+        return AgentStatus(1.0, HsmInfo(self.hsm, None, b""), THERE, "", [], instance=self.instance, now_ms=_time_ms())
 
 
 async def test_one_missing_answer_is_forgiven(autojump_clock: trio.testing.MockClock, nursery: trio.Nursery) -> None:
@@ -102,6 +108,20 @@ async def test_who_is_not_registered_any_more_goes(
     world.addresses = world.addresses[:1]
     await trio.sleep(2)
     assert world.peers.url_of(MEMBER) is None
+
+
+async def test_a_jump_of_our_own_clock_is_noticed_at_once(
+    autojump_clock: trio.testing.MockClock, nursery: trio.Nursery
+) -> None:
+    """It takes no new answers to see it: the next look at discovery is soon enough to be within ten seconds."""
+    world = World()
+    nursery.start_soon(world.peers.run)
+    await trio.sleep(0.5)
+    asked, before_s = world.asked, world.clock.off_s
+    world.ahead_ms = 25 * 60 * 1000
+    await trio.sleep(2)
+    assert (world.asked, before_s) == (asked, 0.0)
+    assert round(world.clock.off_s) == 25 * 60 / 2, "the middle of two"
 
 
 async def test_a_copy_of_our_own_hsm_is_noticed(autojump_clock: trio.testing.MockClock, nursery: trio.Nursery) -> None:
