@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 from typing import Final, NoReturn
 
@@ -22,6 +23,8 @@ COLLECTOR_THRESHOLDS: Final = (10_000, 20, 50)
 """Allocations before a young collection, and collections before an older one; Python's own are 700, 10, 10."""
 
 PROGRAM: Final = "juicebox-hsm"
+TENANT_LOG_SERVE: Final = ["tenant-log", "serve"]
+"""The service that is started like a tool."""
 
 
 def _show_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:  # noqa: ARG001, FBT001 - click's
@@ -98,9 +101,20 @@ def _relax_collector() -> None:
     gc.set_threshold(*COLLECTOR_THRESHOLDS)
 
 
+def _ignore_signals_while_starting() -> None:
+    """Let SIGHUP and the like pass until a service has handlers: by default they would end it.
+
+    A service that starts reads its files anyway, and whoever reloads or raises verbosity cannot know that it does.
+    """
+    for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the program; ends with `SystemExit`."""
     role, rest = _split_role(sys.argv[1:] if arguments is None else arguments)
+    if role is not None or rest[:2] == TENANT_LOG_SERVE:
+        _ignore_signals_while_starting()
     try:
         if os.environ.get("LOGLEVEL"):
             from juicebox_hsm.adapters.observation.logging import parse_level

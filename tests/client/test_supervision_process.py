@@ -62,17 +62,23 @@ class Supervisor:
         self.metrics.bind(("127.0.0.1", 0))
         self.metrics.settimeout(WAIT_S)
 
-    def wait_for(self, wanted: str, *, after: int = 0) -> int:
-        """Wait for a line that begins with `wanted` after the first `after` ones; return how many lines that makes."""
+    def wait_for(self, wanted: str, *, after: int = 0, process: subprocess.Popen[bytes] | None = None) -> int:
+        """Wait for a line that begins with `wanted` after the first `after` ones; return how many lines that makes.
+
+        A `process` that is given has to live meanwhile.
+        """
         deadline = time.monotonic() + WAIT_S
         while True:
             for number, (_, line) in enumerate(self.said[after:], start=after):
                 if line.startswith(wanted):
                     return number + 1
-            self._socket.settimeout(max(0.01, deadline - time.monotonic()))
+            left_s = max(0.01, deadline - time.monotonic())
+            self._socket.settimeout(left_s if process is None else min(1.0, left_s))
             try:
                 self._hear()
             except TimeoutError:
+                if process is not None and process.poll() is None and time.monotonic() < deadline:
+                    continue
                 raise AssertionError(f"{wanted} not said within {WAIT_S} s: {self.said}") from None
 
     def _hear(self) -> None:
@@ -123,11 +129,16 @@ def _flags(role: str, directory: Path, store: Path) -> list[str]:
 
 @contextmanager
 def _service(
-    role: str, directory: Path, supervisor: Supervisor, *more: str, stdout: int | None = None
+    role: str,
+    directory: Path,
+    supervisor: Supervisor,
+    *more: str,
+    stdout: int | None = None,
+    witness: Path | None = None,
 ) -> Iterator[subprocess.Popen[bytes]]:
     init_ca(directory / "ca")
     command = [sys.executable, "-m", "roles", "--role", role, *_flags(role, directory, directory / "realm.db"), *more]
-    with _running(command, directory, supervisor, stdout) as process:
+    with _running(command, directory, supervisor, stdout, witness) as process:
         yield process
 
 
@@ -152,14 +163,18 @@ def _guards(directory: Path) -> list[str]:
 
 @contextmanager
 def _running(
-    command: list[str], directory: Path, supervisor: Supervisor, stdout: int | None = None
+    command: list[str],
+    directory: Path,
+    supervisor: Supervisor,
+    stdout: int | None = None,
+    witness: Path | None = None,
 ) -> Iterator[subprocess.Popen[bytes]]:
     (directory / "guards").mkdir()
     (directory / "witness").mkdir()
     (directory / "witness" / "sitecustomize.py").write_text(GUARD_WITNESS)
     environment = {
         **os.environ,
-        "PYTHONPATH": str(directory / "witness"),
+        "PYTHONPATH": str(witness or directory / "witness"),
         "TEST_GUARDS": str(directory / "guards"),
         "DD_AGENT_HOST": "127.0.0.1",
         "DD_DOGSTATSD_PORT": str(supervisor.metrics.getsockname()[1]),
@@ -226,6 +241,46 @@ def test_the_tenant_log_reports_like_the_roles(tmp_path: Path) -> None:
         process.send_signal(signal.SIGTERM)
         assert process.wait(WAIT_S) == ExitCode.OK, (tmp_path / "log").read_text()
     assert _guards(tmp_path) == [UNREADABLE], "keys in memory that others may read"
+
+
+EARLY_SIGNALS = """
+import os, signal, sys
+class Sender:
+    def find_spec(self, name, path=None, target=None):
+        if name == "roles.shell":
+            for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+                os.kill(os.getpid(), number)
+sys.meta_path.insert(0, Sender())
+"""
+"""Sends a service those signals while it is still importing what it needs, long before it has handlers."""
+
+
+@pytest.mark.parametrize("role", ["agent", "lb", "lb of two", "manager", "tenant-log"])
+def test_signals_while_starting_end_nothing(role: str, tmp_path: Path) -> None:
+    """SIGHUP, SIGUSR1 and SIGUSR2 that find a service starting, or one of its workers, leave it starting."""
+    supervisor = Supervisor(tmp_path)
+    early = tmp_path / "early"
+    early.mkdir()
+    (early / "sitecustomize.py").write_text(EARLY_SIGNALS)
+    if role == "tenant-log":
+        store = f"sqlite:{tmp_path / 'realm.db'}"
+        tool = [sys.executable, "-m", "roles"]
+        subprocess.run([*tool, "store", "init", "--store", store], check=True, stdout=subprocess.DEVNULL)
+        secrets = tmp_path / "secrets.json"
+        subprocess.run([*tool, "secrets", "init-record-id", "--file", secrets], check=True, stdout=subprocess.DEVNULL)
+        command = [*tool, "tenant-log", "serve", "--store", store, "--secrets-file", str(secrets), "--port", "0"]
+        running = _running(command, tmp_path, supervisor, witness=early)
+    else:
+        more = ["--listen", "127.0.0.1:0"]
+        if role == "lb of two":
+            listen, probes = next(pair for pair in itertools.pairwise(PORTS[-800:]) if all(map(_is_free, pair)))
+            more = ["--workers", "2", "--listen", f"127.0.0.1:{listen}", "--http-listen", f"127.0.0.1:{probes}"]
+        running = _service(role.split(maxsplit=1)[0], tmp_path, supervisor, *more, witness=early)
+    with running as process:
+        supervisor.wait_for("READY=1", process=process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(WAIT_S) == ExitCode.OK, (tmp_path / "log").read_text()
+        assert "worker died" not in (tmp_path / "log").read_text()
 
 
 @contextmanager
