@@ -7,16 +7,17 @@ travel as single values, at most 512 per series and second, the rest through the
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import socket
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
 import trio
 
 from juicebox_hsm.adapters.observation.logging import get_logger
-from juicebox_hsm.adapters.observation.metrics import Distribution, Metrics, Tags
+from juicebox_hsm.adapters.observation.metrics import Distribution, Metrics, Tags, number_text
 
 PERIOD_S: Final = 1.0
 PACKET_BYTES_MAX: Final = 1400  # own: fits any Ethernet
@@ -24,6 +25,10 @@ VALUES_PER_LINE_MAX: Final = 50
 MESSAGE_CHARS_MAX: Final = 500  # own
 RESOLVE_AGAIN_S: Final = 60.0  # own
 PORT: Final = 8125
+
+SocketAddress = tuple[str, int] | tuple[str, int, int, int] | tuple[int, bytes]
+AddressInfo = tuple[socket.AddressFamily, socket.SocketKind, int, str, SocketAddress]
+"""What `getaddrinfo` finds."""
 
 _log = get_logger("dogstatsd")
 
@@ -66,14 +71,52 @@ def _send(endpoint: socket.socket, packets: Iterable[bytes]) -> None:
 
 async def _connect(host: str, port: int) -> socket.socket | None:
     try:
-        found = await trio.socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)
-        endpoint = socket.socket(found[0][0], socket.SOCK_DGRAM)
-        endpoint.setblocking(False)
-        endpoint.connect(found[0][4])
+        return open_endpoint(await trio.socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM))
     except OSError as error:
         _log.warning("cannot send metrics", host=host, error=str(error))
         return None
+
+
+def open_endpoint(found: Sequence[AddressInfo]) -> socket.socket:
+    """Return a socket for the first address where nobody refuses; if all do, for the first IPv4 one.
+
+    `localhost` is often `::1` first, where an agent that listens on 127.0.0.1 hears nothing. One's own machine refuses
+    at once, and an empty datagram asks it without being a metric. Raises `OSError` when no address can be used.
+    """
+    problem = OSError("no address")
+    refusing: list[AddressInfo] = []
+    for info in found:
+        try:
+            endpoint = _open(info)
+        except OSError as error:
+            problem = error
+            continue
+        if len(found) == 1 or not _is_refused(endpoint):
+            return endpoint
+        endpoint.close()
+        refusing.append(info)
+    if not refusing:
+        raise problem
+    return _open(min(refusing, key=lambda info: info[0] != socket.AF_INET))
+
+
+def _open(info: AddressInfo) -> socket.socket:
+    endpoint = socket.socket(info[0], socket.SOCK_DGRAM)
+    try:
+        endpoint.setblocking(False)
+        endpoint.connect(info[4])
+    except OSError:
+        endpoint.close()
+        raise
     return endpoint
+
+
+def _is_refused(endpoint: socket.socket) -> bool:
+    try:
+        endpoint.send(b"")
+    except OSError:
+        return True
+    return endpoint.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) != 0
 
 
 def drain(metrics: Metrics, tags: Mapping[str, str]) -> Iterator[bytes]:
@@ -103,8 +146,7 @@ def send_once(packets: Iterable[bytes], environment: Mapping[str, str] = os.envi
     port_text = environment.get("DD_DOGSTATSD_PORT", "")
     try:
         found = socket.getaddrinfo(host, int(port_text) if port_text.isdigit() else PORT, type=socket.SOCK_DGRAM)
-        with socket.socket(found[0][0], socket.SOCK_DGRAM) as endpoint:
-            endpoint.connect(found[0][4])
+        with open_endpoint(found) as endpoint:
             for packet in packets:
                 endpoint.send(packet)
     except OSError as error:
@@ -119,7 +161,8 @@ def _lines(metrics: Metrics, common: Tags) -> Iterator[str]:
             yield f"{_name(name)}:{counter.value - counter.sent}|c{_tags(common + tags)}"
             counter.sent = counter.value
     for (name, tags), gauge in metrics.gauges.items():
-        yield f"{_name(name)}:{gauge.value:g}|g{_tags(common + tags)}"
+        if math.isfinite(gauge.value):  # the protocol has no other numbers
+            yield f"{_name(name)}:{number_text(gauge.value)}|g{_tags(common + tags)}"
     for (name, tags), distribution in metrics.distributions.items():
         yield from _values(_name(name), common + tags, distribution)
     for (name, tags), timer in metrics.timers.items():
@@ -136,7 +179,7 @@ def _values(name: str, tags: Tags, distribution: Distribution) -> Iterator[str]:
         return
     rate = f"|@{len(samples) / distribution.unsent:.6f}" if distribution.unsent > len(samples) else ""
     for start in range(0, len(samples), VALUES_PER_LINE_MAX):
-        values = ":".join(f"{value:.9g}" for value in samples[start : start + VALUES_PER_LINE_MAX])
+        values = ":".join(number_text(value) for value in samples[start : start + VALUES_PER_LINE_MAX])
         yield f"{name}:{values}|d{rate}{_tags(tags)}"
     distribution.samples = []
     distribution.unsent = 0

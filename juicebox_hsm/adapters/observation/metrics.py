@@ -167,7 +167,7 @@ class Metrics:
             lines += [f"{name}{_labels(tags)} {counter.value}" for tags, counter in series]
         for family, gauges in _families(self.gauges.items()):
             lines.append(f"# TYPE {_name(family)} gauge")
-            lines += [f"{_name(family)}{_labels(tags)} {_number(gauge.value)}" for tags, gauge in gauges]
+            lines += [f"{_name(family)}{_labels(tags)} {number_text(gauge.value)}" for tags, gauge in gauges]
         for family, numbers in _families(self.distributions.items()):
             _histogram(lines, _name(family), numbers, 1.0)
         for family, timers in _families(self.timers.items()):
@@ -217,8 +217,8 @@ def _histogram(lines: list[str], name: str, series: Sequence[tuple[Tags, Distrib
         running = 0
         for bound, count in zip((*distribution.bounds, math.inf), distribution.counts, strict=True):
             running += count
-            lines.append(f"{name}_bucket{_labels((*tags, ('le', _number(bound))))} {running}")
-        lines.append(f"{name}_sum{_labels(tags)} {_number(distribution.total * scale)}")
+            lines.append(f"{name}_bucket{_labels((*tags, ('le', number_text(bound))))} {running}")
+        lines.append(f"{name}_sum{_labels(tags)} {number_text(distribution.total * scale)}")
         lines.append(f"{name}_count{_labels(tags)} {distribution.count}")
 
 
@@ -236,7 +236,8 @@ def _escape(value: str) -> str:
     return value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
 
 
-def _number(value: float) -> str:
+def number_text(value: float) -> str:
+    """Return a number in full, as both forms take it: whole ones without a point, others to the last digit."""
     if math.isfinite(value):
         return str(int(value)) if value == int(value) else repr(value)
     return "NaN" if math.isnan(value) else "+Inf" if value > 0 else "-Inf"

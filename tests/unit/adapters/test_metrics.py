@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from juicebox_hsm.adapters.observation import metrics as metrics_module
-from juicebox_hsm.adapters.observation.dogstatsd import PACKET_BYTES_MAX, drain, send_metrics
+from juicebox_hsm.adapters.observation.dogstatsd import PACKET_BYTES_MAX, drain, open_endpoint, send_metrics
 from juicebox_hsm.adapters.observation.metrics import Metrics
 
 
@@ -171,6 +171,32 @@ async def test_what_was_counted_last_is_sent(mock_clock: trio.testing.MockClock)
             metrics.count("realm.request.count", 3)
             nursery.cancel_scope.cancel()
         assert agent.recv(2000) == b"realm.request.count:3|c"
+
+
+def test_numbers_are_sent_in_full() -> None:
+    """Gauges and values arrive as they are: a log index is not rounded to six digits; what is no number is not sent."""
+    metrics = Metrics()
+    metrics.enable_samples()
+    metrics.gauge("index", 12345678)
+    metrics.gauge("share", 0.1234567890123)
+    metrics.gauge("unknown", math.nan)
+    metrics.timing("long", 12_345_678_901)
+    assert packets(metrics) == ["index:12345678|g", "share:0.1234567890123|g", "long.ns:12345678901|d"]
+
+
+@pytest.mark.parametrize("silent", ["127.0.0.2", "::1"])
+def test_an_address_where_nobody_listens_is_passed_over(silent: str) -> None:
+    """Of several addresses of a name, the agent's is used, wherever it stands; with none listening, an IPv4 one."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as agent:
+        agent.bind(("127.0.0.1", 0))
+        agent.settimeout(5)
+        port = agent.getsockname()[1]
+        found = [socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0] for host in (silent, "127.0.0.1")]
+        with open_endpoint(found) as endpoint:
+            endpoint.send(b"x:1|c")
+        assert agent.recv(100).strip() + agent.recv(100) == b"x:1|c"
+    with open_endpoint(found) as endpoint:
+        assert endpoint.family == socket.AF_INET
 
 
 async def test_sender_sends_every_second() -> None:
