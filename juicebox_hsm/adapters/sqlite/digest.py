@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 from typing import BinaryIO, Final
 
-from juicebox_hsm.errors import LocalError
+from juicebox_hsm.errors import LocalError, NoStore
 
 MARK: Final = b"JUICEBOX-BACKUP1"
 _DIGEST_BYTES: Final = hashlib.sha256().digest_size
@@ -37,7 +37,7 @@ def digest_problem(path: Path) -> str | None:
     Raises `LocalError` for a file that has no trailer at all, as backups of before this rule, and what cannot be read.
     """
     if not path.is_file():
-        raise LocalError(f"sqlite:{path}: no such file")
+        raise NoStore(f"sqlite:{path}: no such file")
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
