@@ -33,7 +33,15 @@ RSA_MODULUS_BYTES_ADVISED: Final = 256
 
 VERSION_MAX: Final = 2**64 - 1
 
+TENANT_CHARS_MAX: Final = 211
+"""What the tightest carrier of the name takes: the 255 characters of a Pub/Sub subscription
+`tenant-NAME-REALM-sub` with a realm of 32 hex digits. Row keys and names of secrets take more."""
+
+TENANT_RULE: Final = f"a tenant name has 1 to {TENANT_CHARS_MAX} letters and digits, optionally behind test-"
+"""What to tell whoever gave another name."""
+
 _TENANT: Final = re.compile(r"(?:test-)?[a-zA-Z0-9]+")
+_HASHED_USER: Final = re.compile(r"[0-9a-f]{64}")
 _VERSION: Final = re.compile(r"0|[1-9][0-9]{0,19}")
 _HEX: Final = re.compile(r"(?:[0-9a-fA-F]{2})*")
 _FINGERPRINT_LABEL: Final = b"juicebox-record-id-key"
@@ -66,8 +74,13 @@ Versions = Mapping[int, TenantSecret]
 
 
 def is_tenant_name(name: str) -> bool:
-    """Tell whether `name` is a tenant name: letters and digits, optionally behind `test-`."""
-    return _TENANT.fullmatch(name) is not None
+    """Tell whether `name` is a tenant name: up to 211 letters and digits, optionally behind `test-`."""
+    return len(name) <= TENANT_CHARS_MAX and _TENANT.fullmatch(name) is not None
+
+
+def is_event_user_id(text: str) -> bool:
+    """Tell whether `text` has the form that `event_user_id` gives: 64 lower-case hex digits."""
+    return _HASHED_USER.fullmatch(text) is not None
 
 
 def is_test_tenant(name: str) -> bool:
@@ -105,6 +118,8 @@ def parse_file(text: str | bytes) -> dict[str, dict[int, TenantSecret]]:
         raise SecretError("secrets file: a JSON object of names was expected")
     parsed: dict[str, dict[int, TenantSecret]] = {}
     for name, versions in names.items():
+        if name.startswith(TENANT_NAME_PREFIX) and not is_tenant_name(name.removeprefix(TENANT_NAME_PREFIX)):
+            raise SecretError(f"{name[:40]!r}: {TENANT_RULE}")
         if not isinstance(versions, dict):
             raise SecretError(f"{name}: a JSON object of versions was expected")
         parsed[name] = {}

@@ -26,7 +26,7 @@ from jwt.algorithms import HMACAlgorithm, OKPAlgorithm, RSAAlgorithm
 
 from juicebox_hsm.errors import LocalError, check
 from juicebox_hsm.ids import RealmId
-from juicebox_hsm.tenant_keys import VERSION_MAX, SecretAlgorithm, TenantSecret, is_tenant_name
+from juicebox_hsm.tenant_keys import TENANT_RULE, VERSION_MAX, SecretAlgorithm, TenantSecret, is_tenant_name
 
 TOKEN_CHARS_MAX: Final = 1000
 LEEWAY_S: Final = 5
@@ -424,7 +424,7 @@ def create(
     a production tenant is only a public key and gives `BadKeyError`.
     """
     if not is_tenant_name(tenant):
-        raise LocalError("a tenant name has letters and digits, optionally behind test-")
+        raise LocalError(TENANT_RULE)
     if not user:
         raise LocalError("the user id is empty")
     if not 0 <= lifetime_s <= LIFETIME_S_MAX:

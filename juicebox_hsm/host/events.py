@@ -9,6 +9,18 @@ from typing import Final, NamedTuple
 
 from juicebox_hsm.ids import GroupId, RecordId
 
+TENANT_BYTES_MAX: Final = 256
+"""What a row key takes of a tenant's name. Names that pass at the doors are shorter; this is for what is stored."""
+
+
+def is_recordable(tenant: str) -> bool:
+    """Tell whether the outbox of every store can carry a row for `tenant`."""
+    try:
+        raw = tenant.encode()
+    except UnicodeEncodeError:
+        return False
+    return 0 < len(raw) <= TENANT_BYTES_MAX and all(byte >= 0x20 for byte in raw)
+
 
 class EventKind(enum.Enum):
     """What an outbox row records: the request type, or `UNKNOWN` for an unconfirmed outcome."""

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Final
 
 from juicebox_hsm.consensus.types import LogEntry
-from juicebox_hsm.host.events import EventKind, NewEvent
+from juicebox_hsm.host.events import EventKind, NewEvent, is_recordable
 from juicebox_hsm.host.leadership.effects import Answer
 from juicebox_hsm.host.log import Intent
 from juicebox_hsm.hsm.messages import ResultKind, ResultType
@@ -77,7 +77,10 @@ def unknown_events(
     recorded: Collection[tuple[int, bytes]],
     now_ms: int,
 ) -> list[NewEvent]:
-    """Return the rows for intents of earlier leaderships that have none, in the order of the log."""
+    """Return the rows for intents of earlier leaderships that have none, in the order of the log.
+
+    Those no row can carry are left out (`unrecordable` counts them): one must not hold up what follows it.
+    """
     events = [
         NewEvent(
             tenant=intent.tenant,
@@ -92,6 +95,11 @@ def unknown_events(
             when_ms=now_ms,
         )
         for entry, intent in left
-        if (entry.index, entry.entry_mac) not in recorded
+        if (entry.index, entry.entry_mac) not in recorded and is_recordable(intent.tenant)
     ]
     return sorted(events, key=lambda event: event.index)
+
+
+def unrecordable(left: Sequence[tuple[LogEntry, Intent]]) -> list[int]:
+    """Return the log indexes of intents that are set aside: their tenants' names fit no row."""
+    return [entry.index for entry, intent in left if not is_recordable(intent.tenant)]

@@ -17,6 +17,7 @@ from juicebox_hsm.host.leadership.produce import REFUSALS
 from juicebox_hsm.hsm.messages import Handshake, HandshakeOk, NotLeader, Outcome
 from juicebox_hsm.ids import RECORD_ID_BYTES, RecordId
 from juicebox_hsm.ports.errors import HsmGone
+from juicebox_hsm.tenant_keys import is_event_user_id, is_tenant_name
 from juicebox_hsm.wire.client import HandshakeRequest, decode_noise_request, encode_noise_response
 from juicebox_hsm.wire.rpc import App, AppOk, Refusal, Refused
 from roles.agent.oneshot import Slot
@@ -37,6 +38,9 @@ async def handle_app(agent: Agent, body: App) -> AppOk | Refused:
     except DecodingError:
         return Refused(Refusal.DECODING_ERROR)
     if len(body.record_id) != RECORD_ID_BYTES or not 0 <= body.session_id <= SESSION_ID_MAX:
+        return Refused(Refusal.DECODING_ERROR)
+    # with the entry goes the intent, with the commit the event: what no row can carry must not reach the HSM
+    if not is_tenant_name(body.tenant) or not is_event_user_id(body.user):
         return Refused(Refusal.DECODING_ERROR)
     record = RecordId(body.record_id)
     driver = agent.driver_of(found)

@@ -9,6 +9,7 @@ import trio
 
 from juicebox_hsm.consensus.types import LogEntry
 from juicebox_hsm.errors import RealmError
+from juicebox_hsm.host.events import is_recordable
 from juicebox_hsm.host.group import GroupState
 from juicebox_hsm.host.leadership.effects import (
     CompactRows,
@@ -37,7 +38,7 @@ from juicebox_hsm.host.leadership.events import (
 from juicebox_hsm.host.log import Intent
 from juicebox_hsm.ids import HsmId
 from juicebox_hsm.wire.rpc import GroupRole
-from roles.agent.outbox import PAGE_EVENTS, record_events
+from roles.agent.outbox import PAGE_EVENTS, note_set_aside, record_events
 
 if TYPE_CHECKING:
     from roles.agent.context import Agent
@@ -81,11 +82,13 @@ async def _do(driver: Driver, effect: Long) -> Event:
     match effect:
         case ReadUnsettled(last):
             return await _read_unsettled(driver, last)
-        case WriteUnknown(events, settled):
+        case WriteUnknown(events, settled, set_aside):
             await record_events(agent, realm, events, {group: settled})
             if events:
                 agent.log.warning("requests of unconfirmed outcome", group=group.hex(), count=len(events))
                 agent.metrics.count("agent.outbox.unknown", len(events))
+            if set_aside:
+                note_set_aside(agent, group, set_aside)
             return UnknownWritten()
         case ListRows(below):
             return RowsListed(await agent.store.log.list_rows(realm, group, below))
@@ -160,7 +163,8 @@ async def _read_unsettled(driver: Driver, last: int) -> UnsettledRead:
     for _, intent in left:
         hints[intent.tenant].append(intent.hint)
     for tenant, asked in hints.items():
-        recorded |= await _recorded(agent, driver.group, tenant, min(asked))
+        if is_recordable(tenant):
+            recorded |= await _recorded(agent, driver.group, tenant, min(asked))
     return UnsettledRead(settled, left, recorded, agent.now_ms())
 
 

@@ -157,6 +157,9 @@ class Agent:
         self.outbox_tails: dict[str, int] = {}
         """Tenant -> highest outbox sequence seen, for the hints of intents."""
         self.outbox_full = False
+        self.outbox_long = False
+        self.set_aside = 0
+        """Tenant events of earlier leaderships that nothing could record."""
         self.outbox_warning = ""
         self.bus_warning = ""
         self.outbox_rows = 0

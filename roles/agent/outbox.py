@@ -87,9 +87,30 @@ def note_backlog(agent: Agent, rows: int, age_s: float) -> None:
     warning = ""
     if is_long(rows, age_s):
         warning = f"{rows} tenant events wait for publication, the oldest for {age_s:.0f} s"
-    if warning and not agent.outbox_warning:
+    if warning and not agent.outbox_long:
         agent.log.warning("outbox backlog", rows=rows, oldest_s=age_s)
-    agent.outbox_warning = warning
+    agent.outbox_long = bool(warning)
+    agent.outbox_warning = "; ".join(filter(None, (warning, _set_aside_warning(agent))))
+
+
+def note_set_aside(agent: Agent, group: GroupId, indexes: Sequence[int]) -> None:
+    """Say which log entries an earlier leader took for a tenant whose name no row can carry; their events are lost."""
+    agent.set_aside += len(indexes)
+    agent.metrics.count("agent.outbox.set_aside", len(indexes))
+    agent.log.error(
+        "tenant events that cannot be recorded are set aside",
+        group=group.hex(),
+        count=len(indexes),
+        first_index=indexes[0],
+        last_index=indexes[-1],
+    )
+    agent.outbox_warning = _set_aside_warning(agent)
+
+
+def _set_aside_warning(agent: Agent) -> str:
+    if not agent.set_aside:
+        return ""
+    return f"{agent.set_aside} tenant events had names no row can carry and were set aside (see the agent's log)"
 
 
 class BusTrouble(RealmError):

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import trio
 import trio.testing
@@ -26,6 +27,7 @@ from juicebox_hsm.wire.client import HandshakeRequest, encode_noise_request
 from juicebox_hsm.wire.rpc import (
     App,
     AppOk,
+    BecomeLeaderCall,
     CapturedReply,
     Done,
     Empty,
@@ -298,7 +300,7 @@ async def test_handshakes_are_answered_without_the_log(tmp_path: Path) -> None:
         spoiled = dataclasses.replace(good, payload_ciphertext=bytes(16))
 
         def app(noise: HandshakeRequest) -> App:
-            return App(sim.realm, group, bytes(32), 7, True, encode_noise_request(noise), TENANT, "u")
+            return App(sim.realm, group, bytes(32), 7, True, encode_noise_request(noise), TENANT, "0" * 64)
 
         assert isinstance(await agent.call("app", app(good)), AppOk)
         assert refusal(await agent.call("app", app(spoiled))) is Refusal.SESSION_ERROR
@@ -381,3 +383,51 @@ async def test_status_tells_the_roles(tmp_path: Path) -> None:
         assert [(info.leading, info.role.name) for info in other.groups if info.group == group] == [
             (False, GroupRole.WITNESS)
         ]
+
+
+GARBAGE: dict[str, tuple[object, ...]] = {
+    "realm": (b"", bytes(15), bytes(17)),
+    "group": (b"", bytes(15), bytes(17)),
+    "record_id": (b"", bytes(31), bytes(33)),
+    "session_id": (-1, 2**32, 2**63),
+    "encrypted": (b"", b"\xff", bytes(1_000)),
+    "tenant": ("", "a" * 257, "a b", "a\x00", "a:b", "\u00e4", "test-"),
+    "user": ("", "u", "0" * 63, "0" * 65, "g" * 64, "A" * 64, "0" * 63 + "\n"),
+}
+
+
+async def test_garbage_in_any_field_of_a_request_is_refused_before_the_hsm(tmp_path: Path) -> None:
+    """Each field of `app` is judged at the door: a documented refusal, nothing appended, the leader stays."""
+    assert set(GARBAGE) == set(App.__struct_fields__) - {"handshake_only"}
+    async with simulation(tmp_path) as sim:
+        group = await sim.new_realm(1)
+        agent, good = sim.agents[0], sim.register1(group, "alice")
+        for name, values in GARBAGE.items():
+            for value in values:
+                reply = await agent.call("app", msgspec.structs.replace(good, **{name: value}))
+                assert refusal(reply) in {Refusal.DECODING_ERROR, Refusal.INVALID_REALM, Refusal.INVALID_GROUP}, name
+        assert agent.log.appends == [1]
+        assert isinstance(await agent.call("app", good), AppOk)
+
+
+async def test_an_earlier_leaders_intent_without_a_row_is_set_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An intent that nothing can record (from a version that asked the HSM first) is told and blocks no compaction."""
+    monkeypatch.setattr("roles.agent.app.is_tenant_name", lambda _name: True)
+    async with simulation(tmp_path) as sim:
+        group = await sim.new_realm(1)
+        agent = sim.agents[0]
+        await agent.call("app", msgspec.structs.replace(sim.register1(group, "alice"), tenant=""))
+        monkeypatch.setattr(agent.agent.store.outbox, "settled", _none_settled)
+        await agent.call("stepdown", GroupCall(sim.realm, group))
+        await until(lambda: sim.leader_of(group) is None)
+        await agent.call("become_leader", BecomeLeaderCall(sim.realm, group))
+        await until(lambda: agent.agent.set_aside > 0)
+        status = await agent.call("status", Empty())
+        assert "were set aside" in status.outbox.warning
+        assert isinstance(await agent.call("app", sim.register1(group, "bob")), AppOk)
+
+
+async def _none_settled(_realm: RealmId, _group: GroupId) -> int:
+    return 0

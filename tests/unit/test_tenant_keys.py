@@ -35,6 +35,17 @@ def payload(**changes: Any) -> dict[str, Any]:
     return {name: value for name, value in members.items() if value is not None}
 
 
+def test_a_tenant_name_is_no_longer_than_every_carrier_takes() -> None:
+    """211 characters are a name, 212 are not, and a secrets file with such a name is refused by that name's rule."""
+    longest = "a" * tenant_keys.TENANT_CHARS_MAX
+    assert len(f"tenant-{longest}-{'0' * 32}-sub") == 255
+    assert tenant_keys.is_tenant_name(longest)
+    for name in (longest + "a", "", "a\n", "a-b", "\ud800"):
+        assert not tenant_keys.is_tenant_name(name)
+        with pytest.raises(SecretError, match="a tenant name has 1 to 211"):
+            tenant_keys.parse_file(json.dumps({f"tenant-{name}": {}}))
+
+
 def test_example_file() -> None:
     """The documented example parses to two secrets, and its key gives the documented record ids."""
     secrets = parse_file(EXAMPLE_FILE)

@@ -10,12 +10,12 @@ from typing import Final
 
 from juicebox_hsm.adapters.bigtable.codec import KeyRange
 from juicebox_hsm.errors import LocalError
+from juicebox_hsm.host.events import TENANT_BYTES_MAX, is_recordable
 from juicebox_hsm.host.services import ServiceKind
 from juicebox_hsm.ids import ID_BYTES, GroupId, RealmId, RecordId
 from juicebox_hsm.ports.errors import StoreInvalid
 
 TOP: Final = 2**64 - 1
-TENANT_BYTES_MAX: Final = 256
 LOG_KEY_BYTES: Final = ID_BYTES + 8
 _CERTIFICATE_MARK: Final = b"\xff" * 8
 _EVENTS: Final = b"\x00"
@@ -72,10 +72,9 @@ def certificate_range(group: GroupId, below: int | None = None) -> KeyRange:
 
 def check_tenant(tenant: str) -> bytes:
     """Return the tenant's name as bytes. Raises `LocalError` for one that no row key can carry."""
-    raw = tenant.encode()
-    if not 0 < len(raw) <= TENANT_BYTES_MAX or any(byte < 0x20 for byte in raw):
+    if not is_recordable(tenant):
         raise LocalError(f"a tenant name has 1..{TENANT_BYTES_MAX} bytes and no control characters: {tenant[:40]!r}")
-    return raw
+    return tenant.encode()
 
 
 def user_key(tenant: str, record: RecordId) -> bytes:

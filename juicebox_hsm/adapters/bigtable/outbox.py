@@ -48,7 +48,15 @@ from juicebox_hsm.adapters.bigtable.retry import CallAttempts
 from juicebox_hsm.adapters.bigtable.settled import Settled
 from juicebox_hsm.adapters.bigtable.table import Endpoint
 from juicebox_hsm.errors import check
-from juicebox_hsm.host.events import EVENT_KEPT_MS, Backlog, EventKind, NewEvent, OutboxEvent, TenantCursor
+from juicebox_hsm.host.events import (
+    EVENT_KEPT_MS,
+    TENANT_BYTES_MAX,
+    Backlog,
+    EventKind,
+    NewEvent,
+    OutboxEvent,
+    TenantCursor,
+)
 from juicebox_hsm.ids import GroupId, RealmId
 from juicebox_hsm.ports.errors import StoreAmbiguous, StoreInvalid, StoreUnavailable
 
@@ -235,7 +243,7 @@ class BigtableOutbox:
             part = known[at : at + TENANTS_PER_READ]
             start = b"\x20" if at == 0 else keys.after_tenant(known[at - 1])
             end = keys.event_key(known[at + TENANTS_PER_READ], keys.TOP) if at + TENANTS_PER_READ < len(known) else None
-            gaps = _gaps(start, part, end or b"\xff" * (keys.TENANT_BYTES_MAX + 16))
+            gaps = _gaps(start, part, end or b"\xff" * (TENANT_BYTES_MAX + 16))
             while gaps:
                 rows = await self._table.of(realm).read_rows(RowSet(ranges=gaps), limit=1, selection=_NAMES)
                 if not rows:

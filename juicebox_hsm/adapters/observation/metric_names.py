@@ -31,8 +31,8 @@ AGENT: Final = Catalogue(
     counters=(
         "agent.app.busy", "agent.app.no_quorum", "agent.app.rate_limited", "agent.append.conflict",
         "agent.append.given_up", "agent.commit.no_quorum", "agent.group_forgotten", "agent.leader_lost",
-        "agent.leader_lost.undelivered", "agent.outbox.given_up", "agent.outbox.retry", "agent.outbox.unknown",
-        "agent.replicate.undecodable",
+        "agent.leader_lost.undelivered", "agent.outbox.given_up", "agent.outbox.retry", "agent.outbox.set_aside",
+        "agent.outbox.unknown", "agent.replicate.undecodable",
         "agent.start_app_request.damaged", "agent.start_app_request.exhausted", "agent.start_app_request.missing_node",
         "agent.start_app_request.stale_proof", "agent.tenants.failed", "agent.watchdog.crash", "bigtable.append.retry",
         "pubsub.publish_msg.exhausted_errors", "pubsub.publish_msg.fatal_errors",

@@ -231,10 +231,11 @@ class ReadUnsettled:
 
 @dataclass(frozen=True, slots=True)
 class WriteUnknown:
-    """Record the requests of unconfirmed outcome, with the settled index."""
+    """Record the requests of unconfirmed outcome, with the settled index. `set_aside`: indexes nothing can record."""
 
     events: Sequence[NewEvent]
     settled: int
+    set_aside: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True)

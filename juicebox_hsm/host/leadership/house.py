@@ -38,7 +38,7 @@ from juicebox_hsm.host.leadership.events import (
     UnsettledRead,
 )
 from juicebox_hsm.host.leadership.state import Effects, Housing, State
-from juicebox_hsm.host.outbox import unknown_events
+from juicebox_hsm.host.outbox import unknown_events, unrecordable
 
 
 def is_due(state: State) -> Effects:
@@ -88,7 +88,7 @@ def unsettled_read(state: State, event: UnsettledRead, _now: float) -> Effects:
     events = unknown_events(state.group, event.left, event.recorded, event.now_ms)
     house.writing = max(state.starting - 1, state.recorded)
     if events or event.settled < house.writing:
-        return [WriteUnknown(events, house.writing)]
+        return [WriteUnknown(events, house.writing, unrecordable(event.left))]
     return _resolved(state)
 
 

@@ -14,7 +14,7 @@ from juicebox_hsm.errors import RealmError
 from juicebox_hsm.host.cluster.view import ClusterView
 from juicebox_hsm.host.services import ServiceKind, TenantLimits
 from juicebox_hsm.ids import RealmId, parse_id
-from juicebox_hsm.tenant_keys import is_tenant_name, is_test_tenant
+from juicebox_hsm.tenant_keys import TENANT_RULE, is_tenant_name, is_test_tenant
 from juicebox_hsm.wire.methods import TENANTS_RELOAD
 from juicebox_hsm.wire.rpc import Empty, TenantsReloaded
 from roles.cloud_options import SecretsOptions, secrets_options
@@ -40,9 +40,7 @@ NO_LIMIT: Final = "tenant {} has no limit of its own; the agents' default applie
 
 def _check_tenant(tenant: str) -> None:
     if not is_tenant_name(tenant):
-        raise ToolFailure(
-            f"{tenant!r} is not a tenant name: letters and digits, optionally behind test-", ExitCode.USAGE
-        )
+        raise ToolFailure(f"{tenant[:40]!r} is not a tenant name: {TENANT_RULE}", ExitCode.USAGE)
 
 
 async def reload_tenants(session: Session) -> list[tuple[str, str]]:

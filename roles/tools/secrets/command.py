@@ -17,6 +17,7 @@ from juicebox_hsm.errors import RealmError
 from juicebox_hsm.tenant_keys import (
     RECORD_ID_KEY_BYTES,
     RECORD_ID_KEY_NAME,
+    TENANT_RULE,
     SecretAlgorithm,
     TenantSecret,
     encode_payload,
@@ -123,7 +124,7 @@ def _draw(algorithm: str) -> tuple[Any, str | None]:
 
 def _check_tenant(name: str) -> None:
     if not is_tenant_name(name):
-        raise ToolFailure(f"{name}: a tenant name has letters and digits, optionally behind test-", ExitCode.USAGE)
+        raise ToolFailure(f"{name[:40]!r}: {TENANT_RULE}", ExitCode.USAGE)
 
 
 algorithm_option = click.option(

@@ -14,6 +14,7 @@ from juicebox_hsm.crypto.redacted import Secret
 from juicebox_hsm.errors import DecodingError, RealmError
 from juicebox_hsm.ids import RealmId, parse_id
 from juicebox_hsm.tenant_keys import (
+    TENANT_RULE,
     VERSION_MAX,
     TenantSecret,
     encode_payload,
@@ -87,7 +88,7 @@ def _realm(text: str) -> RealmId:
 
 def _check_tenant(tenant: str) -> None:
     if not is_tenant_name(tenant):
-        raise ToolFailure(f"-t {tenant}: a tenant name has letters and digits, optionally behind test-", ExitCode.USAGE)
+        raise ToolFailure(f"-t {tenant[:40]!r}: {TENANT_RULE}", ExitCode.USAGE)
 
 
 _key_options = (

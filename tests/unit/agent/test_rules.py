@@ -11,12 +11,13 @@ import trio
 
 from juicebox_hsm.adapters.observation.dogstatsd import send_metrics
 from juicebox_hsm.adapters.observation.metrics import Metrics
-from juicebox_hsm.consensus.types import Leader, RoleStatus, Witness
+from juicebox_hsm.consensus.types import Leader, LogEntry, RoleStatus, Witness
 from juicebox_hsm.host.events import EventKind, NewEvent, OutboxEvent
 from juicebox_hsm.host.group import Groups, GroupState
 from juicebox_hsm.host.leadership.effects import Answer
 from juicebox_hsm.host.leadership.events import ClientRequest
-from juicebox_hsm.host.outbox import client_event, tenant_event
+from juicebox_hsm.host.log import Intent
+from juicebox_hsm.host.outbox import client_event, tenant_event, unknown_events, unrecordable
 from juicebox_hsm.hsm.messages import GroupStatus, RealmStatus, ResultKind, ResultType, StatusOk
 from juicebox_hsm.ids import GroupId, HsmId, RealmId, RecordId
 from juicebox_hsm.ports.errors import HsmGone
@@ -95,6 +96,8 @@ class FewThings:
     outbox_oldest_s: float = 0.0
     outbox_full: bool = False
     outbox_warning: str = ""
+    outbox_long: bool = False
+    set_aside: int = 0
 
 
 @pytest.mark.parametrize(
@@ -184,3 +187,12 @@ async def test_watchdog_ends_the_process_at_the_fifth_check(autojump_clock: trio
         await watchdog(cast("Agent", agent))
     assert trio.current_time() - began == pytest.approx(5.0)
     assert agent.steps == 2
+
+
+def test_an_intent_no_row_can_carry_holds_up_nothing() -> None:
+    """Empty, over-long and unprintable tenants of earlier leaders are set aside; the others get their rows."""
+    entries = [LogEntry(index, None, None, bytes(32), bytes([index]) * 32, HsmId(bytes(16))) for index in range(1, 6)]
+    names = ("", "a" * 257, "acme", "a\x00", "\ud800")
+    left = [(entry, Intent(name, "u" * 64, RecordId(bytes(32)), 0)) for entry, name in zip(entries, names, strict=True)]
+    assert [event.index for event in unknown_events(GroupId(bytes(16)), left, set(), 42)] == [3]
+    assert unrecordable(left) == [1, 2, 4, 5]
