@@ -17,6 +17,7 @@ from juicebox_hsm.adapters.observation.metric_names import MANAGER
 from juicebox_hsm.adapters.observation.store_metrics import with_metrics
 from juicebox_hsm.adapters.rpc import RpcPool, RpcServer, serve_rpc
 from juicebox_hsm.adapters.stores.opening import open_store
+from juicebox_hsm.errors import RealmError
 from juicebox_hsm.host.services import ServiceKind
 from juicebox_hsm.wire.methods import MANAGER_METHODS
 from juicebox_hsm.wire.rpc import PeerRole
@@ -122,8 +123,15 @@ async def _serve(
             return True, f"ok\n{build_info.block(absent='(none)')}"
         return False, f"not yet registered with service discovery\nversion: {__version__}"
 
+    async def readyz() -> tuple[bool, str]:
+        try:
+            await context.store.discovery.list(ServiceKind.MANAGER)
+        except RealmError as error:
+            return False, f"store: {error}"
+        return await livez()
+
     page = StatusPage(context, url)
-    await shell.serve_probes(nursery, common.http_listen, livez=livez, readyz=livez, app_hook=page.hook)
+    await shell.serve_probes(nursery, common.http_listen, livez=livez, readyz=readyz, app_hook=page.hook)
     shell.started("manager started", url=url, version=__version__, store=context.store.description)
     nursery.start_soon(_say_ready, registered, url)
     shell.report(nursery)
