@@ -116,7 +116,7 @@ class Commits:
         touched = self._ledger.touched.get(entry.entry_mac)
         if touched is None or owned is None:
             return
-        record, result = touched
+        record, result = touched[0]  # of several requests none changed anything
         before, after = nodes.record(owned, record), nodes.record(partition, record)
         current = self.current.get(record, NOT_REGISTERED)
         require("I5", before == current, f"a request of record {record.hex()} ran on a state that was not the last")

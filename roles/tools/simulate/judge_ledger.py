@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Final
 
 from juicebox_hsm.consensus.nvram import PersistentState, decode_state
-from juicebox_hsm.consensus.types import Captured, Leader, LogEntry, Partition, TransferringIn, TransferringOut
+from juicebox_hsm.consensus.types import Captured, Leader, LogEntry
 from juicebox_hsm.hsm import messages as m
 from juicebox_hsm.hsm.core import Hsm
 from juicebox_hsm.hsm.messages import ResultKind
@@ -21,20 +21,21 @@ from juicebox_hsm.hsm.state import GroupState, HsmState, LeaderState, SteppingDo
 from juicebox_hsm.ids import GroupId, HsmId, RecordId
 from juicebox_hsm.wire.client import HandshakeRequest
 from roles.tools.simulate.judge_rules import EveryNode, leaf_row, require, written_leaves
+from roles.tools.simulate.judge_transfers import Transfers
 
 PADDED_LEAF_BYTES: Final = 790
 """Every leaf of a registered or locked record (hsm.md 13.3)."""
 _PENDING, _RELEASED, _ABANDONED, _DROPPED = "pending", "released", "abandoned", "dropped"
 _RECOVERS: Final = (ResultKind.RECOVER1, ResultKind.RECOVER2, ResultKind.RECOVER3)
-_MARKED: Final = (m.PrepareTransfer, m.TransferOut)
 
 
 class Leadership:
     """One leadership of one HSM in one group, with the fate of every reply it attached."""
 
-    __slots__ = ("abandoned", "checked", "committed", "fates", "results", "sessions")
+    __slots__ = ("abandoned", "checked", "committed", "fates", "number", "results", "sessions")
 
-    def __init__(self) -> None:
+    def __init__(self, number: int) -> None:
+        self.number = number
         self.fates: dict[bytes, str] = {}
         self.results: dict[bytes, m.ResultType] = {}
         self.abandoned: set[bytes] = set()  # asked, never walked
@@ -58,15 +59,20 @@ class Ledger:
         self.leaderships: dict[tuple[str, GroupId], Leadership] = {}
         self.begun: list[GroupId] = []
         """The groups of leaderships that began since somebody looked."""
-        self.touched: dict[bytes, tuple[RecordId, m.ResultType]] = {}
+        self.touched: dict[bytes, list[tuple[RecordId, m.ResultType]]] = {}
+        """The requests of each client's entry. Several, if an HSM made it anew: what changes nothing looks the same."""
+        self.made_by: dict[bytes, int] = {}
+        """The number of the leadership that first made an entry."""
+        self.gave_away: set[int] = set()
+        """Leaderships that made a range leave; asked, never walked."""
         self._signed: dict[tuple[HsmId, GroupId, int], bytes] = {}
         self._persisted: dict[str, PersistentState] = {}
         self._jumped: dict[tuple[str, GroupId], tuple[int, bytes]] = {}
         self._clocks: dict[tuple[str, GroupId, int], tuple[str, int, int]] = {}
         self._lives: dict[str, int] = {}
-        self._prepared: dict[tuple[GroupId, GroupId, object], None] = {}
+        self._transfers = Transfers()
         self._forgotten: set[tuple[str, GroupId]] = set()  # asked, never walked
-        self._outs: dict[tuple[GroupId, GroupId, int], tuple[bytes, Partition]] = {}
+        self._leaderships = 0
 
     # --- lives and NVRAM ------------------------------------------------------------------------------
 
@@ -154,12 +160,11 @@ class Ledger:
             case m.CaptureJump(), m.CaptureJumpOk():
                 self._check_jump(name, hsm, request)
             case m.PrepareTransfer(), m.PrepareTransferOk():
-                self._prepared[request.source, request.destination, request.range] = None
+                self._transfers.prepared(request)
             case m.TransferOut(), m.TransferOutOk():
-                asked = (request.source, request.destination, request.range)
-                require("I4", asked in self._prepared, "a range left towards a group that had not prepared for it")
+                self._transfers.left(request)
             case m.TransferStatement(), m.TransferStatementOk():
-                self._check_statement(name, hsm, request, response)
+                self._transfers.signed(name, state_of(hsm), request, response)
             case m.Handshake(), m.HandshakeOk():
                 self._note_session(name, request.group, request.record_id, request.session_id)
             case _:
@@ -182,12 +187,22 @@ class Ledger:
         known.setdefault(entry.entry_mac, entry)
         require("I9", known[entry.entry_mac] == entry, f"two entries {entry.index} of {group.hex()} have one mac")
         if isinstance(request, m.NewRealm | m.NewGroup):
-            self.leaderships[name, group] = Leadership()
-        self._check_marker(request, entry, parent)
+            self._begin(name, group)
+        leadership = self.leaderships.get((name, group))
+        if leadership is not None:
+            self.made_by.setdefault(entry.entry_mac, leadership.number)
+            if isinstance(request, m.TransferOut):
+                self.gave_away.add(leadership.number)
+        self._transfers.made(request, entry, parent)
         if isinstance(request, m.AppRequest) and parent is not None:
             self._client_entry(name, hsm, request, entry, parent, getattr(response, "delta", b""))
         elif parent is not None and not isinstance(request, m.TransferOut | m.TransferIn):
             require("I5", entry.partition == parent.partition, f"entry {entry.index} of {group.hex()} changed the tree")
+
+    def _begin(self, name: str, group: GroupId) -> Leadership:
+        self._leaderships += 1
+        found = self.leaderships[name, group] = Leadership(self._leaderships)
+        return found
 
     def _client_entry(
         self, name: str, hsm: Hsm, request: m.AppRequest, entry: LogEntry, parent: LogEntry, delta: bytes
@@ -204,7 +219,10 @@ class Ledger:
         require("I12", entry.entry_mac not in leadership.fates, "one entry got two replies")
         leadership.fates[entry.entry_mac] = _PENDING
         leadership.results[entry.entry_mac] = result
-        self.touched[entry.entry_mac] = (request.record_id, result)
+        requests = self.touched.setdefault(entry.entry_mac, [])
+        requests.append((request.record_id, result))
+        alone = len(requests) == 1 or entry.partition == parent.partition
+        require("I5", alone, f"entry {entry.index} of {group.hex()} stands for two changes")
         session = (request.record_id, request.session_id)
         if not isinstance(request.encrypted, HandshakeRequest):
             require("I18", session in leadership.sessions, f"HSM {name} used a session of another record or leadership")
@@ -229,34 +247,6 @@ class Ledger:
             padded = all(size == PADDED_LEAF_BYTES for _, size in leaves)
             require("I13", padded, f"{result.kind.value} shows in the length of the leaf")
 
-    def _check_marker(self, request: m.Request, entry: LogEntry, parent: LogEntry | None) -> None:
-        """I14: markers appear and disappear only through the transfer handlers, and say where they appeared."""
-        marker = entry.transferring
-        if parent is None:
-            require("I14", marker is None and not entry.consumed, "a first entry has a marker")
-            return
-        before, after = dict(parent.consumed), dict(entry.consumed)
-        kept = all(after.get(source, 0) >= at for source, at in before.items())
-        require("I14", kept, "consumed decreased")
-        if isinstance(request, _MARKED):
-            fresh = parent.transferring is None and marker is not None and marker.at == entry.index
-            require("I14", fresh, "a marker came over another one, or says another index")
-        elif isinstance(request, m.TransferIn | m.CancelPreparedTransfer):
-            gone = isinstance(parent.transferring, TransferringIn) and marker is None
-            require("I14", gone, "an In marker was not there, or stayed")
-        elif isinstance(request, m.CompleteTransfer):
-            require("I14", isinstance(parent.transferring, TransferringOut) and marker is None, "no Out marker to end")
-        else:
-            require("I14", marker == parent.transferring, "a marker changed on its way")
-        if isinstance(request, m.TransferIn):
-            raised = after.get(request.source) == request.at > before.get(request.source, 0)
-            require("I14", raised, f"the transfer of index {request.at} was taken in twice")
-            sent = self._outs.get((request.source, request.destination, request.at))
-            arrived = sent is not None and sent[1] == request.transferring
-            require("I4", arrived, "a range arrived that its source never signed away")
-        else:
-            require("I14", entry.consumed == parent.consumed, "consumed changed outside of a transfer")
-
     def _check_jump(self, name: str, hsm: Hsm, request: m.CaptureJump) -> None:
         """H1: a jump needs a strict majority that captured the target or a descendant."""
         group = state_of(hsm).groups[request.group]
@@ -271,19 +261,6 @@ class Ledger:
         }
         require("I8", 2 * len(voters) > len(group.configuration), f"HSM {name} jumped without a strict majority")
         self._jumped[name, request.group] = target
-
-    def _check_statement(
-        self, name: str, hsm: Hsm, request: m.TransferStatement, response: m.TransferStatementOk
-    ) -> None:
-        """I4: a range is signed away only once its going is committed."""
-        role = state_of(hsm).groups[request.source].role
-        marker = role.log.last.transferring if isinstance(role, LeaderState) else None
-        if not isinstance(role, LeaderState) or not isinstance(marker, TransferringOut):
-            require("I4", condition=False, detail=f"HSM {name} signed a transfer that is not under way")
-            return
-        is_committed = role.committed is not None and role.committed >= marker.at == response.at
-        require("I4", is_committed, f"HSM {name} signed away a range before that was committed")
-        self._outs[request.source, request.destination, marker.at] = (role.log.last.entry_mac, marker.partition)
 
     def _note_signed(self, name: str, captured: tuple[Captured, ...]) -> None:
         persisted = self._persisted.get(name)
@@ -333,7 +310,7 @@ class Ledger:
                 del self.leaderships[key]
             return
         if known is None:
-            known = self.leaderships[key] = Leadership()
+            known = self._begin(name, own.id)
             self.begun.append(own.id)
         self._check_log(name, own.id, role, known)
         if isinstance(role, SteppingDownState):

@@ -49,9 +49,9 @@ class StoreJudge:
             require("chain", made.get(entry.entry_mac) == entry, f"{where} was made by no HSM")
             require("chain", entry.index not in log, f"{where} was appended twice")
             log[entry.index] = entry.entry_mac
-            touched = self._ledger.touched.get(entry.entry_mac)
-            asked = None if touched is None else touched[0]
-            require("events", (None if intent is None else intent.record_id) == asked, f"{where} has a wrong intent")
+            asked = [record for record, _ in self._ledger.touched.get(entry.entry_mac, ())]
+            right = not asked if intent is None else intent.record_id in asked
+            require("events", right, f"{where} has a wrong intent")
             if intent is not None:
                 self.intents[group, entry.index, entry.entry_mac] = intent
 

@@ -98,12 +98,12 @@ class JudgedWorld(World):
         if self.realm not in self.shared.data.realms:
             self.shared.data.realms[self.realm] = RealmData()
         touched = [self.judge.ledger.touched.get(entry.entry_mac) for entry in entries]
-        intents = [None if each is None else Intent(TENANT, USER, each[0], 1) for each in touched]
+        intents = [None if each is None else Intent(TENANT, USER, each[0][0], 1) for each in touched]
         return self.shared.data.append(self.realm, group, entries, intents, delta)
 
     def event(self, group: GroupId, entry: LogEntry) -> NewEvent:
         """Return the true event of a client's entry."""
-        record, result = self.judge.ledger.touched[entry.entry_mac]
+        record, result = self.judge.ledger.touched[entry.entry_mac][0]
         kind, body, accounting = expected_event(result)
         return NewEvent(
             TENANT, group, entry.index, entry.entry_mac, record, USER, kind, body, accounting, NOW_MS + entry.index

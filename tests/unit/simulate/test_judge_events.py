@@ -8,9 +8,11 @@ import pytest
 
 from juicebox_hsm.consensus.types import LogEntry
 from juicebox_hsm.host.events import EventKind, NewEvent
+from juicebox_hsm.hsm import messages as m
 from juicebox_hsm.ids import GroupId
 from juicebox_hsm.wire import requests as secrets
 from roles.tools.simulate.store_data import TenantRows
+from tests.fakes.hsm import expect
 from tests.unit.simulate.judged import TENANT, JudgedWorld, broken
 
 
@@ -124,6 +126,43 @@ def test_rows_out_of_order(world: JudgedWorld, history: History) -> None:
     world.record_events(group, *entries[:3], entries[4], entries[3])
     publish(world)
     broken("events", lambda: world.judge.check(world.judge.events.finish))
+
+
+def test_rows_of_two_leaderships_may_overtake_each_other(world: JudgedWorld, history: History) -> None:
+    """A leader that leaves may record after its successor did: nothing orders the two, unless a range moved between."""
+    group, entries = history
+    world.lead(group, 1)
+    world.commit(group, 1)
+    client = world.user()
+    world.ask(group, 1, client, secrets.Recover1())
+    world.record_events(group, *entries[:4], world.logs[group][-1], entries[4])
+    publish(world)
+    world.judge.check(world.judge.events.finish)
+    assert world.judge.violations == []
+    ledger = world.judge.ledger
+    ledger.made_by[world.logs[group][-1].entry_mac] = ledger.made_by[entries[4].entry_mac]
+    broken("events", lambda: world.judge.check(world.judge.events.finish))
+
+
+def test_an_entry_that_was_made_twice(world: JudgedWorld, history: History) -> None:
+    """An HSM that leads again may make the very entry of a lost leadership for another request: neither changed
+    anything, the first is unknown, the second has its row. Two that change something are never one entry."""
+    group, entries = history
+    world.record_events(group, *entries)
+    first, other = world.client(b"\x21" * 32), world.client(b"\x22" * 32)
+    lost = expect(world.send(0, world.app_message(group, first, first.handshake(secrets.Register1()))), m.AppRequestOk)
+    world.append(group, [lost.entry])
+    world.crash(0)
+    world.lead(group, 0)
+    made = expect(world.send(0, world.app_message(group, other, other.handshake(secrets.Register1()))), m.AppRequestOk)
+    assert made.entry == lost.entry
+    world.logs[group].append(made.entry)
+    world.commit(group, 0)
+    second = world.event(group, made.entry)
+    record(world, replace(second, record_id=other.record, user="cd" * 32), unknown(second))
+    publish(world)
+    world.judge.check(world.judge.events.finish)
+    assert world.judge.violations == []
 
 
 def test_counters_that_differ(world: JudgedWorld, history: History) -> None:
