@@ -54,6 +54,8 @@ class Judge:
         self.logs = StoreJudge(store.data, self.ledger, self.commits, macs)
         self.events = EventsJudge(store.data, self.ledger, self.commits, self.logs)
         self._lines = LogJudge()
+        self._hsms: dict[str, Hsm] = {}
+        self._dead: dict[int, Hsm] = {}  # kept, so that no other object gets the same id
         self._calls: list[Call] = []
         self._barriers: list[float] = []
         self._began: list[tuple[float, GroupId]] = []
@@ -77,10 +79,14 @@ class Judge:
 
     def hsm_started(self, name: str, hsm: Hsm) -> None:
         """Take in that an HSM came up."""
+        self._hsms[name] = hsm
         self.check(lambda: self.ledger.started(name, hsm))
 
     def hsm_crashed(self, name: str) -> None:
-        """Take in that an HSM lost what was not durable."""
+        """Take in that an HSM lost what was not durable. What its dead process still asks it counts for nothing."""
+        dead = self._hsms.pop(name, None)
+        if dead is not None:
+            self._dead[id(dead)] = dead
         self.ledger.ended(name)
 
     def hsm_wrote(self, name: str, content: bytes) -> None:
@@ -89,6 +95,9 @@ class Judge:
 
     def hsm_handle(self, name: str, hsm: Hsm, request: m.Request) -> m.Response:
         """Run one request on an HSM and check what it did."""
+        if id(hsm) in self._dead:
+            return hsm.handle(request)
+        self._hsms[name] = hsm
         before = fingerprint(state_of(hsm))
         try:
             response = hsm.handle(request)

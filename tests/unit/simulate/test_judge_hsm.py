@@ -50,6 +50,20 @@ def test_a_sound_realm_breaks_nothing(world: JudgedWorld) -> None:
     assert len(world.judge.commits.histories[RECORD]) == 9
 
 
+def test_what_a_dead_process_asks_counts_for_nothing(world: JudgedWorld) -> None:
+    """The last step of a process that is killed may still reach its HSM, and nobody hears the answer."""
+    group, client = registered(world)
+    world.app(group, 0, client, secrets.Recover1())
+    votes = world.witness(group)
+    old = world.hsms[0]
+    world.crash(0)
+    reply = world.judge.hsm_handle("0", old, m.Commit(world.realm, group, votes))
+    assert isinstance(reply, m.CommitOk)
+    world.lead(group, 0)
+    world.commit(group, 0)
+    assert world.judge.violations == []
+
+
 def test_i1_a_guess_that_is_not_counted(world: JudgedWorld, monkeypatch: Patch) -> None:
     """I1: a Recover2 that answers without raising the count."""
     group, client = registered(world)
