@@ -28,8 +28,8 @@ RECORD_ID_KEY_BYTES: Final = 32
 HMAC_KEY_BYTES_ADVISED: Final = 32
 """Shorter shared keys work but deserve a warning: a token's signature can be guessed offline."""
 
-RSA_MODULUS_BYTES_ADVISED: Final = 256
-"""2048 bits, the least that is still taken for safe; shorter keys work with a warning."""
+RSA_BITS_MIN: Final = 2048
+"""The least that is still taken for safe; tokens of shorter keys are refused."""
 
 VERSION_MAX: Final = 2**64 - 1
 
@@ -136,9 +136,6 @@ def strength_warning(secret: TenantSecret) -> str | None:
     size = len(secret.data)
     if secret.algorithm is SecretAlgorithm.HMAC_SHA256 and size < HMAC_KEY_BYTES_ADVISED:
         return f"an HMAC key of {size} bytes is shorter than the {HMAC_KEY_BYTES_ADVISED} advised"
-    if secret.algorithm is SecretAlgorithm.RSA_PKCS1_SHA256 and size < RSA_MODULUS_BYTES_ADVISED:
-        # the encoding holds the modulus, so fewer bytes than that mean a shorter modulus
-        return f"an RSA key in {size} bytes has fewer than the {8 * RSA_MODULUS_BYTES_ADVISED} bits advised"
     return None
 
 

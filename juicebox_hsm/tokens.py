@@ -26,7 +26,14 @@ from jwt.algorithms import HMACAlgorithm, OKPAlgorithm, RSAAlgorithm
 
 from juicebox_hsm.errors import LocalError, check
 from juicebox_hsm.ids import RealmId
-from juicebox_hsm.tenant_keys import TENANT_RULE, VERSION_MAX, SecretAlgorithm, TenantSecret, is_tenant_name
+from juicebox_hsm.tenant_keys import (
+    RSA_BITS_MIN,
+    TENANT_RULE,
+    VERSION_MAX,
+    SecretAlgorithm,
+    TenantSecret,
+    is_tenant_name,
+)
 
 TOKEN_CHARS_MAX: Final = 1000
 LEEWAY_S: Final = 5
@@ -87,6 +94,10 @@ class BadKeyError(LocalError, ValueError):
     """A stored key does not suit its purpose: malformed, of another algorithm, or public where private is needed."""
 
 
+class WeakKeyError(BadKeyError):
+    """A key that somebody could find: its tokens are refused."""
+
+
 # Keys ---------------------------------------------------------------------------------------------------------
 
 _HMAC: Final = HMACAlgorithm(HMACAlgorithm.SHA256)
@@ -123,6 +134,8 @@ class TokenKey:
         if self._prepared is None:
             try:
                 self._prepared = _load_verifier(self._secret)
+            except BadKeyError as error:
+                self._prepared = error
             except Exception:  # noqa: BLE001 - whatever a parser raises, one bad key must not hurt other tenants
                 self._prepared = BadKeyError(f"not a usable {self._secret.algorithm.value} verification key")
         if isinstance(self._prepared, BadKeyError):
@@ -144,10 +157,16 @@ def _load_verifier(secret: TenantSecret) -> Callable[[bytes, bytes], bool]:
         raise BadKeyError("not a token algorithm")
     public = load_der_public_key(data)
     if secret.algorithm is SecretAlgorithm.RSA_PKCS1_SHA256 and isinstance(public, RSAPublicKey):
+        _check_modulus(public.key_size)
         return lambda message, signature: _RSA.verify(message, public, signature)
     if secret.algorithm is SecretAlgorithm.EDWARDS25519 and isinstance(public, Ed25519PublicKey):
         return lambda message, signature: _OKP.verify(message, public, signature)
     raise BadKeyError("the key is of another type than its algorithm says")
+
+
+def _check_modulus(bits: int) -> None:
+    if bits < RSA_BITS_MIN:
+        raise WeakKeyError(f"an RSA key of {bits} bits is too weak: {RSA_BITS_MIN} is the least")
 
 
 def _load_signer(secret: TenantSecret) -> Callable[[bytes], bytes]:
@@ -160,6 +179,7 @@ def _load_signer(secret: TenantSecret) -> Callable[[bytes], bytes]:
         return lambda message: _OKP.sign(message, seed_key)
     private = load_der_private_key(data, None)
     if secret.algorithm is SecretAlgorithm.RSA_PKCS1_SHA256 and isinstance(private, RSAPrivateKey):
+        _check_modulus(private.key_size)
         return lambda message: _RSA.sign(message, private)
     if secret.algorithm is SecretAlgorithm.EDWARDS25519 and isinstance(private, Ed25519PrivateKey):
         return lambda message: _OKP.sign(message, private)
@@ -432,6 +452,8 @@ def create(
     algorithm = _JWT_ALGORITHM.get(secret.algorithm)
     try:
         sign = _load_signer(secret)
+    except WeakKeyError:
+        raise
     except Exception:  # noqa: BLE001 - parsers of private keys raise many types; all mean the same to the caller
         raise BadKeyError(
             f"not a {secret.algorithm.value} signing key; a public key can verify tokens but not mint them"

@@ -12,6 +12,7 @@ import datetime as dt
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Concatenate, Final, ParamSpec, Protocol
 
 import trio
@@ -27,6 +28,7 @@ from juicebox_hsm.adapters.observation.metrics import Metrics
 from juicebox_hsm.adapters.observation.probes import Probe, serve_probes
 from juicebox_hsm.adapters.observation.tracing import Traces, open_traces
 from juicebox_hsm.adapters.process.memory_guard import forbid_dumps
+from juicebox_hsm.adapters.process.regular_file import others_read
 from juicebox_hsm.adapters.process.supervision import (
     Reloads,
     StartPhase,
@@ -36,7 +38,7 @@ from juicebox_hsm.adapters.process.supervision import (
     watchdog_interval_s,
 )
 from juicebox_hsm.adapters.tls.certificate_end import report_cluster_end
-from juicebox_hsm.adapters.tls.cluster_tls import ClusterTls, certificate_end, cluster_reloads
+from juicebox_hsm.adapters.tls.cluster_tls import KEY_FILE, ClusterTls, certificate_end, cluster_reloads
 from juicebox_hsm.errors import RealmError
 from juicebox_hsm.host.services import ServiceKind
 from juicebox_hsm.ports.discovery import Discovery
@@ -116,10 +118,21 @@ class Shell:
     def identify(self, common: CommonOptions, role: PeerRole) -> None:
         """Read the cluster certificate, and warn of an address that nobody else can reach. Raises `LocalError`."""
         self.tls = load_identity(common, role)
+        if common.cluster_tls is not None:
+            self.warn_of_shared(common.cluster_tls / KEY_FILE)
         if common.advertise.is_loopback and not common.allow_loopback:
             self.log.warning(
                 "advertising a loopback address: only this machine can reach it", address=str(common.advertise)
             )
+
+    def warn_of_shared(self, key: Path) -> None:
+        """Warn of a private key that every user of this machine can read."""
+        try:
+            shared = others_read(key)
+        except OSError:  # gone since it was read: the reload will say so
+            return
+        if shared:
+            self.log.warning("private key is readable by others; restrict it to this user", path=str(key))
 
     @property
     def scheme(self) -> str:

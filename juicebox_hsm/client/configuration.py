@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import re
 from collections.abc import Mapping
@@ -19,6 +20,14 @@ _HEX: Final = re.compile(r"(?:[0-9a-fA-F]{2})+")
 
 class ConfigurationError(LocalError, ValueError):
     """A configuration is not usable; the message says which rule it breaks."""
+
+
+def _is_loopback(host: str) -> bool:
+    """Tell whether a URL's host is this machine: `localhost` or a loopback address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +51,11 @@ class Realm:
             usable = False
         if not usable:
             raise ConfigurationError(f"a realm address is an http or https URL, not {self.address!r}")
+        if parts.scheme == "http" and not _is_loopback(parts.hostname or ""):
+            raise ConfigurationError(
+                f"a realm address with http shows tokens, and shares of software realms, to the network: use https "
+                f"({self.address!r}; http is for this machine alone)"
+            )
 
     @property
     def url(self) -> str:

@@ -72,6 +72,7 @@ async def run(shell: Shell, options: LoadBalancerOptions, place: WorkerPlace) ->
     for reason in RejectionReason:
         metrics.counter("load_balancer.auth.failures", reason=reason.value)
     edge_tls = EdgeTls(options.tls_key, options.tls_cert)
+    shell.warn_of_shared(options.tls_key)
     shell.identify(common, PeerRole.LOAD_BALANCER)
     async with (
         open_store(common.store_url, metrics=metrics) as opened,

@@ -6,8 +6,6 @@ import json
 from typing import Any
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric import rsa
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -198,11 +196,3 @@ def test_strength_warning() -> None:
     assert "short" not in weak.replace("shorter", "")
     assert tenant_keys.strength_warning(TenantSecret(Secret(b"k" * 32), SecretAlgorithm.HMAC_SHA256)) is None
     assert tenant_keys.strength_warning(blake_key()) is None
-    for bits, is_weak in ((1024, True), (2048, False)):
-        der = (
-            rsa.generate_private_key(65537, bits)
-            .public_key()
-            .public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-        )
-        key = TenantSecret(Secret(der), SecretAlgorithm.RSA_PKCS1_SHA256)
-        assert (tenant_keys.strength_warning(key) is not None) == is_weak

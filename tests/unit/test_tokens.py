@@ -583,3 +583,16 @@ def test_claimed_audience(claims: dict[str, object], expect: str | None) -> None
     assert tokens.claimed_audience(f"e30.{part}.AA") == expect
     for broken in ("", "a.b", "e30.!.AA", f"{part}{part}", "x" * 1001, f"e30.{b64(b'[]')}.AA", "e30.e30.\u00e9."):
         assert tokens.claimed_audience(broken) is None
+
+
+@pytest.mark.parametrize("bits", [1024, 2040])
+def test_rsa_keys_under_2048_bits_are_refused(bits: int) -> None:
+    """Neither a token is verified nor one minted with an RSA key that is too short; the reason says so."""
+    private = generate_private_key(65537, bits)
+    public = private.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    with pytest.raises(BadKeyError, match=f"{bits} bits is too weak"):
+        TokenKey(TenantSecret(Secret(public), SecretAlgorithm.RSA_PKCS1_SHA256)).verifier()
+    der = private.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())
+    signing = TenantSecret(Secret(der), SecretAlgorithm.RSA_PKCS1_SHA256)
+    with pytest.raises(BadKeyError, match=f"{bits} bits is too weak"):
+        tokens.create(signing, tenant="test-a", version=1, user="u", realm=RealmId(bytes(16)), now_s=0)

@@ -28,6 +28,9 @@ REASONS: Final = {
 }
 
 
+UNAUTHORIZED: Final = 401
+
+
 class BodyTooLarge(Exception):  # an expected outcome of reading, always caught by the handler
     """The body has more bytes than the handler allows; it was not read to its end."""
 
@@ -43,6 +46,11 @@ class Response:
     status: int
     body: bytes = b""
     headers: tuple[tuple[bytes, bytes], ...] = ()
+
+    @property
+    def tells_time(self) -> bool:
+        """Tell whether `x-exec-time` goes with it: not with a 401, for it would show which tenants have keys."""
+        return self.status != UNAUTHORIZED
 
 
 class Request(ABC):

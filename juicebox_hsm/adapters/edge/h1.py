@@ -122,14 +122,20 @@ class H1Session:
         if connection.stopping:
             return None
         reads = 0
+        size_bytes = len(parser.trailing_data[0])
         while True:
             event = parser.next_event()
             if event is h11.NEED_DATA:
                 if reads == 1:  # some bytes, but not a whole head: the usual head comes in one piece
                     connection.deadline = trio.current_time() + limits.header_timeout_s
                 reads += 1
-                parser.receive_data(await self._stream.receive_some())
+                data = await self._stream.receive_some()
+                size_bytes += len(data)
+                parser.receive_data(data)
             elif isinstance(event, h11.Request):
+                # the parser bounds heads that come in pieces; one that is complete at once it takes at any size
+                if size_bytes - len(parser.trailing_data[0]) > limits.header_bytes_max:
+                    raise h11.RemoteProtocolError("the head is too large", error_status_hint=431)
                 connection.set_busy()
                 connection.deadline = math.inf
                 if reads == 0:  # pipelined: others get their turn before the next of what may be hundreds
@@ -175,12 +181,12 @@ class H1Session:
         parser.send(_TOLD_KEEP if keep else _TOLD_CLOSE)
         parser.send(_TOLD_END)
         ends = parser.our_state is not h11.DONE
-        data = b"HTTP/1.1 %d %s\r\n%scontent-length: %d\r\nx-exec-time: %d\r\n%s\r\n%s" % (
+        data = b"HTTP/1.1 %d %s\r\n%scontent-length: %d\r\n%s%s\r\n%s" % (
             response.status,
             REASONS.get(response.status, b""),
             b"".join([b"%s: %s\r\n" % header for header in response.headers]),
             len(response.body),
-            elapsed_ns,
+            b"x-exec-time: %d\r\n" % elapsed_ns if response.tells_time else b"",
             b"connection: close\r\n" if ends else b"",
             response.body if request.method != "HEAD" else b"",
         )

@@ -327,8 +327,9 @@ class H2Session:
             (b":status", b"%d" % response.status),
             *response.headers,
             (b"content-length", b"%d" % len(response.body)),
-            (b"x-exec-time", b"%d" % elapsed_ns),
         ]
+        if response.tells_time:
+            headers.append((b"x-exec-time", b"%d" % elapsed_ns))
         body = b"" if request.method == "HEAD" else response.body
         self._h2.send_headers(stream_id, headers, end_stream=not body)
         while body:

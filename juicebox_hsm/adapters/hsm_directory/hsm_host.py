@@ -163,10 +163,7 @@ def open_hsm_dir(path: Path) -> FilePlatform:
 
     Blocks for two fsyncs.
     """
-    if not path.is_dir():
-        raise LocalError(
-            f"--hsm-dir {path}: no such directory; make it with `juicebox-hsm hsm init --keys FILE --dir {path}`"
-        )
+    _check_directory(path, "--hsm-dir")
     lock = _lock(path)
     try:
         return FilePlatform(path, lock)
@@ -228,12 +225,29 @@ def wrapping_key_path(keys_file: Path) -> Path:
     return keys_file.with_name(keys_file.name + ".key")
 
 
+def _check_directory(path: Path, flag: str) -> None:
+    if problem := directory_problem(path):
+        raise LocalError(f"{flag} {path}: {problem}")
+
+
+def directory_problem(path: Path) -> str | None:
+    """Return why a directory is not an HSM's at all, None if something of an HSM is there.
+
+    A mistyped name or a file system that is not mounted must not read as the loss of an HSM.
+    """
+    make = f"make an HSM with `juicebox-hsm hsm init --keys FILE --dir {path}`"
+    if not path.is_dir():
+        return f"no such directory; correct the name, mount its file system, or {make}"
+    if not any(os.path.lexists(path / name) for name in (NVRAM_FILE, KEYS_FILE, WRAPPING_KEY_FILE)):
+        return f"no HSM in this directory; correct the name, mount its file system, or {make}"
+    return None
+
+
 def read_hsm_dir(path: Path) -> tuple[KeyBundle, PersistentState | None]:
     """Return keys and durable state of an HSM directory without starting or locking it; raises `RealmError`.
 
     The state is None before the first start.
     """
-    if not path.is_dir():
-        raise LocalError(f"--dir {path}: no such directory; make it with `juicebox-hsm hsm init --keys FILE --dir DIR`")
+    _check_directory(path, "--dir")
     _, payload = read_nvram(path / NVRAM_FILE)
     return _read_keys(path), decode_state(payload)

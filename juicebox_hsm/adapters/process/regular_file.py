@@ -15,6 +15,14 @@ from typing import BinaryIO, Final
 NOT_REGULAR: Final = "is not a regular file; pipes cannot be read again, so write the content into a file"
 
 
+_OTHERS_READ: Final = 0o004
+
+
+def others_read(path: Path) -> bool:
+    """Tell whether every user of the machine may read the file. Raises `OSError`."""
+    return bool(path.stat().st_mode & _OTHERS_READ)
+
+
 def open_regular(path: Path) -> BinaryIO:
     """Open `path` for reading, at once. Raises `OSError`, also for whatever is no regular file."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)

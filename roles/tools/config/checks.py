@@ -19,11 +19,12 @@ import trio
 from cryptography import x509
 
 from juicebox_hsm.adapters.edge.tls import load_edge_context
-from juicebox_hsm.adapters.hsm_directory.hsm_host import KEYS_FILE, NVRAM_FILE, WRAPPING_KEY_FILE
+from juicebox_hsm.adapters.hsm_directory.hsm_host import KEYS_FILE, NVRAM_FILE, WRAPPING_KEY_FILE, directory_problem
 from juicebox_hsm.adapters.hsm_directory.key_bundle import read_bundle
 from juicebox_hsm.adapters.hsm_directory.nvram import read_nvram
 from juicebox_hsm.adapters.observation.logging import parse_level
 from juicebox_hsm.adapters.observation.tracing import endpoint_of
+from juicebox_hsm.adapters.process.regular_file import others_read
 from juicebox_hsm.adapters.stores.opening import open_store
 from juicebox_hsm.adapters.tls.cluster_tls import CA_FILE, CERT_FILE, KEY_FILE, ROLE_URI_PREFIX, ClusterTls
 from juicebox_hsm.consensus.nvram import decode_state
@@ -140,6 +141,8 @@ def cluster_certificate_problems(directory: Path, role: str) -> list[str]:
             ClusterTls.load(directory)
         except RealmError as error:
             problems.append(str(error))
+        if others_read(directory / KEY_FILE):
+            problems.append(f"{directory / KEY_FILE}: readable by others; run chmod 600")
     leaf = _leaf(directory / CERT_FILE)
     if leaf is not None:
         found = _roles_of(leaf)
@@ -221,8 +224,8 @@ def store_problems(url: str) -> list[str]:
 def hsm_problems(directory: Path) -> list[str]:
     """Return what is wrong with an HSM directory: missing, unreadable, damaged or in use."""
     flag = f"--hsm-dir {directory}"
-    if not directory.is_dir():
-        return [f"{flag}: no such directory; make it with `juicebox-hsm hsm init --keys FILE --dir DIR`"]
+    if problem := directory_problem(directory):
+        return [f"{flag}: {problem}"]
     problems = []
     if not os.access(directory, os.R_OK | os.W_OK | os.X_OK):
         problems.append(f"{flag}: this user cannot write there")
@@ -290,6 +293,8 @@ def _edge_problems(key: Path, cert: Path) -> list[str]:
         _, leaf = load_edge_context(key, cert)
     except RealmError as error:
         return [str(error)]
+    if others_read(key):
+        return [f"--tls-key {key}: readable by others; run chmod 640"]
     if leaf.remaining_days(dt.datetime.now(dt.UTC)) <= 0:
         return [f"--tls-cert {cert}: ended on {leaf.not_after:%Y-%m-%d}"]
     return []

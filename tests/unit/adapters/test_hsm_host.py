@@ -246,6 +246,8 @@ def test_missing_directory(tmp_path: Path) -> None:
         open_hsm_dir(tmp_path / "none")
     with pytest.raises(LocalError, match="--dir"):
         read_hsm_dir(tmp_path / "none")
+    with pytest.raises(LocalError, match="no HSM in this directory"):
+        open_hsm_dir(tmp_path)
 
 
 @pytest.mark.parametrize("value", ["zz", "00", 5, None])

@@ -129,3 +129,16 @@ def test_realms_made_by_hand(realm_id: bytes, public_key: bytes | None) -> None:
     """A realm made without JSON is checked as well: the crypto below trusts its lengths."""
     with pytest.raises(ConfigurationError):
         Realm(RealmId(realm_id), "https://h/", public_key)
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.8.8.8", "[::1]"])
+def test_http_is_for_this_machine(host: str) -> None:
+    """Loopback realms may be asked in the clear."""
+    assert Realm(RealmId(bytes(16)), f"http://{host}:8080/").url == f"http://{host}:8080/req"
+
+
+@pytest.mark.parametrize("host", ["realm.example", "10.0.0.1", "localhost.example", "127.0.0.1.example", "[::2]"])
+def test_http_elsewhere_is_refused(host: str) -> None:
+    """Tokens never travel in the clear to another machine."""
+    with pytest.raises(ConfigurationError, match="use https"):
+        Realm(RealmId(bytes(16)), f"http://{host}/")

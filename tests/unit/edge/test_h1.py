@@ -9,7 +9,7 @@ from juicebox_hsm.adapters.edge.exchange import Request, Response
 from juicebox_hsm.adapters.edge.limits import EdgeLimits
 from juicebox_hsm.adapters.tls.streams import lean
 from tests.patience import HANGS_S
-from tests.unit.edge.harness import EdgeFixture, H1Client, Identity, until_hangup
+from tests.unit.edge.harness import EdgeFixture, H1Client, H2Client, Identity, until_hangup
 
 
 async def test_answers_and_keeps_alive(identity: Identity, nursery: trio.Nursery) -> None:
@@ -21,6 +21,32 @@ async def test_answers_and_keeps_alive(identity: Identity, nursery: trio.Nursery
         assert (answer.status, answer.body) == (200, b"POST /req " + b"x" * index)
         assert int(answer.headers["x-exec-time"]) > 0
         assert "connection" not in answer.headers
+
+
+async def test_a_401_does_not_tell_how_long_it_took(identity: Identity, nursery: trio.Nursery) -> None:
+    """The time of a refused token would show which tenants have keys; over both protocols it is left out."""
+
+    async def refuse(_request: Request) -> Response:
+        return Response(401)
+
+    edge = EdgeFixture(identity, nursery, refuse)
+    first = await H1Client(await edge.connect("http/1.1")).request("GET", "/")
+    second = H2Client(await edge.connect("h2"))
+    await second.start()
+    for answer in (first, await second.request("GET", "/")):
+        assert answer.status == 401
+        assert "x-exec-time" not in answer.headers
+
+
+async def test_a_body_does_not_count_as_head(identity: Identity, nursery: trio.Nursery) -> None:
+    """A small head with a large body in the same read, and pipelined requests, are no large head."""
+    edge = EdgeFixture(identity, nursery)
+    client = H1Client(await edge.connect("http/1.1"))
+    assert (await client.request("POST", "/req", b"x" * 20_000)).status == 413
+    client = H1Client(await edge.connect("http/1.1"))
+    head = b"GET / HTTP/1.1\r\nhost: x\r\na: " + b"a" * 5000 + b"\r\n\r\n"
+    await client.send(head + head)
+    assert [(await client.answer()).status, (await client.answer()).status] == [200, 200]
 
 
 @pytest.mark.parametrize(
@@ -115,6 +141,8 @@ async def test_head_has_length_but_no_body(identity: Identity, nursery: trio.Nur
         (b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: gzip\r\n\r\n", 400),
         (b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n", 400),
         (b"GET / HTTP/1.1\r\nhost: x\r\na: " + b"a" * 9000, 431),
+        (b"GET / HTTP/1.1\r\nhost: x\r\na: " + b"a" * 9000 + b"\r\n\r\n", 431),
+        (b"GET / HTTP/1.1\r\nhost: x\r\na: " + b" " * 9000 + b"a\r\n\r\n", 431),
     ],
 )
 async def test_malformed_requests(identity: Identity, nursery: trio.Nursery, raw: bytes, status: int) -> None:
