@@ -73,6 +73,7 @@ async def test_a_copied_hsm_is_told_and_not_appointed(tmp_path: Path) -> None:
 
                 leader = next(p for p in cluster.of_role("agent") if p.service.url == group.leader.url)
                 third = next(p for p in cluster.of_role("agent") if p not in {leader, victim})
+                before = [len(manager.log.read_text()) for manager in cluster.of_role("manager")]
                 await leader.kill()
 
                 async def led_by_the_third() -> bool:
@@ -80,7 +81,9 @@ async def test_a_copied_hsm_is_told_and_not_appointed(tmp_path: Path) -> None:
                     return now is not None and now.url == third.service.url
 
                 await eventually(led_by_the_third, TOLD_S, "a member without a copy leads")
-                log = "".join(p.log.read_text() for p in cluster.of_role("manager"))
+                managers = zip(cluster.of_role("manager"), before, strict=True)
+                log = "".join(manager.log.read_text()[told:] for manager, told in managers)
+                assert "appointing leader" in log
                 assert not [line for line in log.splitlines() if "appoint" in line and victim.hsm in line]
                 await cluster.restart(leader.service.name)
             finally:
