@@ -12,6 +12,7 @@ from typing import Final
 from juicebox_hsm.host.certificates import is_due, remaining_days
 from juicebox_hsm.host.cluster.balance import HsmLoad, Move
 from juicebox_hsm.host.cluster.findings import (
+    AnotherStore,
     CannotCommit,
     Certificate,
     CertificateEnds,
@@ -35,7 +36,7 @@ from juicebox_hsm.host.cluster.verdict import MEMBERS_ADVISED
 from juicebox_hsm.host.cluster.view import GroupKey, name_of
 from juicebox_hsm.host.codes import Code
 from juicebox_hsm.host.services import ServiceKind
-from juicebox_hsm.wire.rpc import Direction, RunningTransfer
+from juicebox_hsm.wire.rpc import Direction, LogBehind, RunningTransfer
 
 _FACTS: Final = {
     Code.NO_AGENT: "no agent in discovery",
@@ -97,6 +98,8 @@ def sentence(found: Finding) -> str:
             return f"{_CERTIFICATES[whose].format(url=url)} {_ends(found.end_ms, found.remaining_days)}"
         case ClockOff(kind=kind, url=url, ahead_s=ahead_s):
             return f"{f'{_KINDS[kind]} {url}: its' if kind else 'your'} clock is {clock_off(ahead_s)}"
+        case AnotherStore(url=url, told=behind):
+            return f"agent {url}: {log_behind(behind)}"
         case VersionsDiffer(running=running):
             parts = [
                 f"{version} ({', '.join(counted(count, _KINDS[kind]) for kind, count in kinds)})"
@@ -138,6 +141,16 @@ def _of_members(found: FewMembers | TransferPending | MemberBehind | Drained) ->
 
 def _group(key: GroupKey) -> str:
     return f"realm {key[0].hex()} group {key[1].hex()}"
+
+
+def log_behind(told: LogBehind) -> str:
+    """Return why a store cannot be the one that an HSM knows."""
+    if told.last == told.captured:
+        what = f"has another entry at index {told.last} than its HSM captured"
+    else:
+        ends = f"ends at index {told.last}" if told.last else "is empty"
+        what = f"{ends}, its HSM captured index {told.captured}"
+    return f"the log of group {told.group.hex()} {what}: an older or another store; see `store check --hsm-dir`"
 
 
 def clock_off(ahead_s: float) -> str:

@@ -36,6 +36,7 @@ class Code(enum.Enum):
     LOAD_BALANCER_SILENT = ("load-balancer-silent", _PROBLEM)
     LOAD_BALANCER_NOT_READY = ("load-balancer-not-ready", _PROBLEM)
     CERTIFICATE = ("certificate", _PROBLEM)
+    ANOTHER_STORE = ("another-store", _PROBLEM)
     CLOCK = ("clock", _PROBLEM)
     VERSIONS = ("versions", _PROBLEM)
     RANGE_UNSERVED = ("range-unserved", _PROBLEM)

@@ -29,6 +29,11 @@ class Intent:
     hint: int
 
 
+def lacks(last: LogEntry | None, captured: int, mac: bytes) -> bool:
+    """Tell whether a log that ends with `last` cannot be the one of which an HSM captured an entry."""
+    return last is None or last.index < captured or (last.index == captured and last.entry_mac != mac)
+
+
 class AppendOutcome(enum.Enum):
     """What became of an append."""
 

@@ -224,6 +224,14 @@ class AgentGroupInfo(_Body, frozen=True):
     damaged: bool = False
 
 
+class LogBehind(_Body, frozen=True):
+    """A group whose log in the store ends at `last` (0: there is none) without the entry that the HSM `captured`."""
+
+    group: bytes
+    captured: int
+    last: int
+
+
 class OutboxInfo(_Body, frozen=True):
     """Backlog of unpublished events over the agent's realm."""
 
@@ -248,6 +256,7 @@ class AgentStatus(_Body, frozen=True):
     certificate_end_ms: int | None = None
     instance: bytes = b""
     now_ms: int | None = None
+    logs_behind: tuple[LogBehind, ...] = ()
 
 
 class RealmCreated(_Body, frozen=True):

@@ -33,6 +33,7 @@ from juicebox_hsm.ports.hsm_transport import HsmTransport
 from juicebox_hsm.ports.observation import EventMeter, Log
 from juicebox_hsm.ports.rpc import RpcCaller
 from juicebox_hsm.ports.store import Store
+from juicebox_hsm.wire.rpc import LogBehind
 from roles.agent.driver import Driver
 from roles.agent.peers import Peers
 from roles.agent.watch import Follower, Persister
@@ -110,6 +111,9 @@ LeadershipRunner = Callable[["Agent", GroupState, Leadership], Awaitable[None]]
 
 class Agent:
     """Everything the parts of one agent share. Create it inside Trio; `run_leadership` is `leader.lead`."""
+
+    logs_behind: tuple[LogBehind, ...] = ()
+    """Logs that are not those of which our HSM captured entries: an older or another store."""
 
     def __init__(
         self,

@@ -31,6 +31,7 @@ from juicebox_hsm.ports.store import Store
 from juicebox_hsm.wire.methods import AGENT_METHODS
 from juicebox_hsm.wire.rpc import PeerRole
 from roles.agent import stalls
+from roles.agent.another_store import watch_log_tails
 from roles.agent.context import Agent, AgentConfig
 from roles.agent.leader import hand_over, lead
 from roles.agent.registration import livez, readyz, register, withdraw
@@ -168,6 +169,7 @@ async def _serve(shell: Shell, nursery: trio.Nursery, options: AgentOptions, hsm
         nursery, common.http_listen, livez=partial(livez, agent), readyz=partial(readyz, agent)
     )
     service.start()
+    nursery.start_soon(watch_log_tails, agent)
     cache = CacheGauges(store, shell.metrics, trio.current_time())
 
     def sample() -> None:

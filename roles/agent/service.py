@@ -246,6 +246,7 @@ async def agent_status(agent: Agent) -> AgentStatus:
         certificate_end_ms=to_unix_ms(agent.config.certificate_end()),
         instance=agent.config.instance,
         now_ms=agent.now_ms(),
+        logs_behind=agent.logs_behind,
     )
 
 

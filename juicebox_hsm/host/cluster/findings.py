@@ -13,7 +13,7 @@ from juicebox_hsm.host.cluster.view import GroupKey
 from juicebox_hsm.host.codes import Code
 from juicebox_hsm.host.services import ServiceKind
 from juicebox_hsm.ids import GroupId, HsmId, OwnedRange, RealmId
-from juicebox_hsm.wire.rpc import Direction
+from juicebox_hsm.wire.rpc import Direction, LogBehind
 
 
 class Certificate(enum.Enum):
@@ -69,6 +69,15 @@ class CertificateEnds:
     end_ms: int
     remaining_days: float
     code: ClassVar[Code] = Code.CERTIFICATE
+
+
+@dataclass(frozen=True, slots=True)
+class AnotherStore:
+    """The store cannot be the one that an agent's HSM knows: it lacks what that HSM captured."""
+
+    url: str
+    told: LogBehind
+    code: ClassVar[Code] = Code.ANOTHER_STORE
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +186,7 @@ Finding = (
     | HsmTwice
     | OutboxLate
     | CertificateEnds
+    | AnotherStore
     | ClockOff
     | VersionsDiffer
     | OfRange

@@ -14,6 +14,7 @@ from juicebox_hsm.host.certificates import is_due, moment_ms, remaining_days
 from juicebox_hsm.host.clocks import Reading, is_off, offset_ms
 from juicebox_hsm.host.cluster.balance import TRAILING_ENTRIES_MAX
 from juicebox_hsm.host.cluster.findings import (
+    AnotherStore,
     CannotCommit,
     Certificate,
     CertificateEnds,
@@ -141,6 +142,8 @@ def _agent_problems(view: ClusterView, now_ms: int) -> Iterator[Finding]:
             continue
         if status.hsm is None:
             yield OfService(Code.HSM_SILENT, agent.url)
+        for behind in status.logs_behind:
+            yield AnotherStore(agent.url, behind)
         outbox = status.outbox
         if outbox is not None and outbox.warning:
             yield OfService(Code.OUTBOX, agent.url, outbox.warning)

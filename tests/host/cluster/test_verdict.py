@@ -202,8 +202,30 @@ def test_cluster_certificates(days: int | None, says: str) -> None:
 def test_an_older_agent_tells_no_end() -> None:
     """A status without the end of the certificate, as older agents send it, is read and judged as before."""
     status = _led()[0].status()
-    older = msgspec.msgpack.decode(msgspec.msgpack.encode(status))[:-3]
+    older = msgspec.msgpack.decode(msgspec.msgpack.encode(status))[:-4]
     assert msgspec.convert(older, rpc.AgentStatus).certificate_end_ms is None
+
+
+@pytest.mark.parametrize(
+    ("last", "says"),
+    [
+        (0, "is empty, its HSM captured index 7"),
+        (3, "ends at index 3, its HSM captured index 7"),
+        (7, "has another entry at index 7 than its HSM captured"),
+    ],
+)
+def test_a_store_that_the_hsm_does_not_know_is_named(last: int, says: str) -> None:
+    """Not just that nobody leads, but why: the store is older than what an HSM captured, or another one."""
+    problems = _problems(_another_store(last))
+    told = f"the log of group {group(1).hex()} {says}: an older or another store; see `store check --hsm-dir`"
+    assert problems == (f"agent tls://a1: {told}",)
+
+
+def _another_store(last: int) -> Evidence:
+    agents = _led()
+    status = msgspec.structs.replace(agents[0].status(), logs_behind=(rpc.LogBehind(group(1), 7, last),))
+    views = [AgentView("tls://a1", status), *(AgentView(a.url, a.status()) for a in agents[1:])]
+    return _evidence(agents, view=build_view(views))
 
 
 def test_a_clock_that_is_off_is_named() -> None:
@@ -358,6 +380,7 @@ def _trouble_of_every_kind() -> list[Evidence]:
         _evidence(stalled),
         _evidence(_copy()),
         _evidence(_led(), managers=(replace(MANAGERS[0], clock=Reading(0)), MANAGERS[1]), own_clock=Reading(60_000)),
+        _another_store(3),
         replace(busy, balancers=BALANCERS[:1]),
     ]
 
