@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from roles.tools.demo.layout import PORTS
 from tests.fakes.secret_manager import SecretManager
 from tests.patience import HANGS_S
 from tests.processes import end_group, start_group
@@ -38,6 +40,22 @@ def _free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def _free_ports_in_a_row() -> int:
+    """Return the first of two free ports for probes: worker N has the N-th behind the first.
+
+    Below the range from which outgoing connections are numbered: one of those must not take a port meanwhile.
+    """
+    while True:
+        first = random.choice(PORTS)
+        with socket.socket() as one, socket.socket() as other:
+            try:
+                one.bind(("127.0.0.1", first))
+                other.bind(("127.0.0.1", first + 1))
+            except OSError:
+                continue
+            return first
 
 
 class Balancer:
@@ -256,7 +274,7 @@ def _lives(pid: int) -> bool:
 
 def test_workers_end_with_their_parent(balancer: Balancer) -> None:
     """Workers whose parent was killed end by themselves, so that the next parent finds its ports free."""
-    process = balancer.start("--workers", "2", http_port=_free_port())
+    process = balancer.start("--workers", "2", http_port=_free_ports_in_a_row())
     balancer.wait_until_live()
     deadline = time.monotonic() + HANGS_S
     log = balancer.folder / "lb.log"
@@ -288,7 +306,7 @@ def test_a_worker_whose_parent_dies_while_it_starts(balancer: Balancer, tmp_path
     """It is told who its parent is, so it ends although the parent died before it could ask the system."""
     (tmp_path / "sitecustomize.py").write_text(HELD_AT_ITS_START)
     balancer.environment = {"PYTHONPATH": str(tmp_path), "TEST_FOLDER": str(tmp_path)}
-    process = balancer.start("--workers", "2", http_port=_free_port())
+    process = balancer.start("--workers", "2", http_port=_free_ports_in_a_row())
     deadline = time.monotonic() + HANGS_S
     while not (tmp_path / "started").exists() or not (tmp_path / "started").read_text():
         assert time.monotonic() < deadline
@@ -306,7 +324,7 @@ def test_a_worker_whose_parent_dies_while_it_starts(balancer: Balancer, tmp_path
 
 def test_workers(balancer: Balancer) -> None:
     """Workers share the port, one that dies is started again, and stopping stops all, even one that still starts."""
-    process = balancer.start("--workers", "2", "--shutdown-notice-period", "0s", http_port=_free_port())
+    process = balancer.start("--workers", "2", "--shutdown-notice-period", "0s", http_port=_free_ports_in_a_row())
     balancer.wait_until_live()
     deadline = time.monotonic() + HANGS_S
     while len(_children(process.pid)) < 2:
