@@ -55,6 +55,8 @@ def _limited(item: pytest.Item) -> Iterator[None]:
         faulthandler.dump_traceback_later(CLEAN_UP_S, exit=True, file=stderr)
         signal.raise_signal(signal.SIGINT)
 
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in jobs that a shell put into the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, limit)
     try:

@@ -74,7 +74,7 @@ def test_ci_does_not_skip(tmp_path: Path) -> None:
     script = tmp_path / "test_missing.py"
     script.write_text(
         "from tests.emulator.conftest import *\n"
-        "from roles.tools import demo_pubsub\n"
+        "from roles.tools.demo import pubsub as demo_pubsub\n"
         "import tests.emulator.conftest as suite\n"
         "suite.find_emulator = demo_pubsub.find_emulator = lambda: None\n"
         "def test_one(bigtable_emulator): pass\n"
