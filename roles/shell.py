@@ -25,7 +25,7 @@ from juicebox_hsm.adapters.observation.dogstatsd import send_metrics
 from juicebox_hsm.adapters.observation.logging import get_logger, lines_dropped, report_suppressed
 from juicebox_hsm.adapters.observation.metric_names import Catalogue, declare
 from juicebox_hsm.adapters.observation.metrics import Metrics
-from juicebox_hsm.adapters.observation.probes import Probe, serve_probes
+from juicebox_hsm.adapters.observation.probes import Judge, Probe, serve_probes
 from juicebox_hsm.adapters.observation.tracing import Traces, open_traces
 from juicebox_hsm.adapters.process.memory_guard import forbid_dumps
 from juicebox_hsm.adapters.process.regular_file import others_read
@@ -45,6 +45,7 @@ from juicebox_hsm.ports.discovery import Discovery
 from juicebox_hsm.ports.store import Store
 from juicebox_hsm.wire.rpc import PeerRole
 from roles.options import Address, CommonOptions, load_identity
+from roles.words import readiness_text
 
 REPORT_S: Final = 1.0
 REGISTER_S: Final = 60.0
@@ -164,7 +165,7 @@ class Shell:
         bind: Address,
         *,
         livez: Probe,
-        readyz: Probe,
+        readyz: Judge,
         app_hook: Callable[[QuartTrio], None] | None = None,
     ) -> int:
         """Serve probes and metrics on `bind`; return the port. Raises `LocalError` when it cannot listen."""
@@ -175,6 +176,7 @@ class Shell:
                 name=self.name,
                 livez=livez,
                 readyz=readyz,
+                show=readiness_text,
                 metrics=self.metrics,
                 app_hook=app_hook,
             )

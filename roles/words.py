@@ -1,4 +1,4 @@
-"""What the managers' rules find and decide, in words for people: command line, status page, probes and logs.
+"""What the rules of `juicebox_hsm.host` find and decide, in words for people: tools, status page, probes and logs.
 
 The only place where sentences are made of codes. Nothing reads them again.
 """
@@ -35,8 +35,30 @@ from juicebox_hsm.host.cluster.ranges import show_range
 from juicebox_hsm.host.cluster.verdict import MEMBERS_ADVISED
 from juicebox_hsm.host.cluster.view import GroupKey, name_of
 from juicebox_hsm.host.codes import Code
+from juicebox_hsm.host.readiness import (
+    CopyAt,
+    EventsSetAside,
+    EventsWait,
+    NoAnswer,
+    OfRealm,
+    OtherStore,
+    OwnCertificateEnds,
+    OwnClockOff,
+    Plain,
+    Readiness,
+    Reason,
+    SecretsOld,
+    Stalled,
+    TreeDamaged,
+    Trouble,
+    Unserved,
+)
 from juicebox_hsm.host.services import ServiceKind
+from juicebox_hsm.ids import GroupId, OwnedRange
 from juicebox_hsm.wire.rpc import Direction, LogBehind, RunningTransfer
+
+WARNING: Final = "warning: "
+"""What the line of a warning in `/readyz` begins with."""
 
 _FACTS: Final = {
     Code.NO_AGENT: "no agent in discovery",
@@ -72,6 +94,27 @@ _OF_GROUPS: Final = {
     Code.STORE_DAMAGED: "nodes of its tree in the store are damaged or missing, so records cannot be served; "
     "run `store check`",
     Code.GROUP_ENDED: "has been retired; members that have not forgotten it yet: {missing}",
+}
+_OWN: Final = {
+    Code.NOT_REGISTERED: "not yet registered with service discovery",
+    Code.STOPPING: "shutting down",
+    Code.HSM_SILENT: "the HSM does not answer",
+    Code.NO_REALMS: "no realms",
+}
+_TROUBLES: Final = {
+    Code.STORE: "store",
+    Code.REGISTRATION: "registration",
+    Code.DISCOVERY: "discovery",
+    Code.LOG_NOT_FOLLOWED: "log",
+    Code.COMPACTION: "compaction",
+    Code.GROUP_NOT_LEFT: "leaving an ended group",
+    Code.OUTBOX_UNREADABLE: "outbox backlog",
+    Code.EVENTS_NOT_DISPATCHED: "outbox dispatch",
+    Code.BUS: "events are not published",
+}
+_OF_REALMS: Final = {
+    Code.RECORD_ID_KEY: "used with another record-id key",
+    Code.RECORD_ID_KEY_UNCHECKED: "record-id key not checked yet",
 }
 _KINDS: Final = {
     ServiceKind.AGENT: "agent",
@@ -137,6 +180,58 @@ def _of_members(found: FewMembers | TransferPending | MemberBehind | Drained) ->
             return f"{_group(group)}: member {hsm.hex()} is {entries} entries behind"
         case Drained(hsm=hsm):
             return f"HSM {hsm.hex()} is drained; let it lead again with `cluster undrain`"
+
+
+def readiness_text(found: Readiness) -> str:
+    """Return what `/readyz` shows, a line for each reason and warning."""
+    lines = [own_sentence(reason) for reason in found.reasons] or ["ready"]
+    return "".join(f"{line}\n" for line in [*lines, *(f"{WARNING}{own_sentence(one)}" for one in found.warnings)])
+
+
+def own_sentence(found: Reason) -> str:
+    """Return what a service says of itself, as one line."""
+    match found:
+        case Plain(code=code):
+            return _OWN[code]
+        case Trouble(code=code, said=said, group=group):
+            return f"{_TROUBLES[code]}{'' if group is None else f' {group.hex()}'}: {said}"
+        case OtherStore(logs=logs):
+            return f"another store: {'; '.join(log_behind(each) for each in logs)}"
+        case CopyAt(url=url):
+            return f"hsm_twice: our HSM also runs at {url}: one of the two is a copy, which must be stopped for good"
+        case SecretsOld(age_s=age_s):
+            return f"secrets stale for {age_s:.0f}s"
+        case OwnClockOff(ahead_s=ahead_s, refuses=refuses):
+            return f"its clock is {clock_off(ahead_s)}{': good tokens may be refused' if refuses else ''}"
+        case OwnCertificateEnds(end_ms=end_ms, now_ms=now_ms):
+            return f"the cluster certificate {_ends(end_ms, remaining_days(end_ms, now_ms))}"
+        case EventsWait(waiting=waiting):
+            return f"{waiting.rows} tenant events wait for publication, the oldest for {waiting.oldest_s:.0f} s"
+        case EventsSetAside(count=count):
+            return f"{count} tenant events had names no row can carry and were set aside (see the agent's log)"
+        case NoAnswer(within_s=within_s):
+            return f"no answer within {within_s} s"
+        case _:
+            return _of_served(found)
+
+
+def _of_served(found: TreeDamaged | Stalled | OfRealm | Unserved) -> str:
+    match found:
+        case TreeDamaged(group=group, range=part):
+            told = "nodes of its tree in the store are damaged or missing; run `juicebox-hsm store check`"
+            return f"{_ranged(group, part)}: {told}"
+        case Stalled(group=group, range=part, stalled_s=stalled_s, realm=realm):
+            told = f"{'' if realm is None else f'realm {realm.hex()}: '}{_ranged(group, part)} cannot commit"
+            lasting = "" if stalled_s is None else f" for {stalled_s:.0f} s"
+            return f"{told}{lasting}: {found.alive} of {found.members} members answer its leader"
+        case OfRealm(code=code, realm=realm):
+            return f"realm {realm.hex()}: {_OF_REALMS[code]}"
+        case Unserved(realm=realm, range=part):
+            return f"realm {realm.hex()}: no leader for {show_range(part)}"
+
+
+def _ranged(group: GroupId, part: OwnedRange | None) -> str:
+    return f"group {group.hex()} ({'no range' if part is None else show_range(part)})"
 
 
 def _group(key: GroupKey) -> str:

@@ -1,4 +1,4 @@
-"""Why a cluster needs somebody: every reason that a verdict gives, with how much it matters.
+"""Every reason that a verdict gives, or a service that is not ready, with how much it matters.
 
 A code is made where the fact is known and travels beside the facts; nothing is decided by reading a sentence. Sentences
 are made of codes in one place, `roles.words`, and may change; the words that programs read (docs/json.md) never do.
@@ -54,6 +54,24 @@ class Code(enum.Enum):
     GROUP_ENDED = ("group-ended", _ADVICE)
     HSM_DRAINED = ("hsm-drained", _ADVICE)
     REBALANCING_PAUSED = ("rebalancing-paused", _ADVICE)
+    # what only a service says of itself
+    NOT_REGISTERED = ("not-registered", _PROBLEM)
+    STOPPING = ("stopping", _ADVICE)
+    NO_ANSWER = ("no-answer", _PROBLEM)
+    STORE = ("store", _PROBLEM)
+    REGISTRATION = ("registration", _PROBLEM)
+    DISCOVERY = ("discovery", _PROBLEM)
+    LOG_NOT_FOLLOWED = ("log-not-followed", _PROBLEM)
+    COMPACTION = ("compaction", _PROBLEM)
+    GROUP_NOT_LEFT = ("group-not-left", _PROBLEM)
+    OUTBOX_UNREADABLE = ("outbox-unreadable", _PROBLEM)
+    EVENTS_NOT_DISPATCHED = ("events-not-dispatched", _PROBLEM)
+    EVENTS_SET_ASIDE = ("events-set-aside", _PROBLEM)
+    BUS = ("bus", _PROBLEM)
+    SECRETS_STALE = ("secrets-stale", _PROBLEM)
+    NO_REALMS = ("no-realms", _PROBLEM)
+    RECORD_ID_KEY = ("record-id-key", _PROBLEM)
+    RECORD_ID_KEY_UNCHECKED = ("record-id-key-unchecked", _PROBLEM)
     OTHER = ("other", _PROBLEM)
     """What a service of another version says and this one has no name for."""
 

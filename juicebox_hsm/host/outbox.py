@@ -8,10 +8,11 @@ without a row become `unknown`, so an auditor sees "one request of unconfirmed o
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from juicebox_hsm.consensus.types import LogEntry
-from juicebox_hsm.host.events import EventKind, NewEvent, is_recordable
+from juicebox_hsm.host.events import Backlog, EventKind, NewEvent, is_recordable
 from juicebox_hsm.host.leadership.effects import Answer
 from juicebox_hsm.host.log import Intent
 from juicebox_hsm.hsm.messages import ResultKind, ResultType
@@ -24,14 +25,28 @@ BACKLOG_BOUND_ROWS: Final = 10_000_000
 _KINDS: Final = {kind: EventKind(kind.value.lower()) for kind in ResultKind}
 
 
-def is_full(rows: int) -> bool:
-    """Tell whether so many unpublished rows stop requests: refusing is better than losing an audit record."""
-    return rows >= BACKLOG_BOUND_ROWS
+@dataclass(frozen=True, slots=True)
+class Unpublished:
+    """Events of a realm that wait for publication, the oldest for `oldest_s`."""
+
+    rows: int = 0
+    oldest_s: float = 0.0
+
+    @property
+    def is_full(self) -> bool:
+        """Tell whether it stops requests: refusing is better than losing an audit record."""
+        return self.rows >= BACKLOG_BOUND_ROWS
+
+    @property
+    def is_long(self) -> bool:
+        """Tell whether an operator should look at it."""
+        return self.rows >= BACKLOG_WARN_ROWS or self.oldest_s >= BACKLOG_WARN_S
 
 
-def is_long(rows: int, age_s: float) -> bool:
-    """Tell whether an operator should look at a backlog of `rows` whose oldest is `age_s` old."""
-    return rows >= BACKLOG_WARN_ROWS or age_s >= BACKLOG_WARN_S
+def unpublished(backlog: Backlog, now_ms: int) -> Unpublished:
+    """Return what a backlog that the store told is at `now_ms`."""
+    oldest_s = 0.0 if backlog.oldest_ms is None else max(0.0, (now_ms - backlog.oldest_ms) / 1000)
+    return Unpublished(backlog.rows, oldest_s)
 
 
 def client_event(group: GroupId, answer: Answer) -> NewEvent:

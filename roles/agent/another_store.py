@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 import trio
 
 from juicebox_hsm.errors import RealmError
+from juicebox_hsm.host.codes import Code
 from juicebox_hsm.host.log import lacks
+from juicebox_hsm.host.readiness import OtherStore
 from juicebox_hsm.hsm.messages import GroupStatus
 from juicebox_hsm.ids import RealmId
 from juicebox_hsm.ports.errors import StoreInvalid
 from juicebox_hsm.wire.rpc import LogBehind
 from roles.agent.service import hsm_status
-from roles.words import log_behind
 
 if TYPE_CHECKING:
     from roles.agent.context import Agent
@@ -48,9 +49,9 @@ async def compare(agent: Agent) -> None:
             found.append(told)
     agent.logs_behind = tuple(found)
     if found:
-        agent.note_trouble("another store", StoreInvalid("; ".join(log_behind(each) for each in found)))
+        agent.note(OtherStore(tuple(found)))
     else:
-        agent.clear_trouble("another store")
+        agent.clear_trouble(Code.ANOTHER_STORE)
 
 
 async def _behind(agent: Agent, realm: RealmId, group: GroupStatus, index: int, mac: bytes) -> LogBehind | None:

@@ -56,7 +56,7 @@ async def handle_app(agent: Agent, body: App) -> AppOk | Refused:
         return Refused(Refusal.RATE_LIMIT_EXCEEDED)
     slot: Slot[AppOk | Refused] = Slot()
     request = ClientRequest(record, body.session_id, encrypted, body.tenant, body.user, now_ms, slot.fill)
-    driver.step(RequestArrived(request, agent.outbox_full))
+    driver.step(RequestArrived(request, agent.unpublished.is_full))
     try:
         reply = await slot.wait()
     except trio.Cancelled:

@@ -9,6 +9,7 @@ import trio
 
 from juicebox_hsm.consensus.types import LogEntry
 from juicebox_hsm.errors import RealmError
+from juicebox_hsm.host.codes import Code
 from juicebox_hsm.host.events import is_recordable
 from juicebox_hsm.host.group import GroupState
 from juicebox_hsm.host.leadership.effects import (
@@ -51,7 +52,7 @@ async def keep_house(driver: Driver) -> None:
     try:
         await driver.run_lane(Lane.HOUSE, _carry_out, first=PredecessorsQuiet())
     finally:
-        driver.agent.clear_trouble(_trouble(driver))
+        driver.agent.clear_trouble(Code.COMPACTION, driver.group.group)
 
 
 async def leave_house(driver: Driver) -> None:
@@ -71,7 +72,7 @@ async def _carry_out(driver: Driver, effect: Long) -> Long | None:
     try:
         event = await _do(driver, effect)
     except RealmError as error:
-        driver.agent.note_trouble(_trouble(driver), error)
+        driver.agent.note_trouble(Code.COMPACTION, error, driver.group.group)
         return driver.step(HouseFailed())
     return driver.step(event)
 
@@ -116,11 +117,7 @@ def _report(driver: Driver) -> None:
     agent, shown = driver.agent, driver.leader.snapshot(trio.current_time())
     agent.metrics.gauge("agent.compaction.uncompacted_rows.count", shown.uncompacted_rows)
     agent.metrics.gauge("agent.compaction.uncompacted_rows.first_index", shown.uncompacted_first)
-    agent.clear_trouble(_trouble(driver))
-
-
-def _trouble(driver: Driver) -> str:
-    return f"compaction {driver.group.group.hex()}"
+    agent.clear_trouble(Code.COMPACTION, driver.group.group)
 
 
 # --- what earlier leaderships left -----------------------------------------------------------------------

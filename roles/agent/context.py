@@ -20,12 +20,15 @@ from juicebox_hsm.adapters.observation.logging import bind_context
 from juicebox_hsm.consensus.types import RoleStatus, Witness
 from juicebox_hsm.errors import RealmError, check
 from juicebox_hsm.host.admission import Limiters
+from juicebox_hsm.host.codes import Code
 from juicebox_hsm.host.events import EVENT_KEPT_MS
 from juicebox_hsm.host.group import Groups, GroupState
 from juicebox_hsm.host.leadership.events import Event, RoleAdopted
 from juicebox_hsm.host.leadership.machine import Leadership
 from juicebox_hsm.host.leadership.state import Limits
 from juicebox_hsm.host.liveness import Leaders, Patience
+from juicebox_hsm.host.outbox import Unpublished
+from juicebox_hsm.host.readiness import OtherStore, Trouble, Troubles
 from juicebox_hsm.host.witness import Following, Pace
 from juicebox_hsm.hsm.messages import NotLeader, Outcome, StepDown, StepDownOk
 from juicebox_hsm.ids import GroupId, HsmId, RealmId
@@ -38,6 +41,7 @@ from roles.agent.driver import Driver
 from roles.agent.peers import Peers
 from roles.agent.watch import Follower, Persister
 from roles.clock import OwnClock
+from roles.words import own_sentence
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,16 +164,13 @@ class Agent:
         """Leadership tasks that have not ended yet."""
         self.outbox_tails: dict[str, int] = {}
         """Tenant -> highest outbox sequence seen, for the hints of intents."""
-        self.outbox_full = False
-        self.outbox_long = False
+        self.unpublished = Unpublished()
         self.set_aside = 0
         """Tenant events of earlier leaderships that nothing could record."""
-        self.outbox_warning = ""
-        self.bus_warning = ""
-        self.outbox_rows = 0
-        self.outbox_oldest_s = 0.0
-        self.troubles: dict[str, str] = {}
-        """Reasons for not being ready, by what is in trouble."""
+        self.bus_trouble: tuple[Trouble, ...] = ()
+        """Why events are not published, while the bus is to blame."""
+        self.troubles = Troubles()
+        """What is being tried again, and keeps us from being ready."""
 
     @property
     def timings(self) -> Timings:
@@ -261,14 +262,18 @@ class Agent:
         check(reply in (Outcome.INVALID_REALM, Outcome.INVALID_GROUP), "StepDown answers as specified")
         return None
 
-    def note_trouble(self, what: str, error: RealmError) -> None:
+    def note_trouble(self, code: Code, error: RealmError, group: GroupId | None = None) -> None:
         """Log trouble that is being retried and report not ready until `clear_trouble`."""
-        if what not in self.troubles:
-            self.log.warning("trouble, retrying", what=what, error=str(error) or type(error).__name__)
-        self.metrics.count("agent.trouble", what=what.split(" ", 1)[0])
-        self.troubles[what] = str(error) or type(error).__name__
+        self.note(Trouble(code, str(error) or type(error).__name__, group))
 
-    def clear_trouble(self, what: str) -> None:
+    def note(self, trouble: Trouble | OtherStore) -> None:
+        """Do the same with trouble whose facts are known."""
+        if self.troubles.note(trouble):
+            self.log.warning("trouble, retrying", code=trouble.code.word, reason=own_sentence(trouble))
+        self.metrics.count("agent.trouble", what=trouble.code.word)
+
+    def clear_trouble(self, code: Code, group: GroupId | None = None) -> None:
         """Forget trouble."""
-        if self.troubles.pop(what, None) is not None:
-            self.log.info("trouble over", what=what)
+        if self.troubles.clear(code, group):
+            about = {} if group is None else {"group": group.hex()}
+            self.log.info("trouble over", code=code.word, **about)

@@ -8,6 +8,7 @@ import trio
 
 from juicebox_hsm.consensus.types import Certificate, LogEntry
 from juicebox_hsm.errors import RealmError
+from juicebox_hsm.host.codes import Code
 from juicebox_hsm.host.ending import HOUSE_S, has_cleared_up, proof_of_end
 from juicebox_hsm.host.group import GroupState
 from juicebox_hsm.hsm.messages import ForgetGroup, ForgetGroupOk, Outcome, RetireGroup, RetireGroupOk
@@ -44,7 +45,6 @@ async def leave_ended_groups(agent: Agent) -> None:
         for group in agent.groups:
             if group.end is None:
                 continue
-            trouble = f"end {group.group.hex()}"
             try:
                 # nothing else is asked of the HSM for this group meanwhile
                 async with agent.follower(group).lock:
@@ -52,9 +52,9 @@ async def leave_ended_groups(agent: Agent) -> None:
             except HsmGone:
                 raise
             except RealmError as error:
-                agent.note_trouble(trouble, error)
+                agent.note_trouble(Code.GROUP_NOT_LEFT, error, group.group)
             else:
-                agent.clear_trouble(trouble)
+                agent.clear_trouble(Code.GROUP_NOT_LEFT, group.group)
 
 
 async def _try_to_leave(agent: Agent, group: GroupState, entry: LogEntry) -> None:

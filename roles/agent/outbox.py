@@ -17,8 +17,10 @@ from juicebox_hsm.adapters.clock.retrying import retrying
 from juicebox_hsm.adapters.observation.logging import bind_context
 from juicebox_hsm.errors import RealmError
 from juicebox_hsm.host.cluster.leases import LEASE_MS, StandingLeases
+from juicebox_hsm.host.codes import Code
 from juicebox_hsm.host.events import EVENT_KEPT_MS, AccountingEvent, NewEvent, OutboxEvent, TenantCursor
-from juicebox_hsm.host.outbox import is_full, is_long
+from juicebox_hsm.host.outbox import Unpublished, unpublished
+from juicebox_hsm.host.readiness import Trouble
 from juicebox_hsm.host.services import Lease
 from juicebox_hsm.ids import GroupId, RealmId
 
@@ -26,9 +28,9 @@ if TYPE_CHECKING:
     from roles.agent.context import Agent
 
 RENEW_S: Final = LEASE_MS / 1000 - 1.0
+"""A dispatcher renews when less than a second is left."""
 ASK_AGAIN_S: Final = 1.0
 """Between two looks at a lease that another agent holds."""
-"""A dispatcher renews when less than this is left."""
 PAGE_EVENTS: Final = 1000
 REMOVE_ROWS: Final = 5000
 LATE_MS: Final = 3_600_000
@@ -72,25 +74,18 @@ async def watch_backlog(agent: Agent) -> None:
             try:
                 backlog = await agent.store.outbox.backlog(realm)
             except RealmError as error:
-                agent.note_trouble("outbox backlog", error)
+                agent.note_trouble(Code.OUTBOX_UNREADABLE, error)
                 continue
-            agent.clear_trouble("outbox backlog")
-            age_s = 0.0 if backlog.oldest_ms is None else max(0.0, (agent.now_ms() - backlog.oldest_ms) / 1000)
-            note_backlog(agent, backlog.rows, age_s)
+            agent.clear_trouble(Code.OUTBOX_UNREADABLE)
+            note_unpublished(agent, unpublished(backlog, agent.now_ms()))
 
 
-def note_backlog(agent: Agent, rows: int, age_s: float) -> None:
-    """Adopt backlog figures: warn at 100 000 rows or 60 s, refuse requests at 10 000 000 rows."""
-    agent.outbox_rows, agent.outbox_oldest_s = rows, age_s
-    agent.outbox_full = is_full(rows)
-    agent.metrics.gauge("agent.outbox.backlog", rows)
-    warning = ""
-    if is_long(rows, age_s):
-        warning = f"{rows} tenant events wait for publication, the oldest for {age_s:.0f} s"
-    if warning and not agent.outbox_long:
-        agent.log.warning("outbox backlog", rows=rows, oldest_s=age_s)
-    agent.outbox_long = bool(warning)
-    agent.outbox_warning = "; ".join(filter(None, (warning, _set_aside_warning(agent))))
+def note_unpublished(agent: Agent, waiting: Unpublished) -> None:
+    """Adopt the figures of what waits, by which requests are refused, and log when somebody should look."""
+    before, agent.unpublished = agent.unpublished, waiting
+    agent.metrics.gauge("agent.outbox.backlog", waiting.rows)
+    if waiting.is_long and not before.is_long:
+        agent.log.warning("outbox backlog", rows=waiting.rows, oldest_s=waiting.oldest_s)
 
 
 def note_set_aside(agent: Agent, group: GroupId, indexes: Sequence[int]) -> None:
@@ -104,13 +99,6 @@ def note_set_aside(agent: Agent, group: GroupId, indexes: Sequence[int]) -> None
         first_index=indexes[0],
         last_index=indexes[-1],
     )
-    agent.outbox_warning = _set_aside_warning(agent)
-
-
-def _set_aside_warning(agent: Agent) -> str:
-    if not agent.set_aside:
-        return ""
-    return f"{agent.set_aside} tenant events had names no row can carry and were set aside (see the agent's log)"
 
 
 class BusTrouble(RealmError):
@@ -146,19 +134,19 @@ class Dispatcher:
                 except BusTrouble as error:
                     self._note_bus(str(error))
                 except RealmError as error:
-                    agent.note_trouble("outbox dispatch", error)
+                    agent.note_trouble(Code.EVENTS_NOT_DISPATCHED, error)
                 else:
                     self._note_bus("")
-                    agent.clear_trouble("outbox dispatch")
+                    agent.clear_trouble(Code.EVENTS_NOT_DISPATCHED)
             await trio.sleep(timings.dispatch_s if moved else timings.dispatch_idle_s)
 
     def _note_bus(self, why: str) -> None:
         """Keep the warning about the bus; it makes no agent unready, because clients do not need the bus."""
-        if why and not self._agent.bus_warning:
+        if why and not self._agent.bus_trouble:
             self._agent.log.warning("events not published; they wait in the outbox", reason=why)
-        elif self._agent.bus_warning and not why:
+        elif self._agent.bus_trouble and not why:
             self._agent.log.info("events are published again")
-        self._agent.bus_warning = why
+        self._agent.bus_trouble = (Trouble(Code.BUS, why),) if why else ()
 
     async def dispatch(self, realm: RealmId) -> int:
         """Do one round for `realm` if there is work and the lease is ours; returns how many rows were published.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from juicebox_hsm.errors import RealmError
+from juicebox_hsm.host.codes import Code
 from juicebox_hsm.host.copies import Elsewhere, Place
 from juicebox_hsm.host.liveness import Reachable
 from juicebox_hsm.host.services import ServiceAddress, ServiceKind
@@ -72,9 +73,9 @@ class Peers:
         try:
             addresses = tuple(await self._agent.store.discovery.list())
         except RealmError as error:
-            self._agent.note_trouble("discovery", error)
+            self._agent.note_trouble(Code.DISCOVERY, error)
             return False
-        self._agent.clear_trouble("discovery")
+        self._agent.clear_trouble(Code.DISCOVERY)
         if addresses == self._seen:
             return False
         self._seen = addresses

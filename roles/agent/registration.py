@@ -7,12 +7,23 @@ from typing import TYPE_CHECKING
 import trio
 
 from juicebox_hsm.adapters.observation import build_info
+from juicebox_hsm.adapters.tls.certificate_end import to_unix_ms
 from juicebox_hsm.errors import RealmError
+from juicebox_hsm.host.codes import Code
+from juicebox_hsm.host.readiness import (
+    CopyAt,
+    OwnClockOff,
+    Plain,
+    Readiness,
+    Reason,
+    Trouble,
+    of_certificate,
+    of_groups,
+    of_outbox,
+)
 from juicebox_hsm.host.services import ServiceKind
-from roles.agent import stalls
 from roles.agent.service import hsm_status
 from roles.shell import Entry
-from roles.words import clock_off
 
 if TYPE_CHECKING:
     from roles.agent.context import Agent
@@ -23,14 +34,14 @@ async def register(agent: Agent, *, task_status: trio.TaskStatus[None] = trio.TA
     entry = entry_of(agent)
 
     def succeeded() -> None:
-        agent.clear_trouble("registration")
+        agent.clear_trouble(Code.REGISTRATION)
         if not agent.registered:
             agent.registered = True
             agent.log.info("registered", url=entry.url)
             task_status.started()
 
     def failed(error: RealmError) -> None:
-        agent.note_trouble("registration", error)
+        agent.note_trouble(Code.REGISTRATION, error)
 
     timings = agent.timings
     with agent.registering:
@@ -57,29 +68,22 @@ async def livez(agent: Agent) -> tuple[bool, str]:
     return True, f"hsm id: {agent.hsm_id.hex()}\n{build_info.block(absent='(none)')}"
 
 
-async def readyz(agent: Agent) -> tuple[bool, str]:
-    """Answer 200 when registered, HSM and store answer and nothing is in trouble; warnings do not count."""
-    reasons = [f"{what}: {why}" for what, why in sorted(agent.troubles.items())]
-    reasons += [
-        f"hsm_twice: our HSM also runs at {url}: one of the two is a copy, which must be stopped for good"
-        for url in agent.peers.copies
-    ]
-    reasons += stalls.reasons(agent.groups, trio.current_time())
+async def readyz(agent: Agent) -> Readiness:
+    """Judge: ready is who is registered, whose HSM and store answer and who is not in trouble."""
+    reasons: list[Reason] = [*agent.troubles, *(CopyAt(url) for url in agent.peers.copies)]
+    reasons += of_groups(agent.groups, trio.current_time())
     if not agent.registered:
-        reasons.append("not yet registered")
+        reasons.append(Plain(Code.NOT_REGISTERED))
     if agent.stopping:
-        reasons.append("stopping")
+        reasons.append(Plain(Code.STOPPING))
     if await hsm_status(agent) is None:
-        reasons.append("the HSM does not answer")
+        reasons.append(Plain(Code.HSM_SILENT))
     try:
         await agent.store.discovery.list(ServiceKind.AGENT)
     except RealmError as error:
-        reasons.append(f"store: {error}")
-    lines = reasons or ["ready"]
-    if agent.outbox_warning:
-        lines.append(f"warning: {agent.outbox_warning}")
-    if agent.bus_warning:
-        lines.append(f"warning: events are not published: {agent.bus_warning}")
+        reasons.append(Trouble(Code.STORE, str(error)))
+    warnings = [*of_outbox(agent.unpublished, agent.set_aside), *agent.bus_trouble]
     if agent.clock.off_s:
-        lines.append(f"warning: this machine's clock is {clock_off(agent.clock.off_s)}")
-    return not reasons, "\n".join(lines)
+        warnings.append(OwnClockOff(agent.clock.off_s))
+    warnings += of_certificate(to_unix_ms(agent.config.certificate_end()), agent.now_ms())
+    return Readiness(tuple(reasons), tuple(warnings))

@@ -19,6 +19,7 @@ from juicebox_hsm.consensus.types import Leader as LeaderRole
 from juicebox_hsm.consensus.types import RoleStatus, SteppingDown, Transferring, TransferringOut, Witness
 from juicebox_hsm.errors import RealmError
 from juicebox_hsm.host.liveness import Claim
+from juicebox_hsm.host.readiness import of_outbox
 from juicebox_hsm.hsm.messages import GroupStatus, LeaderStatus, Status, StatusOk
 from juicebox_hsm.ids import OwnedRange
 from juicebox_hsm.ports.errors import HsmGone
@@ -97,6 +98,7 @@ from roles.agent.transfer import (
 )
 from roles.agent.watch import LogRefused
 from roles.agent.watchdog import watchdog
+from roles.words import own_sentence
 
 if TYPE_CHECKING:
     from roles.agent.context import Agent
@@ -242,7 +244,11 @@ async def agent_status(agent: Agent) -> AgentStatus:
         name=agent.config.name,
         build=agent.config.build,
         groups=_group_infos(agent),
-        outbox=OutboxInfo(agent.outbox_rows, agent.outbox_oldest_s, agent.outbox_warning),
+        outbox=OutboxInfo(
+            agent.unpublished.rows,
+            agent.unpublished.oldest_s,
+            "; ".join(own_sentence(warning) for warning in of_outbox(agent.unpublished, agent.set_aside)),
+        ),
         certificate_end_ms=to_unix_ms(agent.config.certificate_end()),
         instance=agent.config.instance,
         now_ms=agent.now_ms(),

@@ -1,8 +1,7 @@
-"""Groups that this agent leads and that cannot commit: log fields, reasons for `/readyz`, and gauges per group."""
+"""The majority of groups that this agent leads: fields of log lines, and gauges per group."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Final
 
 from juicebox_hsm.adapters.observation.metrics import Metrics
@@ -32,24 +31,6 @@ def about(group: GroupState, leader: Leadership, now: float) -> dict[str, object
         "members": quorum.members,
         "commit_age_s": round(quorum.commit_age_s, 1),
     }
-
-
-def reasons(groups: Groups, now: float) -> Iterator[str]:
-    """Yield why this agent is not ready: a line for each group that it leads and that cannot commit."""
-    for group in groups:
-        if group.leader is None:
-            continue
-        if group.leader.is_damaged(now):
-            yield (
-                f"group {group.group.hex()} ({_range(group.leader)}): nodes of its tree in the store are damaged or "
-                "missing; run `juicebox-hsm store check`"
-            )
-        quorum = group.leader.quorum(now)
-        if quorum.stalled_s is not None:
-            yield (
-                f"group {group.group.hex()} ({_range(group.leader)}) cannot commit for {quorum.stalled_s:.0f} s: "
-                f"{quorum.alive} of {quorum.members} members answer"
-            )
 
 
 def sample(groups: Groups, metrics: Metrics, now: float) -> None:

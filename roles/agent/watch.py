@@ -15,6 +15,7 @@ from juicebox_hsm.adapters.observation.logging import bind_context
 from juicebox_hsm.consensus.codec import decode_captured
 from juicebox_hsm.consensus.types import Captured, LogEntry
 from juicebox_hsm.errors import RealmError, check
+from juicebox_hsm.host.codes import Code
 from juicebox_hsm.host.group import GroupState
 from juicebox_hsm.host.leadership.events import CaptureHeard
 from juicebox_hsm.host.log import Compacted
@@ -96,7 +97,6 @@ class Follower:
         self._agent = agent
         self._group = group
         self._following = group.following
-        self._trouble = f"log {group.group.hex()}"
         self._tail: LogEntry | None = None
         """The last entry that the HSM captured, as far as we have seen it."""
         self.lock = trio.Lock()
@@ -158,7 +158,7 @@ class Follower:
                 if found == [] and not self._knows_tail:
                     await self._learn_tail()
             except RealmError as error:
-                self._agent.note_trouble(self._trouble, error)
+                self._agent.note_trouble(Code.LOG_NOT_FOLLOWED, error, self._group.group)
                 await trio.sleep(self._following.read_failed())
                 continue
             async with self.lock:
@@ -169,7 +169,7 @@ class Follower:
             if refused is not None:
                 raise_refused(self._group, refused)
             if not self._following.is_catching_up:
-                self._agent.clear_trouble(self._trouble)
+                self._agent.clear_trouble(Code.LOG_NOT_FOLLOWED, self._group.group)
             match step:
                 case Feed():
                     self._agent.persister.request()
@@ -203,13 +203,13 @@ class Follower:
             agent.log.warning("entries compacted, jumping", group=self._group.group.hex(), index=jump.missing)
         if jump.is_trouble:
             error = RealmError(f"index {jump.missing} is compacted and no certificate helps yet")
-            agent.note_trouble(self._trouble, error)
+            agent.note_trouble(Code.LOG_NOT_FOLLOWED, error, self._group.group)
         try:
             has_jumped = await self._jump()
         except (LogRefused, HsmGone):
             raise
         except RealmError as error:
-            agent.note_trouble(self._trouble, error)
+            agent.note_trouble(Code.LOG_NOT_FOLLOWED, error, self._group.group)
             has_jumped = False
         agent.metrics.count("agent.catchup.jump", result="ok" if has_jumped else "retry")
         if has_jumped:

@@ -23,6 +23,7 @@ from juicebox_hsm.adapters.rpc import RpcPool
 from juicebox_hsm.adapters.stores.opening import open_store
 from juicebox_hsm.adapters.tenants.secrets_file import HeldSecrets
 from juicebox_hsm.crypto.redacted import Secret
+from juicebox_hsm.host.readiness import Readiness
 from juicebox_hsm.host.services import ServiceKind
 from juicebox_hsm.ports.store import Store
 from juicebox_hsm.tenant_keys import RECORD_ID_KEY_NAME, record_id_key, record_id_key_fingerprint
@@ -33,7 +34,7 @@ from roles.cloud_options import SecretsOptions, open_secrets
 from roles.lb.forward import Forwarder
 from roles.lb.guard import RealmGuard
 from roles.lb.poller import Poller
-from roles.lb.readiness import Readiness, warning_lines
+from roles.lb.readiness import BalancerReadiness
 from roles.lb.routes import SHUTTING_DOWN, Routes, livez_text
 from roles.lb.service import ClientService
 from roles.lb.workers import WorkerPlace
@@ -127,7 +128,7 @@ class LoadBalancer:
         )
         self._record_key = record_key
         self._guard = RealmGuard(record_id_key_fingerprint(record_key), store.settings, self._poller, shell.log)
-        self._readiness = Readiness(
+        self._readiness = BalancerReadiness(
             drain=self._drain,
             poller=self._poller,
             guard=self._guard,
@@ -187,8 +188,7 @@ class LoadBalancer:
             service.answer,
             drain=self._drain,
             name=shell.name,
-            readiness=self._readiness.reasons,
-            warnings=self._readiness.warnings,
+            readiness=self._readiness.judge,
             enable_rttest=self._options.enable_rttest,
         )
 
@@ -234,9 +234,8 @@ class LoadBalancer:
     async def _livez(self) -> tuple[bool, str]:
         return True, SHUTTING_DOWN if self._drain.notice.is_set() else livez_text(self._shell.name)
 
-    async def _readyz(self) -> tuple[bool, str]:
-        reasons = self._readiness.reasons()
-        return not reasons, "\n".join([*(reasons or ["ready"]), *warning_lines(self._readiness.warnings())])
+    async def _readyz(self) -> Readiness:
+        return self._readiness.judge()
 
     @asynccontextmanager
     async def _registered(self, entry: Entry) -> AsyncIterator[None]:

@@ -11,9 +11,9 @@ from juicebox_hsm import __version__
 from juicebox_hsm.adapters.edge.drain import DrainController, LifePhase
 from juicebox_hsm.adapters.edge.exchange import BodyTooLarge, Handler, Request, Response
 from juicebox_hsm.adapters.observation import build_info
-from juicebox_hsm.host.codes import Code
+from juicebox_hsm.host.readiness import Readiness, code_headers
 from juicebox_hsm.wire.client import BODY_BYTES_MAX
-from roles.lb.readiness import warning_lines
+from roles.words import readiness_text
 
 ROUND_TRIP_S: Final = 0.1
 ROUND_TRIP_BODY: Final = b"\x41" * 167
@@ -45,10 +45,7 @@ def livez_text(name: str) -> str:
 
 
 class Routes:
-    """Dispatches by path and method.
-
-    `readiness` returns why the balancer is not ready, [] when it is; `warnings` what `/readyz` says besides.
-    """
+    """Dispatches by path and method; `readiness` judges the balancer."""
 
     def __init__(
         self,
@@ -56,15 +53,13 @@ class Routes:
         *,
         drain: DrainController,
         name: str,
-        readiness: Callable[[], list[str]],
-        warnings: Callable[[], list[tuple[Code, str]]],
+        readiness: Callable[[], Readiness],
         enable_rttest: bool,
     ) -> None:
         self._answer_req = answer_req
         self._drain = drain
         self._livez = Response(200, livez_text(name).encode(), _TEXT)
         self._readiness = readiness
-        self._warnings = warnings
         self._others: dict[str, Callable[[Request], Awaitable[Response]]] = {
             "/livez": self._get_livez,
             "/readyz": self._get_readyz,
@@ -92,12 +87,9 @@ class Routes:
     async def _get_readyz(self, request: Request) -> Response:
         if request.method not in {"GET", "HEAD"}:
             return NOT_ALLOWED
-        reasons = self._readiness()
-        warnings = self._warnings()
-        lines = [*(reasons or ["ready"]), *warning_lines(warnings)]
-        codes = ",".join(code.word for code, _ in warnings).encode()
-        headers = (*_TEXT, (b"x-warnings", codes)) if warnings else _TEXT
-        return Response(503 if reasons else 200, "".join(f"{line}\n" for line in lines).encode(), headers)
+        found = self._readiness()
+        codes = tuple((name.encode(), told.encode()) for name, told in code_headers(found).items())
+        return Response(200 if found.is_ready else 503, readiness_text(found).encode(), (*_TEXT, *codes))
 
     async def _round_trip(self, request: Request) -> Response:
         if request.method != "POST":

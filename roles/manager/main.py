@@ -17,7 +17,10 @@ from juicebox_hsm.adapters.observation.metric_names import MANAGER
 from juicebox_hsm.adapters.observation.store_metrics import with_metrics
 from juicebox_hsm.adapters.rpc import RpcPool, RpcServer, serve_rpc
 from juicebox_hsm.adapters.stores.opening import open_store
+from juicebox_hsm.adapters.tls.certificate_end import to_unix_ms
 from juicebox_hsm.errors import RealmError
+from juicebox_hsm.host.codes import Code
+from juicebox_hsm.host.readiness import Plain, Readiness, Reason, Trouble, of_certificate
 from juicebox_hsm.host.services import ServiceKind
 from juicebox_hsm.wire.methods import MANAGER_METHODS
 from juicebox_hsm.wire.rpc import PeerRole
@@ -123,12 +126,18 @@ async def _serve(
             return True, f"ok\n{build_info.block(absent='(none)')}"
         return False, f"not yet registered with service discovery\nversion: {__version__}"
 
-    async def readyz() -> tuple[bool, str]:
+    async def readyz() -> Readiness:
+        reasons: list[Reason] = []
+        if shell.stop.is_set():
+            reasons.append(Plain(Code.STOPPING))
+        if not registered.is_set():
+            reasons.append(Plain(Code.NOT_REGISTERED))
         try:
             await context.store.discovery.list(ServiceKind.MANAGER)
         except RealmError as error:
-            return False, f"store: {error}"
-        return await livez()
+            reasons.append(Trouble(Code.STORE, str(error)))
+        warnings = of_certificate(to_unix_ms(shell.certificate_end()), context.now_ms())
+        return Readiness(tuple(reasons), warnings)
 
     page = StatusPage(context, url)
     await shell.serve_probes(nursery, common.http_listen, livez=livez, readyz=readyz, app_hook=page.hook)

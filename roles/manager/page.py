@@ -231,7 +231,7 @@ def _balancers(balancers: Sequence[BalancerReport], now_ms: int) -> str:
         if balancer.error:
             state = f'<span class="bad">{_text(balancer.error)}</span>'
         elif balancer.reasons:
-            state = f'<span class="bad">{"<br>".join(_text(reason) for reason in balancer.reasons)}</span>'
+            state = f'<span class="bad">{"<br>".join(_text(reason) for _, reason in balancer.reasons)}</span>'
         else:
             state = '<span class="good">ready</span>'
         end = ""

@@ -17,6 +17,8 @@ from cryptography import x509
 from juicebox_hsm.adapters.tls.certificate_end import to_unix_ms
 from juicebox_hsm.host.cluster.verdict import BalancerReport
 from juicebox_hsm.host.codes import Code, code_of
+from juicebox_hsm.host.readiness import REASONS, WARNINGS
+from roles.words import WARNING
 
 PROBE_S: Final = 5.0
 READ_BYTES: Final = 16_384
@@ -24,8 +26,6 @@ TEXT_BYTES_MAX: Final = 65_536  # own: a reason takes about 120 bytes
 REASONS_MAX: Final = 8  # own: a realm without leaders gives one per range
 _READY: Final = 200
 _VERSION: Final = "version: "
-_WARNING: Final = "warning: "
-_CODES: Final = b"x-warnings"  # load-balancer.md 5.3: a code for each warning, in order
 
 
 def _context() -> ssl.SSLContext:
@@ -62,19 +62,15 @@ async def probe_balancer(url: str, timeout_s: float = PROBE_S) -> BalancerReport
                 url, error=str(error) or type(error).__name__, certificate_end_ms=to_unix_ms(not_after)
             )
         lines = [line for line in ready.text.splitlines() if line]
-        told = [line.removeprefix(_WARNING) for line in lines if line.startswith(_WARNING)][:REASONS_MAX]
-        codes = [code_of(word.strip()) for word in ready.codes.split(",")]
-        warnings = zip(told, itertools.chain(codes, itertools.repeat(Code.OTHER)), strict=False)
-        reasons = [] if ready.status == _READY else [line for line in lines if not line.startswith(_WARNING)]
-        if len(reasons) > REASONS_MAX:
-            reasons = [*reasons[:REASONS_MAX], f"and {len(reasons) - REASONS_MAX} more"]
+        warnings = [line.removeprefix(WARNING) for line in lines if line.startswith(WARNING)]
+        reasons = [] if ready.status == _READY else [line for line in lines if not line.startswith(WARNING)]
         version = next((line.removeprefix(_VERSION) for line in live.splitlines() if line.startswith(_VERSION)), "")
         return BalancerReport(
             url,
             version=version,
             certificate_end_ms=to_unix_ms(not_after),
-            reasons=tuple(reasons),
-            warnings=tuple((code, warning) for warning, code in warnings),
+            reasons=_coded(ready.reasons, reasons),
+            warnings=_coded(ready.warnings, warnings),
         )
     return BalancerReport(url, error=f"no answer within {timeout_s:.0f} s", certificate_end_ms=to_unix_ms(not_after))
 
@@ -103,31 +99,42 @@ def _end_of(der: bytes | None) -> dt.datetime | None:
 
 @dataclass(frozen=True, slots=True)
 class _Page:
-    """A page of a balancer; `codes` are those of its warnings."""
+    """A page of a balancer, with the codes of its reasons and of its warnings."""
 
     status: int
-    codes: str
+    reasons: str
+    warnings: str
     text: str
+
+
+def _coded(codes: str, lines: list[str]) -> tuple[tuple[Code, str], ...]:
+    """Return the first lines, each with its code; a balancer of an older version names none."""
+    named = [code_of(word.strip()) for word in codes.split(",")]
+    told = [*zip(itertools.chain(named, itertools.repeat(Code.OTHER)), lines[:REASONS_MAX], strict=False)]
+    left = len(lines) - len(told)
+    return (*told, (Code.OTHER, f"and {left} more")) if left else tuple(told)
 
 
 async def _get(stream: trio.abc.Stream, connection: h11.Connection, host: str, path: str) -> _Page:
     """Return one page. Raises `h11.ProtocolError` for anything but a short HTTP answer."""
     request = h11.Request(method="GET", target=path, headers=[("host", host), ("user-agent", "juicebox-hsm")])
     await stream.send_all((connection.send(request) or b"") + (connection.send(h11.EndOfMessage()) or b""))
-    status, codes, text = 0, b"", bytearray()
+    status, text = 0, bytearray()
+    headers: dict[str, str] = {}
     while True:
         event = connection.next_event()
         if event is h11.NEED_DATA:
             connection.receive_data(bytes(await stream.receive_some(READ_BYTES)))
         elif isinstance(event, h11.Response):
             status = event.status_code
-            codes = dict(event.headers).get(_CODES, b"")
+            headers = {name.decode("ascii"): value.decode("ascii", "replace") for name, value in event.headers}
         elif isinstance(event, h11.Data):
             text += event.data
             if len(text) > TEXT_BYTES_MAX:
                 raise h11.RemoteProtocolError("the answer is too long")
         elif isinstance(event, h11.EndOfMessage):
-            return _Page(status, codes.decode("ascii", "replace"), text.decode("utf-8", "replace"))
+            told = (headers.get(REASONS, ""), headers.get(WARNINGS, ""))
+            return _Page(status, *told, text.decode("utf-8", "replace"))
         elif isinstance(event, h11.ConnectionClosed):
             raise h11.RemoteProtocolError("the connection was closed")
 

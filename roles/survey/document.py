@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from juicebox_hsm.host.cluster.findings import Finding, OfService
 from juicebox_hsm.host.cluster.verdict import Evidence, Verdict
 from roles.words import sentence
 
@@ -14,13 +15,21 @@ def verdict_json(evidence: Evidence, verdict: Verdict) -> dict[str, object]:
         "ok": verdict.is_healthy,
         "problems": [sentence(one) for one in verdict.problems],
         "advice": [sentence(one) for one in verdict.advice],
-        "reasons": [
-            {"code": one.code.word, "severity": one.code.severity.value, "text": sentence(one)} for one in found
-        ],
+        "reasons": [_reason(one) for one in found],
         "agents": len(view.agents),
         "hsms": len(view.hsms),
         "managers": len(evidence.managers),
         "load_balancers": len(evidence.balancers),
         "realms": len(view.realms),
         "groups": len(view.groups),
+    }
+
+
+def _reason(found: Finding) -> dict[str, object]:
+    because = found.because if isinstance(found, OfService) else None
+    return {
+        "code": found.code.word,
+        "severity": found.code.severity.value,
+        "because": None if because is None else because.word,
+        "text": sentence(found),
     }

@@ -21,7 +21,9 @@ from juicebox_hsm.adapters.observation.metric_names import Catalogue
 from juicebox_hsm.adapters.observation.probes import listen
 from juicebox_hsm.adapters.process.supervision import report_crash
 from juicebox_hsm.adapters.stores.opening import open_store
-from juicebox_hsm.errors import DecodingError, LocalError
+from juicebox_hsm.errors import DecodingError, LocalError, RealmError
+from juicebox_hsm.host.codes import Code
+from juicebox_hsm.host.readiness import Plain, Readiness, Reason, Trouble, of_secrets
 from juicebox_hsm.ids import RealmId, parse_id
 from roles.cloud_options import CloudOptions, SecretsOptions, open_secrets, pubsub_options, secrets_options, with_bus
 from roles.options import HTTP_PORT_OFFSET, Address, AddressType, config_option
@@ -142,9 +144,13 @@ async def run(shell: Shell, options: ServeOptions) -> None:
         async def livez() -> tuple[bool, str]:
             return True, f"{options.name} {__version__}"
 
-        async def readyz() -> tuple[bool, str]:
-            await store.realms.list_realms()
-            return True, f"ready; secrets read {secrets.age_s():.0f} s ago"
+        async def readyz() -> Readiness:
+            reasons: list[Reason] = [Plain(Code.STOPPING)] if shell.stop.is_set() else []
+            try:
+                await store.realms.list_realms()
+            except RealmError as error:
+                reasons.append(Trouble(Code.STORE, str(error)))
+            return Readiness((*reasons, *of_secrets(secrets.age_s(), secrets.refresh_s)))
 
         async def until_stopped() -> None:
             await shell.stop.wait()

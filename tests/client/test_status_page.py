@@ -27,6 +27,7 @@ import pytest
 from juicebox_hsm.host.certificates import DAY_MS
 from juicebox_hsm.host.cluster.verdict import BalancerReport, Evidence, ManagerReport, judge
 from juicebox_hsm.host.cluster.view import AgentView, build_view
+from juicebox_hsm.host.codes import Code
 from juicebox_hsm.ids import OwnedRange
 from juicebox_hsm.wire import rpc
 from roles.manager.page import REFRESH_S, Own, render, render_trouble
@@ -120,7 +121,9 @@ def troubled_page() -> str:
         managers=(ManagerReport("tls://10.1.3.1:18071", version="build"), ManagerReport(LONG, error="gone " * 30)),
         balancers=(
             BalancerReport(
-                "https://10.1.4.1:443", version="older", reasons=("secrets are 3000 s old", "no route " * 20)
+                "https://10.1.4.1:443",
+                version="older",
+                reasons=((Code.SECRETS_STALE, "secrets are 3000 s old"), (Code.OTHER, "no route " * 20)),
             ),
             BalancerReport(LONG.replace("tls", "https"), error="certificate verify failed: unable to get local issuer"),
             BalancerReport("https://10.1.4.3:443", version="build", certificate_end_ms=NOW_MS + 3 * DAY_MS),

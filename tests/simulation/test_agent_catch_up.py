@@ -8,7 +8,9 @@ from pathlib import Path
 import trio
 
 from juicebox_hsm.consensus.types import Certificate
+from juicebox_hsm.host.codes import Code
 from juicebox_hsm.host.log import Compacted
+from juicebox_hsm.host.readiness import Trouble
 from juicebox_hsm.ids import GroupId
 from juicebox_hsm.wire.rpc import AppOk, Done
 from roles.agent.registration import readyz
@@ -162,11 +164,12 @@ async def test_member_that_cannot_jump_for_long_is_not_ready(tmp_path: Path) -> 
         nothing = Certificates(behind, [None] * 1000)
         unblind(behind)
         await until(lambda: len(nothing.answers) <= 998)
-        assert behind.agent.troubles == {}
+        assert not behind.agent.troubles
         await until(lambda: behind.agent.troubles)
-        ready, text = await readyz(behind.agent)
-        assert not ready
-        assert "is compacted and no certificate helps yet" in text
+        (trouble,) = (await readyz(behind.agent)).reasons
+        assert isinstance(trouble, Trouble)
+        assert (trouble.code, trouble.group) == (Code.LOG_NOT_FOLLOWED, group)
+        assert "is compacted and no certificate helps yet" in trouble.said
         nothing.answers.clear()
         await until(lambda: behind.group(group).position == leader.group(group).leader.next_index)
         await until(lambda: not behind.agent.troubles)

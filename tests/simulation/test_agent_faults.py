@@ -15,9 +15,12 @@ import roles.agent.app as app_module
 from juicebox_hsm.adapters.hsm_directory.nvram import NvramFailed
 from juicebox_hsm.adapters.process.supervision import ExitCode, exit_code_of
 from juicebox_hsm.consensus.types import LogEntry
+from juicebox_hsm.host.codes import Code
 from juicebox_hsm.host.events import EventKind
 from juicebox_hsm.host.leadership.state import Limits
 from juicebox_hsm.host.log import AppendOutcome, Compacted
+from juicebox_hsm.host.outbox import BACKLOG_BOUND_ROWS, BACKLOG_WARN_ROWS, Unpublished
+from juicebox_hsm.host.readiness import EventsWait, Readiness, Trouble
 from juicebox_hsm.hsm.messages import AppRequest, Outcome, Request, Response
 from juicebox_hsm.ids import GroupId, RealmId
 from juicebox_hsm.ports.errors import HsmGone, StoreAmbiguous, StoreInvalid, StoreUnavailable
@@ -250,7 +253,7 @@ async def test_full_outbox_refuses_before_the_hsm_is_asked(tmp_path: Path) -> No
     async with simulation(tmp_path) as sim:
         group = await sim.new_realm(1)
         agent = sim.agents[0]
-        agent.agent.outbox_full = True
+        agent.agent.unpublished = Unpublished(BACKLOG_BOUND_ROWS)
         reply = await agent.call("app", sim.register1(group, "alice"))
         assert reply == Refused(Refusal.NO_STORE)
         assert agent.log.appends == [1]
@@ -337,13 +340,11 @@ async def test_probes_tell_what_is_wrong(tmp_path: Path) -> None:
         await sim.new_realm(1)
         agent = sim.agents[0].agent
         assert (await livez(agent))[0]
-        assert (await readyz(agent))[0]
-        agent.outbox_warning = "many"
-        assert await readyz(agent) == (True, "ready\nwarning: many")
-        agent.note_trouble("log x", StoreUnavailable("down"))
-        ok, text = await readyz(agent)
-        assert not ok
-        assert "log x: down" in text
+        assert (await readyz(agent)).is_ready
+        agent.unpublished = Unpublished(BACKLOG_WARN_ROWS)
+        assert await readyz(agent) == Readiness(warnings=(EventsWait(agent.unpublished),))
+        agent.note_trouble(Code.DISCOVERY, StoreUnavailable("down"))
+        assert (await readyz(agent)).reasons == (Trouble(Code.DISCOVERY, "down"),)
 
 
 async def test_accounting_and_counters(tmp_path: Path) -> None:
@@ -412,9 +413,12 @@ async def test_trouble_with_compaction_ends_with_the_leadership(tmp_path: Path) 
     async with simulation(tmp_path) as sim:
         group = await sim.new_realm(3)
         await sim.settle_peers()
-        trouble = f"compaction {group.hex()}"
         old = sim.leader_of(group)
         assert old is not None
+        troubles = old.agent.troubles
+
+        def is_in_trouble() -> bool:
+            return any((held.code, held.group) == (Code.COMPACTION, group) for held in troubles)
 
         async def fail(*_: object) -> None:
             raise StoreUnavailable("busy")
@@ -423,11 +427,11 @@ async def test_trouble_with_compaction_ends_with_the_leadership(tmp_path: Path) 
         client = sim.client("alice")
         await client.register(b"1234", b"secret", b"info", 3)
         with trio.fail_after(10):
-            while trouble not in old.agent.troubles:
+            while not is_in_trouble():
                 await client.recover(b"1234", b"info")
                 await trio.sleep(0.1)
         assert await sim.hand_over_group(old, group) is not None
-        await until(lambda: trouble not in old.agent.troubles)
+        await until(lambda: not is_in_trouble())
 
 
 async def test_corrupted_log_met_while_jumping_ends_the_process(tmp_path: Path) -> None:

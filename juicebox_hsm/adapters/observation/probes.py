@@ -21,6 +21,7 @@ from quart_trio.asgi import TrioASGIHTTPConnection
 from juicebox_hsm.adapters.observation.containment import ContainedConfig, contain_connections
 from juicebox_hsm.adapters.observation.metrics import Metrics
 from juicebox_hsm.errors import LocalError, RealmError
+from juicebox_hsm.host.readiness import NoAnswer, Readiness, code_headers
 
 PROBE_S: Final = 2.0  # own: a live answer from the HSM has 1 s (agent.md 4)
 IDLE_S: Final = 10  # own
@@ -29,6 +30,7 @@ BODY_BYTES_MAX: Final = 1 << 16  # own: no page takes a body
 BACKLOG: Final = 64
 SEND_MS: Final = 2000  # own: a reader that takes nothing for this long is cut off, even while we shut down
 RESPONSE_S: Final = 5.0  # own: for pages of a role; probes and metrics need milliseconds
+TEXT_TYPE: Final = "text/plain; charset=utf-8"
 METRICS_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
 contain_connections()
@@ -52,6 +54,7 @@ class Exchange(TrioASGIHTTPConnection):
 
 
 Probe = Callable[[], Awaitable[tuple[bool, str]]]
+Judge = Callable[[], Awaitable[Readiness]]
 
 
 async def serve_probes(
@@ -59,18 +62,19 @@ async def serve_probes(
     *,
     name: str,
     livez: Probe,
-    readyz: Probe,
+    readyz: Judge,
+    show: Callable[[Readiness], str],
     metrics: Metrics,
     app_hook: Callable[[QuartTrio], None] | None = None,
     task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve the HTTP port on `bind` (host, port; port 0 picks one) until cancelled; reports the port.
 
-    `livez` and `readyz` return whether all is well and a text (status 200 or 503); they run one at a time, and taking
-    more than 2 s or raising a `RealmError` counts as not well. `app_hook` may add routes. Raises `LocalError` when it
-    cannot listen.
+    `livez` returns whether all is well and a text (status 200 or 503), `readyz` what `show` makes the text of; they run
+    one at a time, and taking more than 2 s, or for `livez` raising a `RealmError`, counts as not well. `app_hook` may
+    add routes. Raises `LocalError` when it cannot listen.
     """
-    app = make_app(name, livez=livez, readyz=readyz, metrics=metrics)
+    app = make_app(name, livez=livez, readyz=readyz, show=show, metrics=metrics)
     if app_hook is not None:
         app_hook(app)
     config = ContainedConfig()
@@ -88,34 +92,38 @@ async def serve_probes(
         task_status.started(port)
 
 
-def make_app(name: str, *, livez: Probe, readyz: Probe, metrics: Metrics) -> QuartTrio:
+def make_app(
+    name: str, *, livez: Probe, readyz: Judge, show: Callable[[Readiness], str], metrics: Metrics
+) -> QuartTrio:
     """Return the application without a server, for tests and for roles that serve it elsewhere."""
     app = QuartTrio(__name__, static_folder=None)
     app.asgi_http_class = Exchange
     app.config["MAX_CONTENT_LENGTH"] = BODY_BYTES_MAX
-    turns = {"livez": trio.Lock(), "readyz": trio.Lock()}
+    live_turn, ready_turn = trio.Lock(), trio.Lock()
 
-    async def answer(which: str, probe: Probe) -> Response:
+    async def get_livez() -> Response:
         ok, text = False, f"no answer within {PROBE_S} s"
         with trio.move_on_after(PROBE_S):
             try:
-                async with turns[which]:
-                    ok, text = await probe()
+                async with live_turn:
+                    ok, text = await livez()
             except RealmError as error:
                 text = str(error)
-        return Response(f"{text.rstrip()}\n", status=200 if ok else 503, content_type="text/plain; charset=utf-8")
-
-    async def get_livez() -> Response:
-        return await answer("livez", livez)
+        return Response(f"{text.rstrip()}\n", status=200 if ok else 503, content_type=TEXT_TYPE)
 
     async def get_readyz() -> Response:
-        return await answer("readyz", readyz)
+        found = Readiness((NoAnswer(PROBE_S),))
+        with trio.move_on_after(PROBE_S):
+            async with ready_turn:
+                found = await readyz()
+        status = 200 if found.is_ready else 503
+        return Response(show(found), status=status, headers=code_headers(found), content_type=TEXT_TYPE)
 
     async def get_metrics() -> Response:
         return Response(metrics.render(), content_type=METRICS_TYPE)
 
     async def get_index() -> Response:
-        return Response(f"{name}\n/livez\n/readyz\n/metrics\n", content_type="text/plain; charset=utf-8")
+        return Response(f"{name}\n/livez\n/readyz\n/metrics\n", content_type=TEXT_TYPE)
 
     app.add_url_rule("/livez", view_func=get_livez)
     app.add_url_rule("/readyz", view_func=get_readyz)

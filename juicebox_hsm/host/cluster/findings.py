@@ -34,11 +34,15 @@ class Fact:
 
 @dataclass(frozen=True, slots=True)
 class OfService:
-    """A reason about the service at `url`; `said` is what it said itself, or why it could not be asked."""
+    """A reason about the service at `url`; `said` is what it said itself, or why it could not be asked.
+
+    Of one that says that it is not ready, `because` is the code of its own reason.
+    """
 
     code: Code
     url: str
     said: str = ""
+    because: Code | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,14 +64,14 @@ class ManagerReport:
 class BalancerReport:
     """What one load balancer showed: the end of its certificate, and of `/readyz` the reasons, none when it is ready.
 
-    `warnings` are what its `/readyz` says besides, ready or not, each with the code that the balancer gives it.
+    `warnings` are what its `/readyz` says besides, ready or not. Each line has the code that the balancer gives it.
     """
 
     url: str
     error: str = ""
     version: str = ""
     certificate_end_ms: int | None = None
-    reasons: tuple[str, ...] = ()
+    reasons: tuple[tuple[Code, str], ...] = ()
     warnings: tuple[tuple[Code, str], ...] = ()
 
 
@@ -169,8 +169,8 @@ def _balancer_problems(evidence: Evidence) -> Iterator[Finding]:
     for balancer in evidence.balancers:
         if balancer.error:
             yield OfService(Code.LOAD_BALANCER_SILENT, balancer.url, balancer.error)
-        for reason in balancer.reasons:
-            yield OfService(Code.LOAD_BALANCER_NOT_READY, balancer.url, reason)
+        for code, reason in balancer.reasons:
+            yield OfService(Code.LOAD_BALANCER_NOT_READY, balancer.url, reason, because=code)
         for code, warning in balancer.warnings:
             yield OfService(code, balancer.url, warning)
         yield from _certificate(Certificate.LOAD_BALANCER, balancer.url, balancer.certificate_end_ms, evidence.now_ms)

@@ -189,7 +189,7 @@ class Checker:
         addresses = (realm.address for realm in self.target.configuration.realms)
         told = []
         for report in await probe_balancers((url for url in addresses if url.startswith("https:")), WHY_S):
-            told += [f"{report.url} is not ready: {reason}" for reason in report.reasons]
+            told += [f"{report.url} is not ready: {reason}" for _, reason in report.reasons]
             if report.error:
                 told.append(f"{report.url} does not answer: {report.error}")
         for line in told:

@@ -18,6 +18,7 @@ from roles.survey.document import verdict_json
 from roles.survey.evidence import read_manager_status
 from roles.words import sentence
 from tests.host.cluster.agents import REALM, FakeAgent, FakeGroup, group, hsm, record, three, view_of
+from tests.host.test_readiness import every_reason
 
 NOW_MS = 1_793_491_200_000  # 1 November 2026
 END_MS = NOW_MS + 60 * DAY_MS
@@ -170,8 +171,12 @@ def test_pending_transfer_by_age() -> None:
 
 def test_balancers() -> None:
     """What `/readyz` says, silence, and the end of a certificate are told with the balancer's address."""
-    one = BalancerReport("https://b1", version="build", certificate_end_ms=END_MS, reasons=("secrets stale for 60s",))
-    assert _only(_evidence(_led(), balancers=(one, BALANCERS[1]))).endswith("is not ready: secrets stale for 60s")
+    one = replace(BALANCERS[0], reasons=((Code.SECRETS_STALE, "secrets stale for 60s"),))
+    evidence = _evidence(_led(), balancers=(one, BALANCERS[1]))
+    assert _only(evidence).endswith("is not ready: secrets stale for 60s")
+    told = verdict_json(evidence, judge(evidence))["reasons"]
+    assert isinstance(told, list)
+    assert (told[0]["code"], told[0]["because"]) == ("load-balancer-not-ready", "secrets-stale")
     silent = BalancerReport("https://b1", error="refused")
     assert "does not answer: refused" in _only(_evidence(_led(), balancers=(silent, BALANCERS[1])))
     soon = replace(BALANCERS[0], certificate_end_ms=NOW_MS + 19 * DAY_MS)
@@ -355,7 +360,7 @@ def _trouble_of_every_kind() -> list[Evidence]:
     busy = Evidence(
         view, (ManagerReport("tls://m1", error="down"),),
         (BalancerReport("https://b1", error="down"),
-         BalancerReport("https://b2", certificate_end_ms=NOW_MS, reasons=("secrets stale",),
+         BalancerReport("https://b2", certificate_end_ms=NOW_MS, reasons=((Code.SECRETS_STALE, "secrets stale"),),
                         warnings=((Code.OTHER, "x"),))),
         NOW_MS, frozenset({hsm(2)}), rebalancing_paused=True, own_certificate_end_ms=NOW_MS + DAY_MS,
     )  # fmt: skip
@@ -388,7 +393,8 @@ def _trouble_of_every_kind() -> list[Evidence]:
 def test_every_code_is_found_and_has_a_sentence() -> None:
     """No code is left that nothing yields, none lacks a sentence, and each verdict lists its problems before advice."""
     evidences = _trouble_of_every_kind()
-    assert {code for evidence in evidences for code in _codes(evidence)} == set(Code)
+    own = {reason.code for reason in every_reason()}
+    assert {code for evidence in evidences for code in _codes(evidence)} | own == set(Code)
     for evidence in evidences:
         for found in judge(evidence).findings:
             assert sentence(found)
@@ -397,6 +403,7 @@ def test_every_code_is_found_and_has_a_sentence() -> None:
     assert {
         "code": "rebalancing-paused",
         "severity": "advice",
+        "because": None,
         "text": "periodic rebalancing is paused; resume it with `cluster rebalance --resume`",
     } in told
     assert len(told) == len(judge(evidences[0]).findings)

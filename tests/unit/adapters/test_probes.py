@@ -17,6 +17,9 @@ from juicebox_hsm.adapters.observation.containment import ContainedConfig
 from juicebox_hsm.adapters.observation.metrics import Metrics
 from juicebox_hsm.adapters.observation.probes import serve_probes
 from juicebox_hsm.errors import LocalError, RealmError
+from juicebox_hsm.host.codes import Code
+from juicebox_hsm.host.readiness import OwnClockOff, Plain, Readiness
+from roles.words import readiness_text
 from tests.patience import HANGS_S
 
 
@@ -44,6 +47,11 @@ class Health:
         if self.error is not None:
             raise self.error
         return self.ok, "hsm id: 00"
+
+    async def judge(self) -> Readiness:
+        """Answer as a service that does not hear its HSM, unless all is well."""
+        ok, _ = await self()
+        return Readiness() if ok else Readiness((Plain(Code.HSM_SILENT),), (OwnClockOff(6.0),))
 
 
 async def get(port: int, path: str, method: str = "GET") -> tuple[int, str, str]:
@@ -75,7 +83,8 @@ async def serving(live: Health, ready: Health, metrics: Metrics | None = None) -
                 ("127.0.0.1", 0),
                 name="agent one",
                 livez=live,
-                readyz=ready,
+                readyz=ready.judge,
+                show=readiness_text,
                 metrics=metrics if metrics is not None else Metrics(),
                 app_hook=add,
                 task_status=task_status,
@@ -95,7 +104,9 @@ async def test_pages() -> None:
         status, head, text = await get(port, "/livez")
         assert (status, text) == (200, "hsm id: 00\n")
         assert "server:" not in head.lower()
-        assert (await get(port, "/readyz"))[0] == 503
+        status, head, text = await get(port, "/readyz")
+        assert (status, text) == (503, "the HSM does not answer\nwarning: its clock is 6 s ahead of the others'\n")
+        assert "x-reasons: hsm-silent\r\nx-warnings: clock" in head
         status, head, text = await get(port, "/metrics")
         assert status == 200
         assert "content-type: text/plain; version=0.0.4; charset=utf-8" in head
@@ -110,10 +121,10 @@ async def test_trouble_is_not_ok(capsys: pytest.CaptureFixture[str]) -> None:
     """A probe that fails or hangs is answered 503 in bounded time, and the port goes on."""
     live, ready = Health(), Health()
     async with serving(live, ready) as port:
-        ready.error = RealmError("store is down")
-        assert (await get(port, "/readyz"))[::2] == (503, "store is down\n")
-        ready.error = None
-        assert (await get(port, "/readyz"))[0] == 200
+        live.error = RealmError("store is down")
+        assert (await get(port, "/livez"))[::2] == (503, "store is down\n")
+        live.error = None
+        assert (await get(port, "/livez"))[0] == 200
     assert capsys.readouterr().out == ""
 
 
@@ -133,6 +144,12 @@ async def test_hanging_probe_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None
                 nursery.start_soon(ask)
         assert statuses == [503] * 3
         assert live.most == 1
+    ready = Health()
+    ready.hang = True
+    async with serving(Health(), ready) as port:
+        status, head, text = await get(port, "/readyz")
+    assert (status, text) == (503, "no answer within 0.1 s\n")
+    assert "x-reasons: no-answer" in head
 
 
 async def test_garbage_is_survived() -> None:
@@ -185,7 +202,14 @@ async def test_port_in_use() -> None:
     """A taken port is a configuration error that names it."""
     async with serving(Health(), Health()) as port:
         with pytest.raises(LocalError, match=f"cannot listen on 127.0.0.1:{port}"):
-            await serve_probes(("127.0.0.1", port), name="x", livez=Health(), readyz=Health(), metrics=Metrics())
+            await serve_probes(
+                ("127.0.0.1", port),
+                name="x",
+                livez=Health(),
+                readyz=Health().judge,
+                show=readiness_text,
+                metrics=Metrics(),
+            )
 
 
 async def test_bytes_after_a_refused_upgrade_end_their_connection_only() -> None:

@@ -15,7 +15,9 @@ from juicebox_hsm.adapters.observation.logging import get_logger
 from juicebox_hsm.adapters.observation.metrics import Metrics
 from juicebox_hsm.adapters.stores.embedded_bus import EmbeddedBus
 from juicebox_hsm.adapters.stores.opening import open_store
+from juicebox_hsm.host.codes import Code
 from juicebox_hsm.host.events import EVENT_KEPT_MS, EventKind, OutboxEvent
+from juicebox_hsm.host.readiness import Trouble
 from juicebox_hsm.ids import RealmId
 from juicebox_hsm.ports.errors import StoreUnavailable
 from juicebox_hsm.ports.store import Store
@@ -126,9 +128,9 @@ async def test_a_bus_that_is_down_is_a_warning(store: Store) -> None:
         log=get_logger("test"),
         groups=SimpleNamespace(realms=[REALM]),
         timings=SimpleNamespace(dispatch_s=0.001, dispatch_idle_s=0.001),
-        bus_warning="",
-        clear_trouble=lambda what: None,
-        note_trouble=lambda what, error: pytest.fail(f"{what}: {error}"),
+        bus_trouble=(),
+        clear_trouble=lambda code: None,
+        note_trouble=lambda code, error: pytest.fail(f"{code}: {error}"),
     )
     for tenant in "ab":
         await store.outbox.record(REALM, [made(1, EventKind.RECOVER2, tenant)], {})
@@ -142,12 +144,12 @@ async def test_a_bus_that_is_down_is_a_warning(store: Store) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(Dispatcher(cast("Any", agent)).run)
             assert await published({"a": 0, "b": 1})
-            while not agent.bus_warning:  # noqa: ASYNC110 - the dispatcher tells nobody
+            while not agent.bus_trouble:  # noqa: ASYNC110 - the dispatcher tells nobody
                 await trio.sleep(0.001)
-            assert agent.bus_warning == "pubsub Publish: UNAVAILABLE"
+            assert agent.bus_trouble == (Trouble(Code.BUS, "pubsub Publish: UNAVAILABLE"),)
             assert agent.metrics.counter("pubsub.publish_msg.exhausted_errors").value > 0
             bus.down = False
             assert await published({"a": 1, "b": 1})
-            while agent.bus_warning:  # noqa: ASYNC110 - same
+            while agent.bus_trouble:  # noqa: ASYNC110 - same
                 await trio.sleep(0.001)
             nursery.cancel_scope.cancel()

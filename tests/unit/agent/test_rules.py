@@ -23,7 +23,7 @@ from juicebox_hsm.ids import GroupId, HsmId, RealmId, RecordId
 from juicebox_hsm.ports.errors import HsmGone
 from juicebox_hsm.wire.client import TransportRequest, TransportResponse
 from roles.agent.context import Agent, Timings
-from roles.agent.outbox import by_day, note_backlog
+from roles.agent.outbox import by_day
 from roles.agent.watchdog import suspects, watchdog
 
 REALM, GROUP, HSM = RealmId(b"r" * 16), GroupId(b"g" * 16), HsmId(b"h" * 16)
@@ -92,30 +92,6 @@ class FewThings:
 
     metrics: Any
     log: Any
-    outbox_rows: int = 0
-    outbox_oldest_s: float = 0.0
-    outbox_full: bool = False
-    outbox_warning: str = ""
-    outbox_long: bool = False
-    set_aside: int = 0
-
-
-@pytest.mark.parametrize(
-    ("rows", "age_s", "warns", "full"),
-    [
-        (99_999, 59.9, False, False),
-        (100_000, 0.0, True, False),
-        (1, 60.0, True, False),
-        (10_000_000, 0.0, True, True),
-    ],
-)
-def test_backlog_bounds(rows: int, age_s: float, warns: bool, full: bool) -> None:
-    """Warnings begin at 1 % of the bound or 60 s; at the bound requests are refused, and both end again."""
-    agent = FewThings(NullSink(), NullSink())
-    note_backlog(cast("Agent", agent), rows, age_s)
-    assert (bool(agent.outbox_warning), agent.outbox_full) == (warns, full)
-    note_backlog(cast("Agent", agent), 0, 0.0)
-    assert (agent.outbox_warning, agent.outbox_full) == ("", False)
 
 
 def status_of(role: Leader | Witness, captured: int) -> StatusOk:

@@ -10,10 +10,12 @@ import trio
 from juicebox_hsm.adapters.edge.drain import DrainController
 from juicebox_hsm.adapters.edge.exchange import Request, Response
 from juicebox_hsm.host.codes import Code
+from juicebox_hsm.host.readiness import OwnClockOff, Plain, Readiness, Reason
 from juicebox_hsm.ids import GroupId, RealmId
 from juicebox_hsm.wire.rpc import Range
-from roles.lb.readiness import Readiness
+from roles.lb.readiness import BalancerReadiness
 from roles.lb.routes import Routes
+from roles.words import own_sentence
 from tests.unit.lb.harness import REALM, Balancer, FakeAgent, FakeRequest
 
 
@@ -21,19 +23,20 @@ async def _req(_: Request) -> Response:
     return Response(200, b"answered")
 
 
-def _routes(
-    reasons: list[str] | None = None, *, rttest: bool = False, warnings: tuple[tuple[Code, str], ...] = ()
-) -> tuple[Routes, DrainController]:
+def _routes(found: Readiness | None = None, *, rttest: bool = False) -> tuple[Routes, DrainController]:
     drain = DrainController()
     routes = Routes(
         _req,
         drain=drain,
         name="lb1",
-        readiness=lambda: reasons or [],
-        warnings=lambda: list(warnings),
+        readiness=lambda: found or Readiness(),
         enable_rttest=rttest,
     )
     return routes, drain
+
+
+def _told(reasons: tuple[Reason, ...]) -> list[str]:
+    return [own_sentence(reason) for reason in reasons]
 
 
 @pytest.mark.parametrize(
@@ -85,37 +88,40 @@ async def test_livez() -> None:
 
 
 async def test_readyz_reasons() -> None:
-    """Not ready is 503 with one reason per line."""
-    routes, _ = _routes(["shutting down", "no realms"])
+    """Not ready is 503 with one reason per line, and their codes in the same order."""
+    routes, _ = _routes(Readiness((Plain(Code.STOPPING), Plain(Code.NO_REALMS))))
     response = await routes.answer(FakeRequest("GET", "/readyz"))
     assert (response.status, response.body) == (503, b"shutting down\nno realms\n")
+    assert (b"x-reasons", b"stopping,no-realms") in response.headers
 
 
-@pytest.mark.parametrize(("reasons", "status", "first"), [([], 200, b"ready"), (["no realms"], 503, b"no realms")])
-async def test_readyz_warnings(reasons: list[str], status: int, first: bytes) -> None:
+@pytest.mark.parametrize(
+    ("reasons", "status", "first"), [((), 200, b"ready"), ((Plain(Code.NO_REALMS),), 503, b"no realms")]
+)
+async def test_readyz_warnings(reasons: tuple[Reason, ...], status: int, first: bytes) -> None:
     """What somebody has to see to is told besides, and makes nobody take a serving balancer out of rotation."""
-    routes, _ = _routes(reasons, warnings=((Code.CERTIFICATE, "the cluster certificate ends"),))
+    routes, _ = _routes(Readiness(reasons, (OwnClockOff(7.0),)))
     response = await routes.answer(FakeRequest("GET", "/readyz"))
-    assert (response.status, response.body) == (status, first + b"\nwarning: the cluster certificate ends\n")
-    assert (b"x-warnings", b"certificate") in response.headers
+    assert (response.status, response.body) == (status, first + b"\nwarning: its clock is 7 s ahead of the others'\n")
+    assert (b"x-warnings", b"clock") in response.headers
 
 
 async def test_the_end_of_the_cluster_certificate_is_a_warning() -> None:
     """A balancer whose cluster certificate ends soon stays ready and says so; a reload with a new one ends that."""
     balancer = Balancer(FakeAgent("tls://a"))
     end = dt.datetime.now(dt.UTC) + dt.timedelta(days=3, hours=1)
-    readiness = Readiness(
+    readiness = BalancerReadiness(
         drain=DrainController(),
         poller=balancer.poller,
         guard=balancer.guard,
         secrets_age_s=lambda: 0.0,
         cluster_end=lambda: end,
     )
-    assert readiness.warnings() == [(Code.CERTIFICATE, f"the cluster certificate ends on {end:%Y-%m-%d}, in 3 days")]
+    assert _told(readiness.judge().warnings) == [f"the cluster certificate ends on {end:%Y-%m-%d}, in 3 days"]
     end -= dt.timedelta(days=4)
-    assert readiness.warnings() == [(Code.CERTIFICATE, f"the cluster certificate ended on {end:%Y-%m-%d}")]
+    assert _told(readiness.judge().warnings) == [f"the cluster certificate ended on {end:%Y-%m-%d}"]
     end += dt.timedelta(days=90)
-    assert readiness.warnings() == []
+    assert readiness.judge().warnings == ()
 
 
 async def test_round_trip_probe(autojump_clock: object) -> None:
@@ -136,7 +142,7 @@ async def test_readiness(nursery: trio.Nursery, autojump_clock: object) -> None:
     balancer = Balancer(agent)
     drain = DrainController()
     age_s = 0.0
-    readiness = Readiness(
+    readiness = BalancerReadiness(
         drain=drain,
         poller=balancer.poller,
         guard=balancer.guard,
@@ -144,19 +150,19 @@ async def test_readiness(nursery: trio.Nursery, autojump_clock: object) -> None:
         cluster_end=lambda: None,
     )
     await balancer.start(nursery, settle=False)
-    assert readiness.reasons() == ["no realms"]
+    assert _told(readiness.judge().reasons) == ["no realms"]
     agent.realm, agent.range = REALM, half
     await trio.sleep(1)
-    assert readiness.reasons() == [f"realm {REALM.hex()}: no leader for [0x8000...-0xff...]"]
+    assert _told(readiness.judge().reasons) == [f"realm {REALM.hex()}: no leader for [0x8000...-0xff...]"]
     agent.leads = False
     await trio.sleep(1)
-    assert readiness.reasons() == [f"realm {REALM.hex()}: no leader for [0x00...-0xff...]"]
+    assert _told(readiness.judge().reasons) == [f"realm {REALM.hex()}: no leader for [0x00...-0xff...]"]
     agent.leads, agent.range = True, Range(start=bytes(32), end=b"\xff" * 32)
     await trio.sleep(1)
-    assert readiness.reasons() == []
+    assert readiness.judge().is_ready
     age_s = 51.0
     drain.begin_notice()
-    assert readiness.reasons() == ["shutting down", "secrets stale for 51s"]
+    assert _told(readiness.judge().reasons) == ["shutting down", "secrets stale for 51s"]
 
 
 async def test_a_group_that_cannot_commit_is_named(nursery: trio.Nursery, autojump_clock: object) -> None:
@@ -164,7 +170,7 @@ async def test_a_group_that_cannot_commit_is_named(nursery: trio.Nursery, autoju
     half, other = Range(bytes(32), b"\x7f" + b"\xff" * 31), Range(b"\x80" + bytes(31), b"\xff" * 32)
     well, stalled = FakeAgent("tls://a", range=half), FakeAgent("tls://b", group=GroupId(b"S" * 16), range=other)
     balancer = Balancer(well, stalled)
-    readiness = Readiness(
+    readiness = BalancerReadiness(
         drain=DrainController(),
         poller=balancer.poller,
         guard=balancer.guard,
@@ -172,20 +178,20 @@ async def test_a_group_that_cannot_commit_is_named(nursery: trio.Nursery, autoju
         cluster_end=lambda: None,
     )
     await balancer.start(nursery, settle=False)
-    assert readiness.reasons() == []
+    assert readiness.judge().is_ready
     stalled.stalled_s = 0.1
     await trio.sleep(0.2)
     told = f"realm {REALM.hex()}: group {(b'S' * 16).hex()} ([0x8000...-0xff...]) cannot commit: "
-    assert readiness.reasons() == [f"{told}2 of 5 members answer its leader"]
+    assert _told(readiness.judge().reasons) == [f"{told}2 of 5 members answer its leader"]
     well.leads = False
     await trio.sleep(0.2)
-    assert [reason.split(": ", 1)[1].split(" (")[0] for reason in readiness.reasons()] == [
+    assert [reason.split(": ", 1)[1].split(" (")[0] for reason in _told(readiness.judge().reasons)] == [
         f"group {(b'S' * 16).hex()}",
         "no leader for [0x00...-0x7fff...]",
     ]
     well.leads, stalled.stalled_s = True, None
     await trio.sleep(0.2)
-    assert readiness.reasons() == []
+    assert readiness.judge().is_ready
 
 
 async def test_a_refused_realm_is_not_ready(nursery: trio.Nursery, autojump_clock: object) -> None:
@@ -194,7 +200,7 @@ async def test_a_refused_realm_is_not_ready(nursery: trio.Nursery, autojump_cloc
     second = FakeAgent("tls://b", realm=None)
     balancer = Balancer(FakeAgent("tls://a", realm=other), second)
     balancer.settings.values[f"record-id-key/{other.hex()}"] = b"12345678"
-    readiness = Readiness(
+    readiness = BalancerReadiness(
         drain=DrainController(),
         poller=balancer.poller,
         guard=balancer.guard,
@@ -202,7 +208,7 @@ async def test_a_refused_realm_is_not_ready(nursery: trio.Nursery, autojump_cloc
         cluster_end=lambda: None,
     )
     await balancer.start(nursery, settle=False)
-    assert readiness.reasons() == [f"realm {other.hex()}: used with another record-id key"]
+    assert _told(readiness.judge().reasons) == [f"realm {other.hex()}: used with another record-id key"]
     second.realm = REALM
     await trio.sleep(1)
-    assert readiness.reasons() == []
+    assert readiness.judge().is_ready

@@ -64,20 +64,20 @@ async def test_ready_balancer(tls: ssl.SSLContext) -> None:
 
 
 async def test_reasons_are_lines_and_bounded(tls: ssl.SSLContext) -> None:
-    """Each line of /readyz is a reason; a long list is cut. A balancer that closes after it is still judged."""
+    """Each line of /readyz is a reason with its code; a long list is cut. One that closes after it is still judged."""
     text = "".join(f"reason {number}\n" for number in range(20))
-    async with _balancer(tls, [_response(503, text, "connection: close")]) as url:
+    async with _balancer(tls, [_response(503, text, "x-reasons: stopping", "connection: close")]) as url:
         report = await probe_balancer(url)
     assert report.error == ""
-    assert report.reasons[:2] == ("reason 0", "reason 1")
-    assert report.reasons[-1] == "and 12 more"
+    assert report.reasons[:2] == ((Code.STOPPING, "reason 0"), (Code.OTHER, "reason 1"))
+    assert report.reasons[-1] == (Code.OTHER, "and 12 more")
     assert len(report.reasons) == 9
 
 
 async def test_warnings_are_no_reasons(tls: ssl.SSLContext) -> None:
     """A warning in /readyz is reported, of a balancer that is ready and of one that is not, with the code it names."""
     told = "warning: the cluster certificate ends on 2026-11-20, in 9 days"
-    for status, first, reasons in ((200, "ready", ()), (503, "no realms", ("no realms",))):
+    for status, first, reasons in ((200, "ready", ()), (503, "no realms", ((Code.OTHER, "no realms"),))):
         text = f"{first}\n{told}\n"
         for headers, code in (
             (("x-warnings: certificate",), Code.CERTIFICATE),

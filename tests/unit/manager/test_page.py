@@ -18,6 +18,8 @@ from juicebox_hsm.host.certificates import DAY_MS
 from juicebox_hsm.host.cluster.progress import TransferProgress
 from juicebox_hsm.host.cluster.verdict import BalancerReport, Evidence, ManagerReport, judge
 from juicebox_hsm.host.cluster.view import AgentView, build_view
+from juicebox_hsm.host.codes import Code
+from juicebox_hsm.host.readiness import Readiness
 from juicebox_hsm.host.services import ServiceKind
 from juicebox_hsm.ids import FULL_RANGE, OwnedRange
 from juicebox_hsm.ports.errors import StoreUnavailable
@@ -26,6 +28,7 @@ from juicebox_hsm.wire.rpc import TransferStep
 from roles.manager.context import ManagerContext
 from roles.manager.page import Own, bar, render
 from roles.manager.status_page import HEADERS, StatusPage
+from roles.words import readiness_text
 from tests.host.cluster.agents import REALM, FakeAgent, group, hsm, record, three
 from tests.unit.manager.fakes import make_context
 
@@ -141,7 +144,7 @@ def test_hostile_text_stays_text() -> None:
     evidence = _evidence(
         agents,
         managers=(ManagerReport(EVIL, error=EVIL), ManagerReport(EVIL, version=EVIL)),
-        balancers=(BalancerReport(EVIL, error=EVIL), BalancerReport(EVIL, version=EVIL, reasons=(EVIL,))),
+        balancers=(BalancerReport(EVIL, error=EVIL), BalancerReport(EVIL, version=EVIL, reasons=((Code.OTHER, EVIL),))),
     )
     silent = AgentView(EVIL + "2", None, EVIL)
     evidence = replace(evidence, view=build_view([*evidence.view.agents, silent]))
@@ -174,12 +177,16 @@ def test_bar_is_to_scale() -> None:
     assert "0 ranges, 1 without" in bar([])
 
 
-async def _nothing() -> tuple[bool, str]:
+async def _alive() -> tuple[bool, str]:
     return True, "ok"
 
 
+async def _ready() -> Readiness:
+    return Readiness()
+
+
 def _app(context: ManagerContext) -> QuartTrio:
-    app = make_app("m", livez=_nothing, readyz=_nothing, metrics=Metrics())
+    app = make_app("m", livez=_alive, readyz=_ready, show=readiness_text, metrics=Metrics())
     StatusPage(context, "tls://m1").hook(app)
     return app
 
