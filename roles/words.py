@@ -70,6 +70,7 @@ _FACTS: Final = {
 }
 _OF_SERVICES: Final = {
     Code.AGENT_SILENT: "agent {url} does not answer: {said}",
+    Code.AGENT_NOT_READY: "agent {url} is not ready: {said}",
     Code.HSM_SILENT: "agent {url}: its HSM does not answer",
     Code.OUTBOX: "agent {url}: outbox: {said}",
     Code.MANAGER_SILENT: "manager {url} does not answer: {said}",

@@ -25,6 +25,7 @@ class Code(enum.Enum):
 
     NO_AGENT = ("no-agent", _PROBLEM)
     AGENT_SILENT = ("agent-silent", _PROBLEM)
+    AGENT_NOT_READY = ("agent-not-ready", _PROBLEM)
     HSM_TWICE = ("hsm-twice", _PROBLEM)
     HSM_SILENT = ("hsm-silent", _PROBLEM)
     OUTBOX = ("outbox", _PROBLEM)

@@ -240,11 +240,19 @@ class OutboxInfo(_Body, frozen=True):
     warning: str = ""
 
 
+class Told(_Body, frozen=True):
+    """A line of a service's about itself, and the word of its code."""
+
+    code: str
+    text: str
+
+
 class AgentStatus(_Body, frozen=True):
     """Reply of `status`. `hsm`: None when the HSM does not answer. `certificate_end_ms`: Unix time, if it has one.
 
     `instance` is drawn when the process starts, and tells it from one with a copy of its HSM.
-    `now_ms` is the agent's wall clock, None from one of an older version.
+    `now_ms` is the agent's wall clock, None from one of an older version. `troubles` are what it tries again and is not
+    ready for, but for what other fields tell.
     """
 
     uptime_s: float
@@ -257,6 +265,7 @@ class AgentStatus(_Body, frozen=True):
     instance: bytes = b""
     now_ms: int | None = None
     logs_behind: tuple[LogBehind, ...] = ()
+    troubles: tuple[Told, ...] = ()
 
 
 class RealmCreated(_Body, frozen=True):

@@ -19,7 +19,7 @@ from juicebox_hsm.consensus.types import Leader as LeaderRole
 from juicebox_hsm.consensus.types import RoleStatus, SteppingDown, Transferring, TransferringOut, Witness
 from juicebox_hsm.errors import RealmError
 from juicebox_hsm.host.liveness import Claim
-from juicebox_hsm.host.readiness import of_outbox
+from juicebox_hsm.host.readiness import Trouble, of_outbox
 from juicebox_hsm.hsm.messages import GroupStatus, LeaderStatus, Status, StatusOk
 from juicebox_hsm.ids import OwnedRange
 from juicebox_hsm.ports.errors import HsmGone
@@ -70,6 +70,7 @@ from juicebox_hsm.wire.rpc import (
     Replicate,
     RoleInfo,
     TenantsReloaded,
+    Told,
     TransferringInfo,
 )
 from roles.agent.app import handle_app
@@ -253,6 +254,9 @@ async def agent_status(agent: Agent) -> AgentStatus:
         instance=agent.config.instance,
         now_ms=agent.now_ms(),
         logs_behind=agent.logs_behind,
+        troubles=tuple(
+            Told(trouble.code.word, own_sentence(trouble)) for trouble in agent.troubles if isinstance(trouble, Trouble)
+        ),
     )
 
 

@@ -34,7 +34,7 @@ from juicebox_hsm.host.cluster.findings import (
     VersionsDiffer,
 )
 from juicebox_hsm.host.cluster.view import ClusterView, GroupKey, GroupView, Member
-from juicebox_hsm.host.codes import Code, Severity
+from juicebox_hsm.host.codes import Code, Severity, code_of
 from juicebox_hsm.host.services import ServiceKind
 from juicebox_hsm.ids import GroupId, HsmId, OwnedRange, uncovered
 
@@ -144,6 +144,8 @@ def _agent_problems(view: ClusterView, now_ms: int) -> Iterator[Finding]:
             yield OfService(Code.HSM_SILENT, agent.url)
         for behind in status.logs_behind:
             yield AnotherStore(agent.url, behind)
+        for told in status.troubles:
+            yield OfService(Code.AGENT_NOT_READY, agent.url, told.text, because=code_of(told.code))
         outbox = status.outbox
         if outbox is not None and outbox.warning:
             yield OfService(Code.OUTBOX, agent.url, outbox.warning)

@@ -9,6 +9,7 @@ import pytest
 
 from juicebox_hsm.host.certificates import DAY_MS
 from juicebox_hsm.host.clocks import Reading
+from juicebox_hsm.host.cluster.findings import OfService
 from juicebox_hsm.host.cluster.verdict import BalancerReport, Evidence, ManagerReport, judge
 from juicebox_hsm.host.cluster.view import AgentView, build_view
 from juicebox_hsm.host.codes import Code, code_of
@@ -169,6 +170,21 @@ def test_pending_transfer_by_age() -> None:
     assert "no manager answers" in _problems(_evidence(agents, managers=()))[-1]
 
 
+def test_an_agent_in_trouble() -> None:
+    """What an agent tries again is a problem that names the agent; programs have its code."""
+    agents = _led()
+    told = rpc.Told("log-not-followed", f"log {group(1).hex()}: database is locked")
+    status = msgspec.structs.replace(agents[0].status(), troubles=(told, rpc.Told("of-tomorrow", "x")))
+    view = build_view([AgentView("tls://a1", status), *(AgentView(a.url, a.status()) for a in agents[1:])])
+    evidence = _evidence(agents, view=view)
+    first, second = judge(evidence).problems
+    assert sentence(first) == f"agent tls://a1 is not ready: log {group(1).hex()}: database is locked"
+    assert [found.because for found in (first, second) if isinstance(found, OfService)] == [
+        Code.LOG_NOT_FOLLOWED,
+        Code.OTHER,
+    ]
+
+
 def test_balancers() -> None:
     """What `/readyz` says, silence, and the end of a certificate are told with the balancer's address."""
     one = replace(BALANCERS[0], reasons=((Code.SECRETS_STALE, "secrets stale for 60s"),))
@@ -207,7 +223,8 @@ def test_cluster_certificates(days: int | None, says: str) -> None:
 def test_an_older_agent_tells_no_end() -> None:
     """A status without the end of the certificate, as older agents send it, is read and judged as before."""
     status = _led()[0].status()
-    older = msgspec.msgpack.decode(msgspec.msgpack.encode(status))[:-4]
+    older = msgspec.msgpack.decode(msgspec.msgpack.encode(status))
+    older = older[: rpc.AgentStatus.__struct_fields__.index("certificate_end_ms")]
     assert msgspec.convert(older, rpc.AgentStatus).certificate_end_ms is None
 
 
@@ -354,7 +371,8 @@ def _trouble_of_every_kind() -> list[Evidence]:
     )
     agents[0].groups[group(1)].transferring = marker
     status = agents[2].status()
-    silent_hsm = rpc.AgentStatus(1.0, None, "a3", "newer", [], rpc.OutboxInfo(7, 61.0))
+    trouble = (rpc.Told("store", "store: down"),)
+    silent_hsm = rpc.AgentStatus(1.0, None, "a3", "newer", [], rpc.OutboxInfo(7, 61.0), troubles=trouble)
     view = build_view([*(AgentView(a.url, a.status()) for a in agents[:2]), AgentView("tls://a3", silent_hsm),
                        AgentView("tls://a4", None, "down"), AgentView("tls://a5", status)])  # fmt: skip
     busy = Evidence(
