@@ -22,8 +22,9 @@ from juicebox_hsm import __version__
 from juicebox_hsm.adapters.faults.switch import FaultSwitch
 from juicebox_hsm.adapters.observation import build_info
 from juicebox_hsm.adapters.observation.dogstatsd import send_metrics
+from juicebox_hsm.adapters.observation.families import Family
 from juicebox_hsm.adapters.observation.logging import get_logger, lines_dropped, report_suppressed
-from juicebox_hsm.adapters.observation.metric_names import Catalogue, declare
+from juicebox_hsm.adapters.observation.metric_names import ANY_SERVICE
 from juicebox_hsm.adapters.observation.metrics import Metrics
 from juicebox_hsm.adapters.observation.probes import Judge, Probe, serve_probes
 from juicebox_hsm.adapters.observation.tracing import Traces, open_traces
@@ -68,7 +69,7 @@ class Kind:
 
     logger: str
     tag: str
-    series: Catalogue
+    series: tuple[Family, ...]
     sends_traces: bool = True
     guards_memory: bool = False
 
@@ -107,7 +108,7 @@ class Shell:
         self.traces = traces
         self.log = get_logger(kind.logger)
         self.metrics = Metrics()
-        declare(self.metrics, kind.series)
+        self.metrics.declare((*ANY_SERVICE, *kind.series))
         self._lines_dropped = self.metrics.counter("log.lines_dropped")
         self.faults = FaultSwitch.from_environment(name)
         self.tls: ClusterTls | None = None

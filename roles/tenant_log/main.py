@@ -17,7 +17,7 @@ from hypercorn.trio import serve as serve_asgi
 from juicebox_hsm import __version__
 from juicebox_hsm.adapters.observation.containment import ContainedConfig
 from juicebox_hsm.adapters.observation.logging import configure
-from juicebox_hsm.adapters.observation.metric_names import Catalogue
+from juicebox_hsm.adapters.observation.metric_names import TENANT_LOG
 from juicebox_hsm.adapters.observation.probes import listen
 from juicebox_hsm.adapters.process.supervision import report_crash
 from juicebox_hsm.adapters.stores.opening import open_store
@@ -31,7 +31,7 @@ from roles.shell import Kind, Shell, ready, start, stopping
 from roles.store_options import store_option
 from roles.tenant_log.service import WAIT_S, Realms, TenantLogService
 
-KIND: Final = Kind("tenant-log", "tenant_log", Catalogue(), sends_traces=False, guards_memory=True)
+KIND: Final = Kind("tenant-log", "tenant_log", TENANT_LOG, sends_traces=False, guards_memory=True)
 KEEP_ALIVE_S: Final = 60  # own
 READ_S: Final = 3 * WAIT_S  # own: a connection is read during a waiting call too, so longer than the wait
 GRACE_S: Final = 3.0  # own: waiting calls are released at once; the rest is sending

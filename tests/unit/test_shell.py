@@ -11,7 +11,6 @@ import trio
 import trio.testing
 
 from juicebox_hsm.adapters.observation.logging import get_logger
-from juicebox_hsm.adapters.observation.metric_names import Catalogue
 from juicebox_hsm.adapters.process.supervision import ExitCode, StartPhase
 from juicebox_hsm.errors import RealmError
 from juicebox_hsm.host.services import ServiceAddress, ServiceKind
@@ -19,7 +18,7 @@ from juicebox_hsm.ports.errors import StoreUnavailable
 from roles.shell import Entry, Kind, Shell, start
 from tests.unit.manager.fakes import FakeDiscovery
 
-KIND = Kind("test", "test", Catalogue(), sends_traces=False)
+KIND = Kind("test", "test", (), sends_traces=False)
 
 
 def make_shell() -> Shell:

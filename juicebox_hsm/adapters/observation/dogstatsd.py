@@ -16,8 +16,10 @@ from typing import Final
 
 import trio
 
+from juicebox_hsm.adapters.observation.exposition import number_text
+from juicebox_hsm.adapters.observation.families import Tags
 from juicebox_hsm.adapters.observation.logging import get_logger
-from juicebox_hsm.adapters.observation.metrics import Distribution, Metrics, Tags, number_text
+from juicebox_hsm.adapters.observation.metrics import Distribution, Metrics
 
 PERIOD_S: Final = 1.0
 PACKET_BYTES_MAX: Final = 1400  # own: fits any Ethernet

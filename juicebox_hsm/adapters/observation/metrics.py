@@ -1,7 +1,8 @@
 """Counters, gauges and distributions of one process (operator-tools.md 9.2).
 
 Names are the dotted ones of the specification. `render` gives Prometheus text: dots become `_`, counters end in
-`_total`, timers become histograms `X_seconds`. `dogstatsd` sends the same under the dotted names.
+`_total`, timers become histograms `X_seconds`; `metric_names` explains each. `dogstatsd` sends the same under the
+dotted names.
 
 A hot path asks once for its handle (`counter`, `timer`, ...) and then pays an addition or a bisection; `count`,
 `timing` and so on look the handle up each time. Asking for a handle also makes it appear with value 0, so that a
@@ -10,22 +11,17 @@ rate is defined before the first event. Everything runs on the event loop's thre
 
 from __future__ import annotations
 
-import math
-import re
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Final, TypeVar
+
+from juicebox_hsm.adapters.observation.exposition import histograms, numbers
+from juicebox_hsm.adapters.observation.families import COUNTS, DURATIONS, Family, Kind, Tags
+from juicebox_hsm.adapters.observation.metric_names import find, from_the_start
 
 SERIES_MAX: Final = 10_000  # own: about 5 MB; tags such as tenant and address come from outside
 SAMPLES_MAX: Final = 512  # own: per distribution and second, for DogStatsD; more are counted in its sample rate
 EVENTS_MAX: Final = 100  # own
-
-SECONDS_BUCKETS: Final = (
-    0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 150.0,
-)  # fmt: skip
-COUNT_BUCKETS: Final = tuple(float(2**power) for power in range(17))
-
-Tags = tuple[tuple[str, str], ...]
 
 
 class Counter:
@@ -60,7 +56,7 @@ class Distribution:
 
     __slots__ = ("_bounds", "bounds", "count", "counts", "samples", "total", "unsent")
 
-    def __init__(self, bounds: Sequence[float] = COUNT_BUCKETS, scale: float = 1.0) -> None:
+    def __init__(self, bounds: Sequence[float] = COUNTS, scale: float = 1.0) -> None:
         """`bounds` are shown as given; observed values are compared with bounds times `scale`."""
         self.bounds = bounds
         self._bounds = [bound * scale for bound in bounds]
@@ -86,13 +82,14 @@ class Timer(Distribution):
 
     __slots__ = ()
 
-    def __init__(self) -> None:
-        super().__init__(SECONDS_BUCKETS, 1e9)
+    def __init__(self, bounds: Sequence[float] = DURATIONS) -> None:
+        super().__init__(bounds, 1e9)
 
     observe_ns = Distribution.observe
 
 
 _T = TypeVar("_T", Counter, Gauge, Distribution, Timer)
+_V = TypeVar("_V")
 
 
 class Metrics:
@@ -117,11 +114,12 @@ class Metrics:
 
     def timer(self, name: str, **tags: str | int | bool | None) -> Timer:
         """Return the timer of `name` (with or without `.ns`) and `tags`."""
-        return self._series(self.timers, Timer, name.removesuffix(".ns"), tags)
+        name = name.removesuffix(".ns")
+        return self._series(self.timers, lambda: Timer(_bounds(name, DURATIONS)), name, tags)
 
     def distribution_of(self, name: str, **tags: str | int | bool | None) -> Distribution:
         """Return the distribution of `name` and `tags`, for sizes and numbers of things."""
-        return self._series(self.distributions, Distribution, name, tags)
+        return self._series(self.distributions, lambda: Distribution(_bounds(name, COUNTS)), name, tags)
 
     def count(self, name: str, n: int = 1, **tags: str | int | bool | None) -> None:
         """Add `n` to a counter."""
@@ -158,24 +156,39 @@ class Metrics:
         _remove(self.distributions, name)
         _remove(self.timers, name)
 
+    def declare(self, families: Iterable[Family]) -> None:
+        """Make the series that can be known before anything happened."""
+        for family, tags in from_the_start(families):
+            match family.kind:
+                case Kind.COUNT:
+                    self.counter(family.name, **tags)
+                case Kind.GAUGE:
+                    self.gauge_of(family.name, **tags)
+                case Kind.DURATION:
+                    self.timer(family.name, **tags)
+                case Kind.DISTRIBUTION:
+                    self.distribution_of(family.name, **tags)
+
     def render(self) -> str:
         """Return everything as Prometheus text (format 0.0.4)."""
-        lines: list[str] = []
-        for family, series in _families(self.counters.items()):
-            name = f"{_name(family)}_total"
-            lines.append(f"# TYPE {name} counter")
-            lines += [f"{name}{_labels(tags)} {counter.value}" for tags, counter in series]
-        for family, gauges in _families(self.gauges.items()):
-            lines.append(f"# TYPE {_name(family)} gauge")
-            lines += [f"{_name(family)}{_labels(tags)} {number_text(gauge.value)}" for tags, gauge in gauges]
-        for family, numbers in _families(self.distributions.items()):
-            _histogram(lines, _name(family), numbers, 1.0)
-        for family, timers in _families(self.timers.items()):
-            _histogram(lines, f"{_name(family)}_seconds", timers, 1e-9)
+        counted = ((name, tags, counter.value) for (name, tags), counter in self.counters.items())
+        set_to = ((name, tags, gauge.value) for (name, tags), gauge in self.gauges.items())
+        spread = ((name, tags, found) for (name, tags), found in self.distributions.items())
+        timed = ((name, tags, timer) for (name, tags), timer in self.timers.items())
+        lines = [
+            *numbers(_with_families(counted, Kind.COUNT)),
+            *numbers(_with_families(set_to, Kind.GAUGE)),
+            *histograms(_with_families(spread, Kind.DISTRIBUTION), 1.0),
+            *histograms(_with_families(timed, Kind.DURATION), 1e-9),
+        ]
         return "\n".join(lines) + "\n"
 
     def _series(
-        self, known: dict[tuple[str, Tags], _T], make: type[_T], name: str, tags: Mapping[str, str | int | bool | None]
+        self,
+        known: dict[tuple[str, Tags], _T],
+        make: Callable[[], _T],
+        name: str,
+        tags: Mapping[str, str | int | bool | None],
     ) -> _T:
         key = (name, _tags(tags))
         found = known.get(key)
@@ -204,40 +217,13 @@ def _tags(tags: Mapping[str, str | int | bool | None]) -> Tags:
     return tuple(given)
 
 
-def _families(series: Iterable[tuple[tuple[str, Tags], _T]]) -> list[tuple[str, list[tuple[Tags, _T]]]]:
-    families: dict[str, list[tuple[Tags, _T]]] = {}
-    for (name, tags), value in series:
-        families.setdefault(name, []).append((tags, value))
-    return sorted(families.items())
+def _bounds(name: str, otherwise: tuple[float, ...]) -> tuple[float, ...]:
+    family = find(name)
+    return otherwise if family is None else family.bounds
 
 
-def _histogram(lines: list[str], name: str, series: Sequence[tuple[Tags, Distribution]], scale: float) -> None:
-    lines.append(f"# TYPE {name} histogram")
-    for tags, distribution in series:
-        running = 0
-        for bound, count in zip((*distribution.bounds, math.inf), distribution.counts, strict=True):
-            running += count
-            lines.append(f"{name}_bucket{_labels((*tags, ('le', number_text(bound))))} {running}")
-        lines.append(f"{name}_sum{_labels(tags)} {number_text(distribution.total * scale)}")
-        lines.append(f"{name}_count{_labels(tags)} {distribution.count}")
-
-
-def _name(name: str) -> str:
-    return re.sub(r"[^a-zA-Z0-9_]", "_", name)
-
-
-def _labels(tags: Tags) -> str:
-    if not tags:
-        return ""
-    return "{" + ",".join(f'{_name(key)}="{_escape(value)}"' for key, value in tags) + "}"
-
-
-def _escape(value: str) -> str:
-    return value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-
-
-def number_text(value: float) -> str:
-    """Return a number in full, as both forms take it: whole ones without a point, others to the last digit."""
-    if math.isfinite(value):
-        return str(int(value)) if value == int(value) else repr(value)
-    return "NaN" if math.isnan(value) else "+Inf" if value > 0 else "-Inf"
+def _with_families(series: Iterable[tuple[str, Tags, _V]], kind: Kind) -> Iterator[tuple[Family, Tags, _V]]:
+    """Yield series with their families and all their labels, those too that the dotted name stands for."""
+    for name, tags, value in series:
+        family = find(name) or Family(name, kind, "")
+        yield family, tuple(sorted((*family.fixed, *tags))) if family.fixed else tags, value

@@ -11,9 +11,17 @@ import trio
 
 from juicebox_hsm.adapters.bigtable import auth
 from juicebox_hsm.adapters.google.secret_manager import SECRET_MANAGER
-from juicebox_hsm.adapters.observation.metric_names import AGENT, LOAD_BALANCER, MANAGER, Catalogue, declare
+from juicebox_hsm.adapters.observation.families import Family
+from juicebox_hsm.adapters.observation.metric_names import (
+    AGENT,
+    ANY_SERVICE,
+    CHECK,
+    LOAD_BALANCER,
+    MANAGER,
+    TENANT_LOG,
+    find,
+)
 from juicebox_hsm.adapters.observation.metrics import Metrics
-from juicebox_hsm.adapters.observation.retry_metrics import RESULTS
 from juicebox_hsm.adapters.observation.store_metrics import INNER_NAMES, NAMES, CacheGauges, with_metrics
 from juicebox_hsm.adapters.pubsub.bus import PUBSUB
 from juicebox_hsm.adapters.stores.opening import open_store
@@ -30,27 +38,61 @@ USED = re.compile(
 )
 
 
-def _names(catalogue: Catalogue) -> set[str]:
-    return {
-        *catalogue.counters, *catalogue.gauges, *catalogue.timers, *catalogue.tagged,
-        *(name for name, _, _ in (*catalogue.known, *catalogue.known_timers)),
-    }  # fmt: skip
+TABLES = {
+    "Every service": ANY_SERVICE,
+    "Agent": AGENT,
+    "Load balancer": LOAD_BALANCER,
+    "Manager": MANAGER,
+    "Others": (*TENANT_LOG, *CHECK),
+}
+FAMILIES = [family for families in TABLES.values() for family in families]
+
+
+def _names(families: tuple[Family, ...]) -> set[str]:
+    return {family.name for family in families}
 
 
 def _used(*folders: str) -> set[str]:
-    found = set()
-    for folder in folders:
-        for path in (ROOT / folder).rglob("*.py"):
-            if "simulate" in path.parts:
-                continue  # it counts what a simulated run has seen, in notes of its own
-            found |= {name.removesuffix(".ns") for name in USED.findall(path.read_text())}
-    return found
+    sources = (path for folder in folders for path in _sources(folder))
+    return {name.removesuffix(".ns") for path in sources for name in USED.findall(path.read_text())}
 
 
-@pytest.mark.parametrize(("role", "catalogue"), [("agent", AGENT), ("lb", LOAD_BALANCER), ("manager", MANAGER)])
-def test_a_role_declares_what_it_counts(role: str, catalogue: Catalogue) -> None:
+def _sources(folder: str) -> list[Path]:
+    """Return the sources without the tables, and without the simulator, which counts in notes of its own."""
+    found = (ROOT / folder).rglob("*.py")
+    return [path for path in found if path.name != "metric_names.py" and "simulate" not in path.parts]
+
+
+ROLES = {"agent": AGENT, "lb": LOAD_BALANCER, "manager": MANAGER, "tenant_log": TENANT_LOG}
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_a_role_declares_what_it_counts(role: str) -> None:
     """No metric of a role appears only with its first event unless its tags are unknown before."""
-    assert _used(f"roles/{role}") - _names(catalogue) == set()
+    assert _used(f"roles/{role}") - _names((*ROLES[role], *ANY_SERVICE)) == set()
+
+
+def test_families_are_told_apart() -> None:
+    """A name is one family; what Prometheus shows under one name has one kind, one meaning and labels that differ."""
+    assert len({family.name for family in FAMILIES}) == len(FAMILIES)
+    shown: dict[str, list[Family]] = {}
+    for family in FAMILIES:
+        shown.setdefault(family.series, []).append(family)
+        assert family.meaning
+        assert not family.meaning.endswith(".")
+        assert len(family.tags) == 1 or not family.values
+    for families in shown.values():
+        assert len({(family.kind, family.together or family.meaning, family.bounds) for family in families}) == 1
+        assert len({family.fixed for family in families}) == len(families)
+
+
+def test_histograms_have_few_buckets() -> None:
+    """A line per bucket, series and scrape: only what clients wait for is looked at closely."""
+    for family in FAMILIES:
+        assert list(family.bounds) == sorted(family.bounds)
+        assert len(family.bounds) <= (
+            13 if family.name.endswith(("request.time", "commit.latency", "append.time")) else 9
+        )
 
 
 def _told_text() -> str:
@@ -59,21 +101,27 @@ def _told_text() -> str:
 
 def _told(text: str) -> dict[str, str]:
     """Return the names in the tables of `docs/metrics.md`, each with its kind."""
-    told: dict[str, str] = {}
-    for line in text.splitlines():
-        last = ""
-        for name in re.findall(r"`([a-z_0-9.]+)`", line.split("|")[1]) if line.startswith("| `") else ():
-            full = last.rsplit(".", 1)[0] + name if name.startswith(".") else name
-            told[full] = line.split("|")[2].strip()
-            last = full
-    return told
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| `")]
+    return {row[0].removeprefix("| ").strip("`"): row[1] for row in rows}
+
+
+def _row(family: Family) -> str:
+    """Return the line of `docs/metrics.md` for a family."""
+    labels = ",".join(f'{name}="{value}"' for name, value in family.fixed)
+    shown = f"`{family.series}{{{labels}}}`" if labels else f"`{family.series}`"
+    return f"| `{family.name}` | {family.kind.value} | {shown} | {', '.join(family.tags)} | {family.meaning} |"
+
+
+@pytest.mark.parametrize("title", TABLES)
+def test_documentation_has_the_tables(title: str) -> None:
+    """`docs/metrics.md` tells of each family what the program tells with it, and nothing else."""
+    part = _told_text().split(f"## {title}\n")[1].split("\n## ")[0]
+    assert [line for line in part.splitlines() if line.startswith("| `")] == [_row(family) for family in TABLES[title]]
 
 
 def _families_told(text: str) -> set[str]:
     """Return the operations whose four series `docs/metrics.md` tells of."""
-    store, others = (
-        text.split(mark)[1].split("\n\n", maxsplit=1)[0] for mark in ("is one of:", "The same four series")
-    )
+    store, others = (text.split(mark)[1].split("\n\n", maxsplit=1)[0] for mark in ("is one of:", "The same four names"))
     names = re.compile(r"`([a-z_]+(?:\.[a-z_]+)*)`")
     return {f"store_client.{name}" for name in names.findall(store)} | set(names.findall(others))
 
@@ -124,34 +172,28 @@ def test_specified_families_exist(name: str) -> None:
     assert name in _families_told(_told_text())
 
 
-def test_every_metric_is_documented() -> None:
-    """`docs/metrics.md` names every metric in the code and none that is gone."""
-    text = _told_text()
-    told = set(_told(text))
-    assert _families_told(text) == (
+def test_every_metric_is_explained() -> None:
+    """Every metric in the code is in the tables, and none of them is gone from the code."""
+    assert _families_told(_told_text()) == (
         {name for names in NAMES.values() for name in names.values()}
         | {*INNER_NAMES, *PUBSUB.families.values(), *SECRET_MANAGER.families.values(), auth.FAMILY}
     )
-    names = _used("roles", "juicebox_hsm").union(*map(_names, (AGENT, LOAD_BALANCER, MANAGER)))
-    names = {name for name in names if not name.startswith("bench")} | {"events"}
-    assert names - told == set()
-    assert {name for name in told if not name.startswith(".")} - names == set()
+    used = {name for name in _used("roles", "juicebox_hsm") if not name.startswith("bench")}
+    assert {name for name in used if find(name) is None} == set()
+    written = "".join(path.read_text() for folder in ("roles", "juicebox_hsm") for path in _sources(folder))
+    assert [family.name for family in FAMILIES if not re.search(rf'"{re.escape(family.name)}(\.ns)?"', written)] == []
 
 
 def test_declared_series_are_zero() -> None:
     """What an alert looks at exists before anything happened."""
     metrics = Metrics()
-    declare(metrics, AGENT)
+    metrics.declare(AGENT)
     text = metrics.render()
     assert "agent_append_conflict_total 0" in text
     assert 'agent_replicate_total{result="unreachable"} 0' in text
     assert "agent_commit_latency_seconds_count 0" in text
     assert "bigtable_append_queue_size 0" in text
-    metrics = Metrics()
-    declare(metrics, MANAGER)
-    text = metrics.render()
-    for loop in ("leaders", "rebalance", "transfers"):
-        assert f'manager_loop_time_seconds_count{{loop="{loop}"}} 0' in text
+    assert 'agent_app_refusals_total{reason="no_quorum"} 0' in text
 
 
 async def test_store_operations_are_measured(tmp_path: Path) -> None:
@@ -161,13 +203,13 @@ async def test_store_operations_are_measured(tmp_path: Path) -> None:
         store = with_metrics(plain, metrics)
         text = metrics.render()
         for name in (name for names in NAMES.values() for name in names.values()):
-            prometheus = name.replace(".", "_")
-            assert f"{prometheus}_fatal_errors_total 0" in text
-            for result in RESULTS:
-                assert f'{prometheus}_time_seconds_count{{result="{result}"}} 0' in text
+            operation = name.removeprefix("store_client.")
+            assert f'store_client_errors_total{{kind="fatal",operation="{operation}"}} 0' in text
         await store.realms.create_shared()
         await store.discovery.register(ServiceKind.AGENT, "tls://a:1", 1)
         assert metrics.timer("store_client.discovery.set_address.time", result="ok").count == 1
+        shown = 'store_client_time_seconds_count{operation="discovery.set_address",result="ok"} 1'
+        assert shown in metrics.render()
         assert store.nodes.cache is plain.nodes.cache  # type: ignore[attr-defined]
         gauges = CacheGauges(store, metrics, trio.current_time())
         plain.nodes.cache.put(b"h", b"n")  # type: ignore[attr-defined]
@@ -181,7 +223,7 @@ async def test_parts_of_store_operations_are_measured(tmp_path: Path) -> None:
     """The back end times an append's transaction."""
     metrics = Metrics()
     async with open_store(f"sqlite:{tmp_path}/x.db", metrics=metrics) as store:
-        assert "store_client_append_inner_fatal_errors_total 0" in metrics.render()
+        assert 'store_client_errors_total{kind="fatal",operation="append_inner"} 0' in metrics.render()
         await store.realms.create_shared()
         await store.realms.create_realm(REALM)
         assert await append(store, batch(1, 1)) is AppendOutcome.APPENDED

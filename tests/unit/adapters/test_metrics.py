@@ -10,9 +10,11 @@ import trio
 import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families
 
 from juicebox_hsm.adapters.observation import metrics as metrics_module
 from juicebox_hsm.adapters.observation.dogstatsd import PACKET_BYTES_MAX, drain, open_endpoint, send_metrics
+from juicebox_hsm.adapters.observation.metric_names import AGENT
 from juicebox_hsm.adapters.observation.metrics import Metrics
 
 
@@ -31,7 +33,10 @@ def test_prometheus_text() -> None:
     metrics.timing("agent.commit.latency", 2_000_000_000)
     metrics.distribution("agent.merkle_read.proof_nodes", 3, has_leaf=True)
     text = metrics.render()
-    assert text.startswith("# TYPE metrics_series_dropped_total counter\nmetrics_series_dropped_total 0\n")
+    assert text.startswith(
+        "# HELP metrics_series_dropped_total Values lost because there were 10,000 series already\n"
+        "# TYPE metrics_series_dropped_total counter\nmetrics_series_dropped_total 0\n"
+    )
     assert (
         "# TYPE realm_request_count_total counter\n"
         'realm_request_count_total{realm="00",tenant="acme",type="recover1"} 0\n'
@@ -215,3 +220,41 @@ async def test_sender_sends_every_second() -> None:
             )
             assert await trio.to_thread.run_sync(agent.recv, 2000) == b"x:2|c|#service:agent,version:1"
             nursery.cancel_scope.cancel()
+
+
+@given(st.lists(st.integers(0, 10**11), max_size=30), st.text(max_size=20))
+def test_a_scraper_reads_everything(values: list[int], tag: str) -> None:
+    """Another implementation reads back what was counted: meaning, kind, labels, cumulative buckets up to +Inf."""
+    metrics = Metrics()
+    metrics.declare(AGENT)
+    for value in values:
+        metrics.timing("hsm.handle", value, req_name=tag)
+        metrics.distribution("agent.merkle_read.proof_nodes", value % 50)
+        metrics.count("agent.app.busy", value)
+    metrics.gauge("agent.hsm.copies", len(values))
+    found = {family.name: family for family in text_string_to_metric_families(metrics.render())}
+    assert all(family.documentation and family.type != "unknown" for family in found.values())
+    assert found["agent_hsm_copies"].samples[0].value == len(values)
+    refusals = {sample.labels["reason"]: sample.value for sample in found["agent_app_refusals"].samples}
+    assert refusals == {"busy": sum(values), "rate_limited": 0, "no_quorum": 0}
+    assert ("hsm_handle_seconds" in found) == bool(values)
+    if not values:
+        return
+    samples = found["hsm_handle_seconds"].samples
+    assert {sample.labels["req_name"] for sample in samples} == {tag}
+    buckets = {float(each.labels["le"]): each.value for each in samples if each.name.endswith("_bucket")}
+    assert list(buckets) == sorted(buckets)
+    assert buckets == {bound: sum(value <= bound * 1e9 for value in values) for bound in buckets}
+    (total,) = (each.value for each in samples if each.name.endswith("_count"))
+    assert buckets[math.inf] == total == len(values)
+
+
+def test_histograms_are_shown_when_they_have_values() -> None:
+    """Of the series with labels only those that saw a value take lines, and all of a family have the same buckets."""
+    metrics = Metrics()
+    metrics.timer("rpc.server.time", method="app", result="failed")
+    metrics.timing("rpc.server.time", 1, method="app", result="ok")
+    metrics.timing("rpc.server.time", 10**12, method="status", result="ok")
+    text = metrics.render()
+    assert "failed" not in text
+    assert text.count('le="0.005"') == text.count('le="10"') == text.count('le="+Inf"') == 2
