@@ -218,6 +218,7 @@ class Limiters:
         self._default_rate = default_rate
         self._numbers = itertools.count(first_number)
         self._rates: dict[str, int] = {}
+        self._configured = False
         self._by_tenant: dict[str, Limiter] = {}
         self._heard_s: dict[str, float] = {}
 
@@ -229,8 +230,14 @@ class Limiters:
             limiter = self._by_tenant[tenant] = Limiter(rate, self._numbers, 1 + len(self._heard_s))
         return limiter
 
+    @property
+    def is_configured(self) -> bool:
+        """Tell whether the tenants' limits are known; until then nobody can be judged, not even by the default."""
+        return self._configured
+
     def configure(self, operations_per_s: Mapping[str, int]) -> None:
         """Adopt the configured operations per second; tenants not named have the default."""
+        self._configured = True
         rates = {tenant: ops * REQUESTS_PER_OPERATION for tenant, ops in operations_per_s.items()}
         if rates == self._rates:
             return

@@ -50,6 +50,8 @@ async def handle_app(agent: Agent, body: App) -> AppOk | Refused:
         if not isinstance(encrypted, HandshakeRequest):
             return Refused(Refusal.SESSION_ERROR)
         return await _handshake(agent, found, record, body.session_id, encrypted)
+    if not agent.limiters.is_configured:  # the store has been away since the start; an append needs it, too
+        return Refused(Refusal.NO_STORE, detail="the tenants' limits have not been read yet")
     now_ms = agent.now_ms()
     if not agent.limiters.of(body.tenant).admit(record, trio.current_time()):
         agent.metrics.count("agent.app.rate_limited")
@@ -63,14 +65,19 @@ async def handle_app(agent: Agent, body: App) -> AppOk | Refused:
         driver.step(RequestGone(request))
         raise
     if isinstance(reply, Refused):
-        match reply.outcome:
-            case Refusal.BUSY:
-                agent.metrics.count("agent.app.busy")
-            case Refusal.NO_QUORUM:
-                agent.metrics.count("agent.app.no_quorum")
-            case _:
-                pass
+        _count(agent, reply)
     return reply
+
+
+def _count(agent: Agent, refused: Refused) -> None:
+    """Count refusals that say how the group is."""
+    match refused.outcome:
+        case Refusal.BUSY:
+            agent.metrics.count("agent.app.busy")
+        case Refusal.NO_QUORUM:
+            agent.metrics.count("agent.app.no_quorum")
+        case _:
+            pass
 
 
 async def _handshake(

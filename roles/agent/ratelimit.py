@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 GOSSIP_TIMEOUT_S: Final = 0.5
 TIDY_S: Final = 1.0
+FIRST_READ_RETRY_S: Final = 0.2
+"""Until the limits are known no client is served, so they are asked for more often than later."""
 
 
 async def gossip(agent: Agent) -> None:
@@ -58,9 +60,9 @@ async def refresh_tenants(agent: Agent) -> int:
 
 
 async def keep_tenants(agent: Agent) -> None:
-    """Re-read the tenants' limits every 5 s; trouble is retried at the same pace."""
+    """Re-read the tenants' limits every 5 s; trouble is retried at the same pace, sooner if they were never read."""
     while True:
-        await trio.sleep(agent.timings.tenants_refresh_s)
+        await trio.sleep(agent.timings.tenants_refresh_s if agent.limiters.is_configured else FIRST_READ_RETRY_S)
         try:
             await refresh_tenants(agent)
         except RealmError as error:

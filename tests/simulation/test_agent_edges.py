@@ -23,6 +23,7 @@ from juicebox_hsm.hsm.messages import CaptureNext, PersistState, Request, Respon
 from juicebox_hsm.ids import GroupId, RealmId, RecordId
 from juicebox_hsm.merkle.walk import Side
 from juicebox_hsm.ports.errors import StoreUnavailable
+from juicebox_hsm.ports.tenant_config import TenantConfig
 from juicebox_hsm.wire.client import HandshakeRequest, encode_noise_request
 from juicebox_hsm.wire.rpc import (
     App,
@@ -44,6 +45,7 @@ from juicebox_hsm.wire.rpc import (
 )
 from roles.agent.leader import hand_over
 from roles.agent.outbox import Dispatcher
+from roles.agent.ratelimit import FIRST_READ_RETRY_S
 from tests.simulation.cluster import KEEP_EVENTS, QUICK, TENANT, SimAgent, Simulation, simulation, until
 from tests.simulation.test_agent_groups import all_at_end
 from tests.simulation.test_agent_leaders import blind
@@ -319,6 +321,43 @@ async def test_tenant_limits_are_reloaded(tmp_path: Path) -> None:
         await sim.store.tenants.put(TENANT, TenantLimits(1000))
         await agent.call("tenants/reload", Empty())
         assert isinstance(await agent.call("app", sim.register1(group, "alice")), AppOk)
+
+
+class ClosedTenants:
+    """Tenants' limits that cannot be read while `closed`."""
+
+    def __init__(self, inner: TenantConfig) -> None:
+        self._inner = inner
+        self.closed = True
+
+    async def list(self) -> dict[str, TenantLimits]:
+        if self.closed:
+            raise StoreUnavailable("down")
+        return await self._inner.list()
+
+    async def put(self, tenant: str, limits: TenantLimits) -> None:
+        await self._inner.put(tenant, limits)
+
+    async def remove(self, tenant: str) -> None:
+        await self._inner.remove(tenant)
+
+
+async def test_nobody_is_judged_by_limits_that_were_never_read(tmp_path: Path) -> None:
+    """An agent that began while the store was away blames no tenant for its rate, and serves soon after it is back."""
+    async with simulation(tmp_path) as sim:
+        group = await sim.new_realm(1)
+        agent = sim.agents[0]
+        await sim.store.tenants.put(TENANT, TenantLimits(1000))
+        tenants = ClosedTenants(agent.store.tenants)
+        agent.store = dataclasses.replace(agent.store, tenants=tenants)
+        await sim.restart(agent)
+        await sim.appoint(group)
+        for _ in range(100):
+            assert refusal(await agent.call("app", sim.register1(group, "alice"))) is Refusal.NO_STORE
+        tenants.closed = False
+        await trio.sleep(FIRST_READ_RETRY_S + 0.05)
+        for _ in range(100):
+            assert isinstance(await agent.call("app", sim.register1(group, "alice")), AppOk)
 
 
 async def test_rate_limits_are_shared_by_gossip(tmp_path: Path) -> None:
