@@ -37,11 +37,6 @@ TOOL_USES = {"demo": {"cluster"}, "chaos": {"demo"}, "bench": {"demo"}, "simulat
 WIRES_SERVICES = "roles.tools.simulate."
 """The one tool that knows services' insides: it wires them to a simulated world, as their `main` does to a real one."""
 
-CIRCLES: frozenset[str] = frozenset({
-    "roles.agent.context", "roles.agent.driver", "roles.agent.peers", "roles.agent.watch",
-})  # fmt: skip
-"""Modules of circles that are still to be broken. It only ever shrinks, and is empty at the end."""
-
 FORBIDDEN_IN_CORE = {
     "trio", "asyncio", "socket", "ssl", "os", "time", "random", "secrets", "threading", "subprocess", "logging",
     "structlog", "pathlib", "datetime", "http", "urllib", "select", "signal", "shutil", "tempfile", "uuid",
@@ -211,10 +206,7 @@ def _circles() -> list[set[str]]:
 
 def test_no_circles_between_modules() -> None:
     """No module can be reached from itself, imports for type checkers included: one can be read after the other."""
-    found = _circles()
-    inside = {module for circle in found for module in circle}
-    assert inside <= CIRCLES, found
-    assert inside >= CIRCLES, f"broken up, so take it off the list: {sorted(CIRCLES - inside)}"
+    assert _circles() == []
 
 
 def test_no_bare_assert_outside_tests() -> None:

@@ -26,43 +26,45 @@ from juicebox_hsm.hsm.messages import AppRequest, Outcome
 from juicebox_hsm.ports.errors import StoreAmbiguous
 
 if TYPE_CHECKING:
+    from roles.agent.context import Agent
     from roles.agent.driver import Driver
 
 _RESULTS = {AppendOutcome.APPENDED: AppendResult.APPENDED, AppendOutcome.CONFLICT: AppendResult.CONFLICT}
 
 
-async def produce(driver: Driver) -> None:
+async def produce(agent: Agent, driver: Driver) -> None:
     """Run requests and append their entries until the leadership ends."""
-    producer = _Producer()
+    producer = _Producer(agent)
     await driver.run_lane(Lane.PRODUCE, producer.carry_out)
 
 
 class _Producer:
     """Carries out the lane's effects, and times batches."""
 
-    def __init__(self) -> None:
+    def __init__(self, agent: Agent) -> None:
+        self._agent = agent
         self._batch_began: float | None = None
 
     async def carry_out(self, driver: Driver, effect: Long) -> Long | None:
         """Do one thing; returns what follows it."""
         match effect:
             case AskHsm():
-                follows = await _ask(driver, effect)
+                follows = await _ask(self._agent, driver, effect)
                 if not isinstance(follows, AskHsm) and self._batch_began is not None:
                     elapsed_s = trio.current_time() - self._batch_began
-                    driver.agent.metrics.timing("agent.start_app_request", int(elapsed_s * 1e9))
+                    self._agent.metrics.timing("agent.start_app_request", int(elapsed_s * 1e9))
                     self._batch_began = None
                 return follows
             case ReadTail():
                 self._batch_began = trio.current_time()
-                return await _read_tail(driver)
+                return await _read_tail(self._agent, driver)
             case ReadProofs():
                 self._batch_began = trio.current_time()
-                return await _read_proofs(driver, effect)
+                return await _read_proofs(self._agent, driver, effect)
             case Append():
-                return await _append(driver, effect)
+                return await _append(self._agent, driver, effect)
             case ShowOwn(entries):
-                await driver.agent.follower(driver.group).push(entries)
+                await self._agent.follower(driver.group).push(entries)
                 return driver.step(OwnShown())
             case StepDown():
                 await driver.step_down(effect)
@@ -71,8 +73,8 @@ class _Producer:
                 raise TypeError(f"not of the producing lane: {effect}")
 
 
-async def _read_tail(driver: Driver) -> Long | None:
-    agent, group = driver.agent, driver.group
+async def _read_tail(agent: Agent, driver: Driver) -> Long | None:
+    group = driver.group
     try:
         last = await retrying(lambda: agent.store.log.read_last(group.realm, group.group))
     except RealmError as error:
@@ -81,8 +83,8 @@ async def _read_tail(driver: Driver) -> Long | None:
     return driver.step(TailRead(last))
 
 
-async def _read_proofs(driver: Driver, effect: ReadProofs) -> Long | None:
-    agent, group = driver.agent, driver.group
+async def _read_proofs(agent: Agent, driver: Driver, effect: ReadProofs) -> Long | None:
+    group = driver.group
     records = [request.record_id for request in effect.requests]
     try:
         with budget(effect.within_s):
@@ -96,9 +98,9 @@ async def _read_proofs(driver: Driver, effect: ReadProofs) -> Long | None:
     return driver.step(ProofsRead(proofs))
 
 
-async def _ask(driver: Driver, effect: AskHsm) -> Long | None:
+async def _ask(agent: Agent, driver: Driver, effect: AskHsm) -> Long | None:
     """Ask the HSM. No checkpoint from its reply to the queue: a hole in the log would stall the group."""
-    agent, group, request = driver.agent, driver.group, effect.request
+    group, request = driver.group, effect.request
     reply = await agent.hsm.send(
         AppRequest(
             group.realm,
@@ -119,8 +121,8 @@ async def _ask(driver: Driver, effect: AskHsm) -> Long | None:
     return follows if current is driver else None
 
 
-async def _append(driver: Driver, effect: Append) -> Long | None:
-    agent, group = driver.agent, driver.group
+async def _append(agent: Agent, driver: Driver, effect: Append) -> Long | None:
+    group = driver.group
 
     async def append() -> AppendOutcome:
         return await agent.store.log.append(group.realm, group.group, effect.entries, effect.intents, effect.delta)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import trio
@@ -13,20 +14,21 @@ from juicebox_hsm.hsm.messages import Commit, CommitOk, NotLeader
 from roles.agent.outbox import record_events
 
 if TYPE_CHECKING:
+    from roles.agent.context import Agent
     from roles.agent.driver import Driver
 
 
-async def commit_loop(driver: Driver) -> None:
+async def commit_loop(agent: Agent, driver: Driver) -> None:
     """Commit whenever new captures may allow it, until the leadership ends."""
-    await driver.run_lane(Lane.COMMIT, _carry_out)
+    await driver.run_lane(Lane.COMMIT, partial(_carry_out, agent))
 
 
-async def _carry_out(driver: Driver, effect: Long) -> Long | None:
+async def _carry_out(agent: Agent, driver: Driver, effect: Long) -> Long | None:
     match effect:
         case AskCommit():
-            return await _ask(driver, effect)
+            return await _ask(agent, driver, effect)
         case WriteOutbox():
-            return await _write(driver, effect)
+            return await _write(agent, driver, effect)
         case StepDown():
             await driver.step_down(effect)
             return driver.step(SteppedDown())
@@ -34,8 +36,8 @@ async def _carry_out(driver: Driver, effect: Long) -> Long | None:
             raise TypeError(f"not of the committing lane: {effect}")
 
 
-async def _ask(driver: Driver, effect: AskCommit) -> Long | None:
-    agent, group = driver.agent, driver.group
+async def _ask(agent: Agent, driver: Driver, effect: AskCommit) -> Long | None:
+    group = driver.group
     reply = await agent.hsm.send(Commit(group.realm, group.group, effect.captures))
     if isinstance(reply, CommitOk):
         agent.metrics.gauge("agent.commit.log.index", reply.committed)
@@ -44,8 +46,8 @@ async def _ask(driver: Driver, effect: AskCommit) -> Long | None:
     return driver.step(CommitAnswered(reply))
 
 
-async def _write(driver: Driver, effect: WriteOutbox) -> Long | None:
-    agent, group = driver.agent, driver.group
+async def _write(agent: Agent, driver: Driver, effect: WriteOutbox) -> Long | None:
+    group = driver.group
     settled = {} if effect.settled is None else {group.group: effect.settled}
     try:
         # As with the append, a cancelled write is an unknown one; the retry profile bounds it to 30 s.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from functools import partial
 from typing import TYPE_CHECKING
 
 import trio
@@ -46,43 +47,43 @@ if TYPE_CHECKING:
     from roles.agent.driver import Driver
 
 
-async def keep_house(driver: Driver) -> None:
+async def keep_house(agent: Agent, driver: Driver) -> None:
     """Settle, resolve and compact until cancelled with the leadership, whose trouble ends with it."""
-    await wait_for_witnesses(driver.agent, driver.group, driver.members)
+    await wait_for_witnesses(agent, driver.group, driver.members)
     try:
-        await driver.run_lane(Lane.HOUSE, _carry_out, first=PredecessorsQuiet())
+        await driver.run_lane(Lane.HOUSE, partial(_carry_out, agent), first=PredecessorsQuiet())
     finally:
-        driver.agent.clear_trouble(Code.COMPACTION, driver.group.group)
+        agent.clear_trouble(Code.COMPACTION, driver.group.group)
 
 
-async def leave_house(driver: Driver) -> None:
+async def leave_house(agent: Agent, driver: Driver) -> None:
     """Write the settled index a last time."""
     effect = driver.step(Leaving())
     if effect is None:
         return
     try:
-        driver.step(await _do(driver, effect))
+        driver.step(await _do(agent, driver, effect))
     except RealmError as error:
         # the next leader finds the rows by their sequence numbers; it only searches longer
         group = driver.group.group
-        driver.agent.log.warning("settled index not written", group=group.hex(), error=str(error))
+        agent.log.warning("settled index not written", group=group.hex(), error=str(error))
 
 
-async def _carry_out(driver: Driver, effect: Long) -> Long | None:
+async def _carry_out(agent: Agent, driver: Driver, effect: Long) -> Long | None:
     try:
-        event = await _do(driver, effect)
+        event = await _do(agent, driver, effect)
     except RealmError as error:
-        driver.agent.note_trouble(Code.COMPACTION, error, driver.group.group)
+        agent.note_trouble(Code.COMPACTION, error, driver.group.group)
         return driver.step(HouseFailed())
     return driver.step(event)
 
 
-async def _do(driver: Driver, effect: Long) -> Event:
+async def _do(agent: Agent, driver: Driver, effect: Long) -> Event:
     """Do one thing and return the event that tells of it. Raises `RealmError`."""
-    agent, realm, group = driver.agent, driver.group.realm, driver.group.group
+    realm, group = driver.group.realm, driver.group.group
     match effect:
         case ReadUnsettled(last):
-            return await _read_unsettled(driver, last)
+            return await _read_unsettled(agent, driver, last)
         case WriteUnknown(events, settled, set_aside):
             await record_events(agent, realm, events, {group: settled})
             if events:
@@ -105,16 +106,16 @@ async def _do(driver: Driver, effect: Long) -> Event:
             return RowsCompacted()
         case Rest(pause_s, failures):
             if not failures:
-                _report(driver)
+                _report(agent, driver)
             await trio.sleep(pause_s)
             return HouseRested()
         case _:
             raise TypeError(f"not of the house lane: {effect}")
 
 
-def _report(driver: Driver) -> None:
+def _report(agent: Agent, driver: Driver) -> None:
     """Say that a round went well, and what it left."""
-    agent, shown = driver.agent, driver.leader.snapshot(trio.current_time())
+    shown = driver.leader.snapshot(trio.current_time())
     agent.metrics.gauge("agent.compaction.uncompacted_rows.count", shown.uncompacted_rows)
     agent.metrics.gauge("agent.compaction.uncompacted_rows.first_index", shown.uncompacted_first)
     agent.clear_trouble(Code.COMPACTION, driver.group.group)
@@ -148,9 +149,9 @@ async def _is_witness(agent: Agent, group: GroupState, member: HsmId) -> bool:
     )
 
 
-async def _read_unsettled(driver: Driver, last: int) -> UnsettledRead:
+async def _read_unsettled(agent: Agent, driver: Driver, last: int) -> UnsettledRead:
     """Read the intents above the settled index, and which of them have rows from their tenant's lowest hint on."""
-    agent, realm, group = driver.agent, driver.group.realm, driver.group.group
+    realm, group = driver.group.realm, driver.group.group
     settled = await agent.store.outbox.settled(realm, group)
     left: list[tuple[LogEntry, Intent]] = []
     recorded: set[tuple[int, bytes]] = set()

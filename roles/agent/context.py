@@ -1,34 +1,26 @@
-"""The agent as its parts see it: ports, settings, shared state, and how a role reply starts or ends a leadership.
+"""The agent as handlers and lanes see it: its groups, and how a role that the HSM reports starts or ends a leadership.
 
-One object is passed to every part instead of nine arguments. Parts are functions over it; long-lived tasks run in
-`nursery`, whose failure is the failure of the process (agent.md 13).
+One object is passed to them instead of nine arguments. They are functions over it; long-lived tasks run in `nursery`,
+whose failure is the failure of the process (agent.md 13).
 """
 
 from __future__ import annotations
 
-import datetime as dt
-import os
-import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Final
 
 import trio
 
 from juicebox_hsm.adapters.observation.logging import bind_context
 from juicebox_hsm.consensus.types import RoleStatus, Witness
-from juicebox_hsm.errors import RealmError, check
+from juicebox_hsm.errors import check
 from juicebox_hsm.host.admission import Limiters
-from juicebox_hsm.host.codes import Code
-from juicebox_hsm.host.events import EVENT_KEPT_MS
 from juicebox_hsm.host.group import Groups, GroupState
 from juicebox_hsm.host.leadership.events import Event, RoleAdopted
 from juicebox_hsm.host.leadership.machine import Leadership
 from juicebox_hsm.host.leadership.state import Limits
 from juicebox_hsm.host.liveness import Leaders, Patience
 from juicebox_hsm.host.outbox import Unpublished
-from juicebox_hsm.host.readiness import OtherStore, Trouble, Troubles
+from juicebox_hsm.host.readiness import Trouble
 from juicebox_hsm.host.witness import Following, Pace
 from juicebox_hsm.hsm.messages import NotLeader, Outcome, StepDown, StepDownOk
 from juicebox_hsm.ids import GroupId, HsmId, RealmId
@@ -38,83 +30,18 @@ from juicebox_hsm.ports.rpc import RpcCaller
 from juicebox_hsm.ports.store import Store
 from juicebox_hsm.wire.rpc import LogBehind
 from roles.agent.driver import Driver
+from roles.agent.outside import AgentConfig, Outside
 from roles.agent.peers import Peers
 from roles.agent.watch import Follower, Persister
-from roles.clock import OwnClock
-from roles.words import own_sentence
 
-
-@dataclass(frozen=True, slots=True)
-class Timings:
-    """Periods and deadlines of the agent in seconds (agent.md 15); tests shorten them."""
-
-    heartbeat_s: float = 0.25
-    silence_s: float = 1.0
-    replicate_timeout_s: float = 0.5
-    leader_hint_first_s: float = 0.25
-    leader_hint_again_s: float = 1.0
-    watch_idle_first_s: float = 0.025
-    watch_idle_max_s: float = 1.0
-    catch_up_unready_s: float = 30.0
-    become_leader_s: float = 5.0
-    peer_refresh_s: float = 10.0
-    peer_status_s: float = 2.0
-    discovery_poll_s: float = 1.0
-    register_s: float = 60.0
-    register_retry_s: float = 10.0
-    witness_grace_s: float = 60.0
-    witness_poll_s: float = 0.5
-    compact_pause_s: float = 1.0
-    hole_s: float = 5.0
-    commit_wait_s: float = 60.0
-    watchdog_s: float = 1.0
-    gossip_s: float = 0.1
-    gossip_idle_s: float = 0.5
-    tenants_refresh_s: float = 5.0
-    dispatch_s: float = 0.5
-    dispatch_idle_s: float = 2.0
-    backlog_s: float = 5.0
-    shutdown_s: float = 20.0
-
-
-def wall_clock_ms() -> int:
-    """Return Unix milliseconds."""
-    return time.time_ns() // 1_000_000
-
-
-INSTANCE_BYTES: Final = 16
-
-
-def no_certificate() -> dt.datetime | None:
-    """Return that there is no certificate whose end could be told."""
-    return None
-
-
-@dataclass(frozen=True, slots=True)
-class AgentConfig:
-    """Settings of one agent. `url` is the address others reach it at; `default_rate` is in requests per second.
-
-    `certificate_end` tells when the cluster certificate in service ends (UTC), None without TLS. `instance` tells this
-    process from one that runs a copy of its HSM.
-    """
-
-    name: str
-    url: str
-    build: str
-    default_rate: int = 10
-    event_kept_ms: int = EVENT_KEPT_MS
-    timings: Timings = field(default_factory=Timings)
-    now_ms: Callable[[], int] = wall_clock_ms
-    certificate_end: Callable[[], dt.datetime | None] = no_certificate
-    instance: bytes = field(default_factory=partial(os.urandom, INSTANCE_BYTES))
-
-
-WATCHDOG_CHECKS: Final = 5
 LeadershipRunner = Callable[["Agent", GroupState, Leadership], Awaitable[None]]
 
 
-class Agent:
-    """Everything the parts of one agent share. Create it inside Trio; `run_leadership` is `leader.lead`."""
+class Agent(Outside):
+    """An agent's groups with their roles, and what is counted and held over all of them. Create it inside Trio.
+
+    `run_leadership` is `leader.lead`.
+    """
 
     logs_behind: tuple[LogBehind, ...] = ()
     """Logs that are not those of which our HSM captured entries: an older or another store."""
@@ -130,22 +57,12 @@ class Agent:
         nursery: trio.Nursery,
         run_leadership: LeadershipRunner,
     ) -> None:
-        self.config = config
-        self.now_ms = config.now_ms
-        """Returns Unix milliseconds."""
-        self.hsm = hsm
-        self.store = store
-        self.rpc = rpc
-        self.metrics = metrics
-        self.log = log
-        self.nursery = nursery
+        super().__init__(config, hsm, store, rpc, metrics, log, nursery)
         self._run_leadership = run_leadership
-        self.started_at = trio.current_time()
         self.groups = Groups()
         self.followers: dict[tuple[RealmId, GroupId], Follower] = {}
-        self.persister = Persister(self)
+        self.persister = Persister(self, self.groups, self.tell)
         self.peers = Peers(self)
-        self.clock = OwnClock(config.now_ms, metrics, log)
         self.leaders = Leaders(
             Patience(self.timings.silence_s, self.timings.leader_hint_first_s, self.timings.leader_hint_again_s)
         )
@@ -153,7 +70,6 @@ class Agent:
             self.timings.watch_idle_first_s, self.timings.watch_idle_max_s, self.timings.catch_up_unready_s
         )
         self.limiters = Limiters(config.default_rate, int.from_bytes(config.instance[:4], "big") << 32)
-        self.hsm_id: HsmId | None = None
         self.registered = False
         self.registering = trio.CancelScope()
         """Ends the renewal of our entry in discovery."""
@@ -169,20 +85,13 @@ class Agent:
         """Tenant events of earlier leaderships that nothing could record."""
         self.bus_trouble: tuple[Trouble, ...] = ()
         """Why events are not published, while the bus is to blame."""
-        self.troubles = Troubles()
-        """What is being tried again, and keeps us from being ready."""
-
-    @property
-    def timings(self) -> Timings:
-        """The periods and deadlines in force."""
-        return self.config.timings
 
     def add_group(self, realm: RealmId, group: GroupId, members: tuple[HsmId, ...], position: int) -> GroupState:
         """Insert a group as Witness at clock 0 and start its log watcher at index `position`."""
         following = Following(position, self._pace)
         state = GroupState(realm, group, members, RoleStatus(Witness(), 0), following, limits=self._limits())
         self.groups.add(state)
-        follower = Follower(self, state)
+        follower = Follower(self, state, self.persister, self.peers, self)
         self.followers[realm, group] = follower
         self.nursery.start_soon(follower.run, name=f"watch {group.hex()}")
         return state
@@ -205,7 +114,8 @@ class Agent:
         if change.stale:
             self.log.warning("stale role dropped", **about, at=status.at, have=group.role.at)
         if change.started is not None:
-            self.drivers[change.started] = Driver(self, group, change.started)
+            wake = self.follower(group).wake
+            self.drivers[change.started] = Driver(self, group, change.started, self, self.limiters, wake)
         if change.ended is not None:
             self.drivers[change.ended].end()
             self.log.info("leadership ended", **about, starting=change.ended.starting)
@@ -261,19 +171,3 @@ class Agent:
                 return None
         check(reply in (Outcome.INVALID_REALM, Outcome.INVALID_GROUP), "StepDown answers as specified")
         return None
-
-    def note_trouble(self, code: Code, error: RealmError, group: GroupId | None = None) -> None:
-        """Log trouble that is being retried and report not ready until `clear_trouble`."""
-        self.note(Trouble(code, str(error) or type(error).__name__, group))
-
-    def note(self, trouble: Trouble | OtherStore) -> None:
-        """Do the same with trouble whose facts are known."""
-        if self.troubles.note(trouble):
-            self.log.warning("trouble, retrying", code=trouble.code.word, reason=own_sentence(trouble))
-        self.metrics.count("agent.trouble", what=trouble.code.word)
-
-    def clear_trouble(self, code: Code, group: GroupId | None = None) -> None:
-        """Forget trouble."""
-        if self.troubles.clear(code, group):
-            about = {} if group is None else {"group": group.hex()}
-            self.log.info("trouble over", code=code.word, **about)

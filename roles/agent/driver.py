@@ -7,11 +7,12 @@ returned to the lane that told the event, which carries it out and tells what ca
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Final, cast, get_args
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final, cast, get_args
 
 import trio
 
+from juicebox_hsm.host.admission import Limiters
 from juicebox_hsm.host.group import GroupState
 from juicebox_hsm.host.leadership.effects import (
     Adopt,
@@ -38,11 +39,7 @@ from juicebox_hsm.wire.client import encode_noise_response
 from juicebox_hsm.wire.rpc import AppOk, Refused
 from roles.agent import stalls
 from roles.agent.oneshot import Signal
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from roles.agent.context import Agent
+from roles.agent.outside import Outside, Roles
 
 _FOLLOWED_BY: Final = {ResultKind.REGISTER1: 1, ResultKind.RECOVER1: 2, ResultKind.RECOVER2: 1}
 """How many requests of the same operation follow, which are let in when they come."""
@@ -61,11 +58,23 @@ _WHY: Final = {
 class Driver:
     """Signals, deadlines and tasks of one leadership."""
 
-    def __init__(self, agent: Agent, group: GroupState, leader: Leadership) -> None:
-        self.agent = agent
+    def __init__(
+        self,
+        outside: Outside,
+        group: GroupState,
+        leader: Leadership,
+        roles: Roles,
+        limiters: Limiters,
+        log_wanted: Signal,
+    ) -> None:
+        self._outside = outside
+        self._roles = roles
+        self._limiters = limiters
+        self._log_wanted = log_wanted
+        """Wakes whoever reads the group's log."""
         self.group = group
         self.leader = leader
-        self.members = [member for member in group.configuration if member != agent.hsm_id]
+        self.members = [member for member in group.configuration if member != outside.hsm_id]
         self._signals: dict[Lane | HsmId, Signal] = {lane: Signal() for lane in (*Lane, *self.members)}
         self._deadline_s: float | None = None
         self._damage_told_s = float("-inf")
@@ -87,15 +96,15 @@ class Driver:
                 case Refuse(request, refusal, consumed):
                     request.reply(Refused(refusal, consumed=consumed))
                 case Adopt(role):
-                    self.agent.adopt(self.group, role)
+                    self._roles.adopt(self.group, role)
                 case RetryLater(request, delay_s):
-                    self.agent.nursery.start_soon(self._later, RetryDue(request), delay_s)
+                    self._outside.nursery.start_soon(self._later, RetryDue(request), delay_s)
                 case SetDeadline(at_s):
                     self._deadline_s = at_s
                 case WaitOver(wait, refusal_or_none):
                     wait.reply(refusal_or_none)
                 case ReadLog():
-                    self.agent.follower(self.group).wake.set()
+                    self._log_wanted.set()
                 case Note(what):
                     self._note(what)
         return long
@@ -131,9 +140,9 @@ class Driver:
     async def step_down(self, order: StepDown) -> StepDownOk | None:
         """Carry out a `StepDown`; the HSM's role is adopted when this returns."""
         if order.code is StepDownCode.HOLE:
-            self.agent.metrics.count("agent.append.given_up")
+            self._outside.metrics.count("agent.append.given_up")
         why = _WHY[order.code].format(index=order.index, why=order.why)
-        return await self.agent.step_down(self.group, force=order.forced, why=why)
+        return await self._roles.step_down(self.group, force=order.forced, why=why)
 
     async def _sleep(self, lane: Lane) -> None:
         deadline_s, self._deadline_s = (self._deadline_s, None) if lane is Lane.PRODUCE else (None, self._deadline_s)
@@ -149,38 +158,38 @@ class Driver:
     def _note(self, what: Noted) -> None:
         match what:
             case Noted.RETRIES_EXHAUSTED:
-                self.agent.metrics.count("agent.start_app_request.exhausted")
+                self._outside.metrics.count("agent.start_app_request.exhausted")
             case Noted.NODE_DAMAGED:
-                self.agent.metrics.count("agent.start_app_request.damaged")
+                self._outside.metrics.count("agent.start_app_request.damaged")
                 if trio.current_time() >= self._damage_told_s:
                     self._damage_told_s = trio.current_time() + DAMAGE_TOLD_S
-                    self.agent.log.error(
+                    self._outside.log.error(
                         "tree nodes in the store are damaged or missing; run `juicebox-hsm store check`",
                         realm=self.group.realm.hex(),
                         group=self.group.group.hex(),
                     )
             case Noted.REPLY_UNASKED:
-                self.agent.log.error("released a reply nobody asked for", group=self.group.group.hex())
+                self._outside.log.error("released a reply nobody asked for", group=self.group.group.hex())
             case Noted.QUORUM_LOST:
-                self.agent.metrics.count("agent.commit.no_quorum")
+                self._outside.metrics.count("agent.commit.no_quorum")
                 about = stalls.about(self.group, self.leader, trio.current_time())
-                self.agent.log.warning("group cannot commit, clients are refused", **about)
+                self._outside.log.warning("group cannot commit, clients are refused", **about)
             case Noted.QUORUM_BACK:
                 about = stalls.about(self.group, self.leader, trio.current_time())
-                self.agent.log.info("group commits again", **about)
+                self._outside.log.info("group commits again", **about)
 
     def _answer(self, answers: Sequence[Answer]) -> None:
-        agent = self.agent
+        metrics = self._outside.metrics
         counts: Counter[tuple[str, ResultKind]] = Counter()
-        now_ms = agent.now_ms()
-        agent.metrics.timing("agent.commit.latency", (now_ms - answers[0].request.when_ms) * 1_000_000)
+        now_ms = self._outside.now_ms()
+        metrics.timing("agent.commit.latency", (now_ms - answers[0].request.when_ms) * 1_000_000)
         for answer in answers:
             request, kind = answer.request, answer.result.kind
             following = _FOLLOWED_BY.get(kind)
             if following is not None:
-                agent.limiters.of(request.tenant).reserve(request.record_id, trio.current_time(), following)
+                self._limiters.of(request.tenant).reserve(request.record_id, trio.current_time(), following)
             counts[request.tenant, kind] += 1
             request.reply(AppOk(encode_noise_response(answer.noise)))
         realm = self.group.realm.hex()
         for (tenant, kind), count in counts.items():
-            agent.metrics.count("realm.request.count", count, realm=realm, tenant=tenant, type=kind.value.lower())
+            metrics.count("realm.request.count", count, realm=realm, tenant=tenant, type=kind.value.lower())

@@ -57,14 +57,14 @@ async def lead(agent: Agent, group: GroupState, leader: Leadership) -> None:
     driver = agent.drivers[leader]
     await learn_tails(agent, group.realm)
     async with trio.open_nursery() as helpers:
-        helpers.start_soon(keep_house, driver)
+        helpers.start_soon(keep_house, agent, driver)
         for member in driver.members:
-            helpers.start_soon(push_to_member, driver, member)
+            helpers.start_soon(push_to_member, agent, driver, member)
         async with trio.open_nursery() as workers:
-            workers.start_soon(produce, driver)
-            workers.start_soon(commit_loop, driver)
+            workers.start_soon(produce, agent, driver)
+            workers.start_soon(commit_loop, agent, driver)
         helpers.cancel_scope.cancel()
-    await leave_house(driver)
+    await leave_house(agent, driver)
 
 
 async def handle_become_leader(agent: Agent, body: BecomeLeaderCall) -> Done | Refused:

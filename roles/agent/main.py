@@ -32,8 +32,9 @@ from juicebox_hsm.wire.methods import AGENT_METHODS
 from juicebox_hsm.wire.rpc import PeerRole
 from roles.agent import stalls
 from roles.agent.another_store import watch_log_tails
-from roles.agent.context import Agent, AgentConfig
+from roles.agent.context import Agent
 from roles.agent.leader import hand_over, lead
+from roles.agent.outside import AgentConfig
 from roles.agent.registration import livez, readyz, register, withdraw
 from roles.agent.service import FATAL, AgentService, hsm_status
 from roles.cloud_options import CloudOptions, pubsub_options, with_bus

@@ -7,7 +7,7 @@ every 10 s, and soon after a call to a member failed, the agents are asked for t
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import trio
 
@@ -20,9 +20,7 @@ from juicebox_hsm.ids import HsmId
 from juicebox_hsm.wire.methods import AGENT_STATUS
 from juicebox_hsm.wire.rpc import AgentStatus, Empty
 from roles.agent.oneshot import Signal
-
-if TYPE_CHECKING:
-    from roles.agent.context import Agent
+from roles.agent.outside import Outside
 
 SUSPECT_PAUSE_S: Final = 0.5
 """At least this long between refreshes that failed calls ask for."""
@@ -31,8 +29,8 @@ SUSPECT_PAUSE_S: Final = 0.5
 class Peers:
     """Addresses of managers and of the other agents."""
 
-    def __init__(self, agent: Agent) -> None:
-        self._agent = agent
+    def __init__(self, outside: Outside) -> None:
+        self._outside = outside
         self._reachable = Reachable()
         self._elsewhere = Elsewhere()
         self._seen: tuple[ServiceAddress, ...] | None = None
@@ -55,7 +53,7 @@ class Peers:
 
     async def run(self) -> None:
         """Poll discovery and statuses for ever."""
-        timings = self._agent.timings
+        timings = self._outside.timings
         refresh_at = looked_at = trio.current_time()
         while True:
             changed = await self._read_discovery()
@@ -63,7 +61,7 @@ class Peers:
                 looked_at = trio.current_time()
                 await self._read_statuses()
                 refresh_at = trio.current_time() + timings.peer_refresh_s
-            self._agent.clock.look()  # at every turn: what others said is kept, and our own clock may have jumped
+            self._outside.clock.look()  # at every turn: what others said is kept, and our own clock may have jumped
             if await self._wake.wait_at_most(timings.discovery_poll_s):
                 await trio.sleep_until(looked_at + min(SUSPECT_PAUSE_S, timings.discovery_poll_s))
                 refresh_at = trio.current_time()
@@ -71,15 +69,15 @@ class Peers:
     async def _read_discovery(self) -> bool:
         """Re-read the registrations; tell whether they changed."""
         try:
-            addresses = tuple(await self._agent.store.discovery.list())
+            addresses = tuple(await self._outside.store.discovery.list())
         except RealmError as error:
-            self._agent.note_trouble(Code.DISCOVERY, error)
+            self._outside.note_trouble(Code.DISCOVERY, error)
             return False
-        self._agent.clear_trouble(Code.DISCOVERY)
+        self._outside.clear_trouble(Code.DISCOVERY)
         if addresses == self._seen:
             return False
         self._seen = addresses
-        own = self._agent.config.url
+        own = self._outside.config.url
         self.agent_urls = tuple(a.url for a in addresses if a.kind is ServiceKind.AGENT and a.url != own)
         self.manager_urls = tuple(a.url for a in addresses if a.kind is ServiceKind.MANAGER)
         return True
@@ -102,22 +100,22 @@ class Peers:
 
     def _look_for_copies(self, places: list[Place]) -> None:
         """Find out whether our own HSM answers at another address, too; log when that begins and when it ends."""
-        agent = self._agent
-        if agent.hsm_id is None:
+        outside, hsm = self._outside, self._outside.hsm_id
+        if hsm is None:
             return
         before = self.copies
-        self._elsewhere.asked(Place(agent.config.url, agent.hsm_id, agent.config.instance), places, self.agent_urls)
+        self._elsewhere.asked(Place(outside.config.url, hsm, outside.config.instance), places, self.agent_urls)
         if self.copies and not before:
-            agent.log.error("our HSM also runs elsewhere: one is a copy", hsm=agent.hsm_id.hex(), at=list(self.copies))
+            outside.log.error("our HSM also runs elsewhere: one is a copy", hsm=hsm.hex(), at=list(self.copies))
         elif before and not self.copies:
-            agent.log.info("our HSM runs here only, again", hsm=agent.hsm_id.hex())
+            outside.log.info("our HSM runs here only, again", hsm=hsm.hex())
 
     async def status(self, url: str) -> AgentStatus | None:
         """Return an agent's status, None when it does not answer in 2 s."""
-        asked = trio.current_time()
+        outside, asked = self._outside, trio.current_time()
         try:
-            status = await self._agent.rpc.call(url, AGENT_STATUS, Empty(), timeout_s=self._agent.timings.peer_status_s)
+            status = await outside.rpc.call(url, AGENT_STATUS, Empty(), timeout_s=outside.timings.peer_status_s)
         except RealmError:
             return None
-        self._agent.clock.heard(url, status.now_ms, asked)
+        outside.clock.heard(url, status.now_ms, asked)
         return status

@@ -38,32 +38,32 @@ def encoded_capture(group: GroupState) -> bytes | None:
 # --- leader's side ---------------------------------------------------------------------------------------
 
 
-async def push_to_member(driver: Driver, member: HsmId) -> None:
+async def push_to_member(agent: Agent, driver: Driver, member: HsmId) -> None:
     """Keep one member supplied until the leadership ends."""
     effect = driver.step(MemberTurn(member))
     while not driver.leader.has_ended:
         if effect is None:
-            woken = await driver.wait(member, driver.agent.timings.heartbeat_s)
+            woken = await driver.wait(member, agent.timings.heartbeat_s)
             effect = driver.step(MemberTurn(member, heartbeat=not woken))
         else:
-            effect = await _carry_out(driver, effect) or driver.step(MemberTurn(member))
+            effect = await _carry_out(agent, driver, effect) or driver.step(MemberTurn(member))
 
 
-async def _carry_out(driver: Driver, effect: Long) -> Long | None:
+async def _carry_out(agent: Agent, driver: Driver, effect: Long) -> Long | None:
     match effect:
         case Push():
-            return driver.step(await _push(driver, effect))
+            return driver.step(await _push(agent, driver, effect))
         case Pause(_, why):
-            timings = driver.agent.timings
+            timings = agent.timings
             await trio.sleep(min(_PAUSES_S.get(why, timings.heartbeat_s), timings.heartbeat_s))
             return None
         case _:
             raise TypeError(f"not of a pusher: {effect}")
 
 
-async def _push(driver: Driver, push: Push) -> PushAnswered | PushFailed:
+async def _push(agent: Agent, driver: Driver, push: Push) -> PushAnswered | PushFailed:
     """Send what the member may lack; tells its answer."""
-    agent, group, member = driver.agent, driver.group, push.member
+    group, member = driver.group, push.member
     url = agent.peers.url_of(member)
     if url is None:
         agent.peers.suspect()

@@ -6,8 +6,8 @@ the store* that the HSM refuses means a corrupted log or a bug, and the process 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable, Sequence
+from typing import Final
 
 import trio
 
@@ -16,8 +16,8 @@ from juicebox_hsm.consensus.codec import decode_captured
 from juicebox_hsm.consensus.types import Captured, LogEntry
 from juicebox_hsm.errors import RealmError, check
 from juicebox_hsm.host.codes import Code
-from juicebox_hsm.host.group import GroupState
-from juicebox_hsm.host.leadership.events import CaptureHeard
+from juicebox_hsm.host.group import Groups, GroupState
+from juicebox_hsm.host.leadership.events import CaptureHeard, Event
 from juicebox_hsm.host.log import Compacted
 from juicebox_hsm.host.witness import Evidence, Feed, Idle, Jump, Jumped, Persist
 from juicebox_hsm.hsm.messages import (
@@ -34,9 +34,8 @@ from juicebox_hsm.ports.errors import HsmGone
 from juicebox_hsm.wire.methods import CAPTURED
 from juicebox_hsm.wire.rpc import CapturedReply, GroupCall
 from roles.agent.oneshot import Signal
-
-if TYPE_CHECKING:
-    from roles.agent.context import Agent
+from roles.agent.outside import Outside, Roles
+from roles.agent.peers import Peers
 
 WATCH_CHUNK_ENTRIES: Final = 200
 CAPTURED_TIMEOUT_S: Final = 0.5
@@ -47,10 +46,15 @@ class LogRefused(RealmError):
 
 
 class Persister:
-    """Group commit for the HSM's captures: one PersistState in flight, the next covers what came meanwhile."""
+    """Group commit for the HSM's captures: one PersistState in flight, the next covers what came meanwhile.
 
-    def __init__(self, agent: Agent) -> None:
-        self._agent = agent
+    What was captured is noted in `groups` and told to the leaderships that `tell` knows.
+    """
+
+    def __init__(self, outside: Outside, groups: Groups, tell: Callable[[GroupState, Event], None]) -> None:
+        self._outside = outside
+        self._groups = groups
+        self._tell = tell
         self._wanted = Signal()
         self._begun = 0
         self._done = 0
@@ -73,7 +77,7 @@ class Persister:
         while True:
             await self._wanted.wait()
             self._begun += 1
-            reply = await self._agent.hsm.send(PersistState())
+            reply = await self._outside.hsm.send(PersistState())
             check(isinstance(reply, PersistStateOk), "PersistState cannot be refused")
             if isinstance(reply, PersistStateOk):
                 self._adopt(reply.captured)
@@ -83,19 +87,22 @@ class Persister:
     def _adopt(self, captures: tuple[Captured, ...]) -> None:
         self.captures = captures
         for captured in captures:
-            group = self._agent.groups.get(captured.realm, captured.group)
+            group = self._groups.get(captured.realm, captured.group)
             if group is None:
                 continue
             group.captured = captured
-            self._agent.tell(group, CaptureHeard(captured))
+            self._tell(group, CaptureHeard(captured))
 
 
 class Follower:
     """Keeps one group's captures at the end of its log."""
 
-    def __init__(self, agent: Agent, group: GroupState) -> None:
-        self._agent = agent
+    def __init__(self, outside: Outside, group: GroupState, persister: Persister, peers: Peers, roles: Roles) -> None:
+        self._outside = outside
         self._group = group
+        self._persister = persister
+        self._peers = peers
+        self._roles = roles
         self._following = group.following
         self._tail: LogEntry | None = None
         """The last entry that the HSM captured, as far as we have seen it."""
@@ -117,12 +124,12 @@ class Follower:
                 return None
             match self._following.pushed(entries):
                 case Persist():
-                    return self._agent.persister.request()
+                    return self._persister.request()
                 case Feed(fresh):
                     outcome = await self._feed(fresh)
                     if outcome is None:
-                        return self._agent.persister.request()
-                    self._agent.metrics.count("agent.push.refused", outcome=outcome.value)
+                        return self._persister.request()
+                    self._outside.metrics.count("agent.push.refused", outcome=outcome.value)
                     await self._learn_head()
         finally:
             self.lock.release()
@@ -131,10 +138,10 @@ class Follower:
 
     async def _feed(self, entries: tuple[LogEntry, ...]) -> Outcome | None:
         """Feed entries to the HSM; None on success."""
-        reply = await self._agent.hsm.send(CaptureNext(self._group.realm, self._group.group, entries))
+        reply = await self._outside.hsm.send(CaptureNext(self._group.realm, self._group.group, entries))
         outcome = self._following.fed(entries, reply)
         if isinstance(reply, RoleOk):
-            self._agent.adopt(self._group, reply.role)
+            self._roles.adopt(self._group, reply.role)
             self._saw(entries[-1])
         return outcome
 
@@ -146,7 +153,7 @@ class Follower:
 
     async def _learn_head(self) -> None:
         """Learn the HSM's captured head again: a prefix of a refused push stays captured."""
-        await self._agent.persister.covered(self._agent.persister.request())
+        await self._persister.covered(self._persister.request())
         self._following.head(self._group.captured)
 
     async def run(self) -> None:
@@ -158,7 +165,7 @@ class Follower:
                 if found == [] and not self._knows_tail:
                     await self._learn_tail()
             except RealmError as error:
-                self._agent.note_trouble(Code.LOG_NOT_FOLLOWED, error, self._group.group)
+                self._outside.note_trouble(Code.LOG_NOT_FOLLOWED, error, self._group.group)
                 await trio.sleep(self._following.read_failed())
                 continue
             async with self.lock:
@@ -169,10 +176,10 @@ class Follower:
             if refused is not None:
                 raise_refused(self._group, refused)
             if not self._following.is_catching_up:
-                self._agent.clear_trouble(Code.LOG_NOT_FOLLOWED, self._group.group)
+                self._outside.clear_trouble(Code.LOG_NOT_FOLLOWED, self._group.group)
             match step:
                 case Feed():
-                    self._agent.persister.request()
+                    self._persister.request()
                 case Idle(seconds):
                     self._following.waited(woken=await self.wake.wait_at_most(seconds))
                 case Jump():
@@ -180,7 +187,7 @@ class Follower:
 
     async def _read(self, index: int) -> list[LogEntry] | Compacted:
         group = self._group
-        return await self._agent.store.log.read_from(group.realm, group.group, index, WATCH_CHUNK_ENTRIES)
+        return await self._outside.store.log.read_from(group.realm, group.group, index, WATCH_CHUNK_ENTRIES)
 
     # --- the end of the log ----------------------------------------------------------------------------
 
@@ -190,7 +197,7 @@ class Follower:
 
     async def _learn_tail(self) -> None:
         """Read the entry that our HSM captured last: after a start, or a jump, nobody has seen it."""
-        last = await self._agent.store.log.read_last(self._group.realm, self._group.group)
+        last = await self._outside.store.log.read_last(self._group.realm, self._group.group)
         if last is not None and last.index == self._following.position - 1:
             self._saw(last)
 
@@ -198,29 +205,29 @@ class Follower:
 
     async def _catch_up(self, jump: Jump) -> None:
         """Jump over compacted entries, or pause before the caller reads the log again."""
-        agent = self._agent
+        outside = self._outside
         if jump.is_first:
-            agent.log.warning("entries compacted, jumping", group=self._group.group.hex(), index=jump.missing)
+            outside.log.warning("entries compacted, jumping", group=self._group.group.hex(), index=jump.missing)
         if jump.is_trouble:
             error = RealmError(f"index {jump.missing} is compacted and no certificate helps yet")
-            agent.note_trouble(Code.LOG_NOT_FOLLOWED, error, self._group.group)
+            outside.note_trouble(Code.LOG_NOT_FOLLOWED, error, self._group.group)
         try:
             has_jumped = await self._jump()
         except (LogRefused, HsmGone):
             raise
         except RealmError as error:
-            agent.note_trouble(Code.LOG_NOT_FOLLOWED, error, self._group.group)
+            outside.note_trouble(Code.LOG_NOT_FOLLOWED, error, self._group.group)
             has_jumped = False
-        agent.metrics.count("agent.catchup.jump", result="ok" if has_jumped else "retry")
+        outside.metrics.count("agent.catchup.jump", result="ok" if has_jumped else "retry")
         if has_jumped:
-            agent.metrics.timing("agent.catchup", int(self._following.caught_up(trio.current_time()) * 1e9))
+            outside.metrics.timing("agent.catchup", int(self._following.caught_up(trio.current_time()) * 1e9))
         else:
             await trio.sleep(self._following.jump_pause_s(trio.current_time()))
 
     async def _jump(self) -> bool:
         """Try one CaptureJump with the newest certificate; tell whether our position moved."""
-        agent, group = self._agent, self._group
-        certificate = await agent.store.log.read_certificate(group.realm, group.group)
+        outside, group = self._outside, self._group
+        certificate = await outside.store.log.read_certificate(group.realm, group.group)
         if certificate is None:
             return False
         evidence = Evidence(certificate, await self.live_captures())
@@ -229,18 +236,18 @@ class Follower:
         if not evidence.entries:
             return False
         async with self.lock:
-            reply = await agent.hsm.send(CaptureJump(group.realm, group.group, evidence.entries, evidence.captures))
+            reply = await outside.hsm.send(CaptureJump(group.realm, group.group, evidence.entries, evidence.captures))
             match self._following.jumped(reply):
                 case Jumped.MOVED:
                     await self._learn_head()
-                    agent.log.info(
+                    outside.log.info(
                         "jumped", group=group.group.hex(), certificate=certificate.index, position=group.position
                     )
                     return True
                 case Jumped.LEADS:
                     if isinstance(reply, NotWitness):
-                        agent.adopt(group, reply.role)
-                    await agent.step_down(group, force=True, why="a jump needs a witness")
+                        self._roles.adopt(group, reply.role)
+                    await self._roles.step_down(group, force=True, why="a jump needs a witness")
                 case Jumped.CORRUPTED:
                     raise_refused(group, reply)
                 case Jumped.LATER:
@@ -254,7 +261,7 @@ class Follower:
 
         async def ask(member: HsmId, url: str) -> None:
             try:
-                reply = await self._agent.rpc.call(url, CAPTURED, body, timeout_s=CAPTURED_TIMEOUT_S)
+                reply = await self._outside.rpc.call(url, CAPTURED, body, timeout_s=CAPTURED_TIMEOUT_S)
                 if isinstance(reply, CapturedReply) and reply.captured is not None:
                     captured = decode_captured(reply.captured)
                     if captured.hsm == member:
@@ -265,7 +272,7 @@ class Follower:
 
         async with trio.open_nursery() as nursery:
             for member in self._group.configuration:
-                url = self._agent.peers.url_of(member)
+                url = self._peers.url_of(member)
                 if url is not None:
                     nursery.start_soon(ask, member, url)
         return found

@@ -13,13 +13,13 @@ from juicebox_hsm.consensus.types import Leader
 from juicebox_hsm.hsm.messages import Status, StatusOk
 from juicebox_hsm.ids import GroupId, RealmId
 from juicebox_hsm.ports.errors import HsmGone
-from roles.agent.context import WATCHDOG_CHECKS
 
 if TYPE_CHECKING:
     from roles.agent.context import Agent
 
 TRIGGERED: Final = "Agent watchdog triggered"  # operator-tools.md 9.2; existing monitors look for it
-STEP_DOWN_AT = 3
+WATCHDOG_CHECKS: Final = 5
+STEP_DOWN_AT: Final = 3
 """After this many suspect checks the HSM is asked to step down; if that does not help the agent ends."""
 
 

@@ -15,8 +15,8 @@ from juicebox_hsm.host.events import EVENT_KEPT_MS, EventKind, NewEvent, OutboxE
 from juicebox_hsm.ids import RealmId
 from juicebox_hsm.ports.store import Store
 from roles.agent import outbox
-from roles.agent.context import AgentConfig
 from roles.agent.outbox import Dispatcher
+from roles.agent.outside import AgentConfig
 from tests.emulator.contract import Backend
 from tests.emulator.realm_data import REALM, event
 

@@ -73,8 +73,9 @@ from juicebox_hsm.wire.rpc import (
     TransferPrepare,
     TransferredOut,
 )
-from roles.agent.context import Agent, AgentConfig, Timings
+from roles.agent.context import Agent
 from roles.agent.leader import lead
+from roles.agent.outside import AgentConfig, Timings
 from roles.agent.registration import register
 from roles.agent.service import AgentService
 from tests.fakes.random import SeededRandom

@@ -38,8 +38,9 @@ from juicebox_hsm.ids import GroupId, HsmId
 from juicebox_hsm.ports.errors import HsmGone
 from juicebox_hsm.tenant_keys import record_id_key_fingerprint
 from juicebox_hsm.wire.methods import AGENT_METHODS, MANAGER_METHODS
-from roles.agent.context import Agent, AgentConfig
+from roles.agent.context import Agent
 from roles.agent.leader import hand_over, lead
+from roles.agent.outside import AgentConfig
 from roles.agent.registration import register, withdraw
 from roles.agent.service import FATAL, AgentService
 from roles.lb.forward import Forwarder

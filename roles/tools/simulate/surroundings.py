@@ -21,7 +21,7 @@ from juicebox_hsm.hsm.messages import Request, Response, Status
 from juicebox_hsm.ids import RealmId
 from juicebox_hsm.ports.errors import HsmGone
 from juicebox_hsm.wire.rpc import AppOk
-from roles.agent.context import Timings
+from roles.agent.outside import Timings
 from roles.tools.simulate.judge import Judge, Violation
 from roles.tools.simulate.keyring import Keyring
 from roles.tools.simulate.network import Network

@@ -21,8 +21,8 @@ from juicebox_hsm.host.readiness import Trouble
 from juicebox_hsm.ids import RealmId
 from juicebox_hsm.ports.errors import StoreUnavailable
 from juicebox_hsm.ports.store import Store
-from roles.agent.context import AgentConfig
 from roles.agent.outbox import LATE_MS, BusTrouble, Dispatcher, kept_name
+from roles.agent.outside import AgentConfig
 from tests.emulator.contract_dispatch import DAY_MS, NOW_MS, Clock, dispatcher, made
 from tests.emulator.realm_data import GROUP, REALM
 from tests.patience import HANGS_S

@@ -22,8 +22,9 @@ from juicebox_hsm.hsm.messages import GroupStatus, RealmStatus, ResultKind, Resu
 from juicebox_hsm.ids import GroupId, HsmId, RealmId, RecordId
 from juicebox_hsm.ports.errors import HsmGone
 from juicebox_hsm.wire.client import TransportRequest, TransportResponse
-from roles.agent.context import Agent, Timings
+from roles.agent.context import Agent
 from roles.agent.outbox import by_day
+from roles.agent.outside import Timings
 from roles.agent.watchdog import suspects, watchdog
 
 REALM, GROUP, HSM = RealmId(b"r" * 16), GroupId(b"g" * 16), HsmId(b"h" * 16)
