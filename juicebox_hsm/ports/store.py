@@ -7,6 +7,7 @@ from typing import Protocol
 
 from juicebox_hsm.ids import RealmId
 from juicebox_hsm.ports.accounting import Accounting
+from juicebox_hsm.ports.audit import AuditTrail
 from juicebox_hsm.ports.discovery import Discovery
 from juicebox_hsm.ports.event_bus import EventBus
 from juicebox_hsm.ports.event_outbox import EventOutbox
@@ -31,6 +32,7 @@ class Store:
     settings: Settings
     tenants: TenantConfig
     realms: RealmStore
+    audit: AuditTrail
     description: str = field(default="")
     stats: TableStats | None = None
     bus: EventBus | None = None
@@ -42,7 +44,7 @@ class RealmStore(Protocol):
     """Creation of shared and per-realm tables; both are idempotent."""
 
     async def create_shared(self) -> None:
-        """Create discovery, leases, tenants and settings."""
+        """Create discovery, leases, tenants, settings and the audit trail."""
         ...
 
     async def create_realm(self, realm: RealmId) -> None:

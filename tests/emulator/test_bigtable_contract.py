@@ -7,6 +7,7 @@ import pytest
 from tests.emulator import contract
 from tests.emulator.bigtable_backend import BigtableBackend
 from tests.emulator.contract import ClusterContract, LogContract, NodeContract
+from tests.emulator.contract_audit import AuditContract
 from tests.emulator.contract_bus import BusContract
 from tests.emulator.contract_dispatch import DispatchContract
 from tests.emulator.contract_outbox import AccountingContract, OutboxContract
@@ -47,3 +48,7 @@ class TestDispatch(DispatchContract):
 
 class TestBus(BusContract):
     """The embedded bus on one instance."""
+
+
+class TestAudit(AuditContract):
+    """The audit trail on one instance."""

@@ -13,6 +13,7 @@ from roles.tools.simulate.store import SimulatedStore
 from roles.tools.simulate.store_gate import StoreFaults
 from tests.emulator import contract
 from tests.emulator.contract import ClusterContract, LogContract, NodeContract
+from tests.emulator.contract_audit import AuditContract
 from tests.emulator.contract_bus import BusContract
 from tests.emulator.contract_dispatch import DispatchContract
 from tests.emulator.contract_outbox import AccountingContract, OutboxContract
@@ -73,3 +74,7 @@ class TestDispatch(DispatchContract):
 
 class TestBus(BusContract):
     """The embedded bus on the rows in memory."""
+
+
+class TestAudit(AuditContract):
+    """The audit trail in memory."""

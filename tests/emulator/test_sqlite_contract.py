@@ -11,6 +11,7 @@ from juicebox_hsm.adapters.stores.opening import open_store
 from juicebox_hsm.ports.store import Store
 from tests.emulator import contract
 from tests.emulator.contract import ClusterContract, LogContract, NodeContract
+from tests.emulator.contract_audit import AuditContract
 from tests.emulator.contract_bus import BusContract
 from tests.emulator.contract_dispatch import DispatchContract
 from tests.emulator.contract_outbox import AccountingContract, OutboxContract
@@ -61,3 +62,7 @@ class TestDispatch(DispatchContract):
 
 class TestBus(BusContract):
     """The embedded bus on one file."""
+
+
+class TestAudit(AuditContract):
+    """The audit trail in one file."""

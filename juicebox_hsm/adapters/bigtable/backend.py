@@ -20,6 +20,7 @@ from urllib.parse import parse_qsl
 import trio
 
 from juicebox_hsm.adapters.bigtable.accounting import BigtableAccounting
+from juicebox_hsm.adapters.bigtable.audit import BigtableAudit
 from juicebox_hsm.adapters.bigtable.auth import ApplicationDefault, Authorization, NoAuthorization
 from juicebox_hsm.adapters.bigtable.channel import DEFAULT_CHANNEL_TUNING, ChannelTransport, ChannelTuning
 from juicebox_hsm.adapters.bigtable.cluster import (
@@ -239,6 +240,7 @@ async def _opened(instance: Instance, node_tuning: NodeTuning, tuning: Tuning) -
                 settings=BigtableSettings(endpoint),
                 tenants=BigtableTenants(endpoint),
                 realms=realms,
+                audit=BigtableAudit(endpoint),
                 description=instance.description,
                 stats=BigtableStats(endpoint),
                 bus=EmbeddedBus(BigtablePublished(endpoint)),

@@ -13,6 +13,7 @@ from typing import Final, NoReturn
 import cbor2
 
 from juicebox_hsm.adapters.bigtable import keys
+from juicebox_hsm.adapters.bigtable.audit import AUDIT
 from juicebox_hsm.adapters.bigtable.codec import (
     EVERYTHING,
     AnyTimestampAtLeast,
@@ -42,7 +43,7 @@ SETTINGS: Final = "settings"
 TENANTS: Final = "tenants"
 SELF_TEST: Final = b"self-test/"
 """Start of the names of passing rows among the settings, which test conditional writes."""
-SHARED_TABLES: Final = (DISCOVERY, LEASE, SETTINGS, TENANTS)
+SHARED_TABLES: Final = (DISCOVERY, LEASE, SETTINGS, TENANTS, AUDIT)
 
 _NEWEST: Final = Selection(cells_per_column=1)
 _log = get_logger("bigtable")

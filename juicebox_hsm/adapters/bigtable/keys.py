@@ -103,6 +103,16 @@ def address_range(kind: ServiceKind) -> KeyRange:
     return KeyRange(start, bytes((start[0] + 1,)), end_open=True)
 
 
+def audit_key(when_ms: int, change: bytes, phase: str) -> bytes:
+    """Return the key of an entry of the audit trail."""
+    return downward(when_ms) + change + phase.encode()
+
+
+def audit_range(since_ms: int) -> KeyRange:
+    """Return the entries of a moment (Unix ms) and later."""
+    return KeyRange(b"\x00", downward(since_ms) + b"\xff" * 32)
+
+
 def whole_table() -> KeyRange:
     """Return a range that holds every key we write: none begins with 0xff but those of group ids, which go on."""
     return KeyRange(b"\x00", b"\xff" * 64)

@@ -84,7 +84,7 @@ class BigtableRealms:
                 await attempts.after(failure)
 
     async def create_shared(self) -> None:
-        """Create discovery, leases, tenants and settings, then test conditional writes."""
+        """Create discovery, leases, tenants, settings and audit, then test conditional writes."""
         for name in SHARED_TABLES:
             if not await self._exists(name):
                 await self._create(name)

@@ -12,6 +12,7 @@ import trio
 
 from juicebox_hsm.adapters.observation.metrics import Metrics
 from juicebox_hsm.adapters.sqlite.accounting import SqliteAccounting
+from juicebox_hsm.adapters.sqlite.audit import SqliteAudit
 from juicebox_hsm.adapters.sqlite.cluster import (
     SqliteDiscovery,
     SqliteLeases,
@@ -99,6 +100,7 @@ async def open_sqlite(
             settings=SqliteSettings(writer, reads),
             tenants=SqliteTenants(writer, reads),
             realms=SqliteRealms(writer, reads),
+            audit=SqliteAudit(writer, reads),
             description=f"sqlite:{path}",
             stats=SqliteStats(reads),
             bus=EmbeddedBus(SqlitePublished(writer, reads)),

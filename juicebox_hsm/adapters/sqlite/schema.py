@@ -58,6 +58,16 @@ CREATE TABLE settings (name TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID
 CREATE TABLE tenants (tenant TEXT PRIMARY KEY, capacity_ops_per_s INTEGER NOT NULL) WITHOUT ROWID;
 """
 
+_ADDED: Final = """
+CREATE TABLE audit (id INTEGER PRIMARY KEY, change BLOB NOT NULL, phase TEXT NOT NULL, when_ms INTEGER NOT NULL,
+  data TEXT NOT NULL, UNIQUE (change, phase));
+CREATE INDEX audit_when ON audit (when_ms);
+CREATE TRIGGER audit_stands BEFORE UPDATE ON audit BEGIN SELECT RAISE(ABORT, 'the audit trail is only added to'); END;
+CREATE TRIGGER audit_stays BEFORE DELETE ON audit BEGIN SELECT RAISE(ABORT, 'the audit trail is only added to'); END;
+"""
+"""Tables that older programs of the same schema version neither know nor miss: they come into any file at its next
+opening, so that services of both versions run side by side on it while they are restarted one by one."""
+
 _UPGRADES: Final = {
     # Checksums for `store check` (rows from before have none), acknowledgements of the embedded bus, and how many
     # outbox rows were removed, so that a lost one shows.
@@ -148,6 +158,9 @@ def prepare_tables(connection: apsw.Connection, path: Path) -> None:
         )
     elif version < SCHEMA_VERSION:
         _upgrade(connection, version)
+    if not connection.execute("SELECT count(*) FROM sqlite_schema WHERE name = 'audit'").get:
+        with connection:
+            connection.execute(_ADDED)
 
 
 def _create(connection: apsw.Connection, path: Path) -> None:

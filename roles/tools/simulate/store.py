@@ -16,6 +16,7 @@ import trio
 from juicebox_hsm.adapters.stores.embedded_bus import EmbeddedBus
 from juicebox_hsm.ports.store import Store
 from roles.tools.simulate.store_cluster import (
+    SimulatedAudit,
     SimulatedDiscovery,
     SimulatedLeases,
     SimulatedRealms,
@@ -46,6 +47,7 @@ class StoreView:
             settings=SimulatedSettings(gate),
             tenants=SimulatedTenants(gate),
             realms=SimulatedRealms(gate),
+            audit=SimulatedAudit(gate),
             description=f"simulated:{name}",
             bus=EmbeddedBus(SimulatedPublished(gate)),
         )

@@ -6,6 +6,7 @@ import builtins
 from dataclasses import replace
 from typing import Final
 
+from juicebox_hsm.host.audit import AuditEntry
 from juicebox_hsm.host.services import Lease, ServiceAddress, ServiceKind, TenantLimits
 from juicebox_hsm.ids import RealmId
 from roles.tools.simulate.store_data import RealmData
@@ -175,6 +176,24 @@ class SimulatedTenants:
             data.tenants.replace(data.now(), kept)
 
         await self._gate.write("tenants_remove", write)
+
+
+class SimulatedAudit:
+    """`ports.AuditTrail` for one process."""
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
+
+    async def add(self, entry: AuditEntry) -> None:
+        """Add an entry; of one change and phase the first one stands."""
+        kept = self._gate.data.audit
+        await self._gate.write("audit_add", lambda: kept.setdefault((entry.change, entry.phase), entry))
+
+    async def read(self, since_ms: int, entries_max: int) -> builtins.list[AuditEntry]:
+        """Return the newest entries since then, oldest first."""
+        kept = await self._gate.read("audit_read", lambda: builtins.list(self._gate.data.audit.values()))
+        found = sorted((entry for entry in kept if entry.when_ms >= since_ms), key=lambda entry: entry.when_ms)
+        return found[-entries_max:]
 
 
 class SimulatedRealms:

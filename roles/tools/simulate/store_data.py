@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Final, Generic, Protocol, TypeVar
 
 from juicebox_hsm.consensus.types import Certificate, LogEntry
+from juicebox_hsm.host.audit import AuditEntry, Phase
 from juicebox_hsm.host.events import EventKind, NewEvent, OutboxEvent
 from juicebox_hsm.host.log import AppendOutcome, Intent
 from juicebox_hsm.host.services import Lease, ServiceKind, TenantLimits
@@ -156,6 +157,7 @@ class StoreData:
         self.leases: Past[dict[str, Lease]] = Past({})
         self.settings: Past[dict[str, bytes]] = Past({})
         self.tenants: Past[dict[str, TenantLimits]] = Past({})
+        self.audit: dict[tuple[bytes, Phase], AuditEntry] = {}
         self._removal_s = removal_s
         self._late: list[tuple[float, int, Callable[[], object]]] = []
         self._writes = 0
