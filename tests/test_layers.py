@@ -24,6 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # flags, words and tables that services and tools share
     ("roles.durations",), ("roles.lazy",), ("roles.commands",), ("roles.store_options",), ("roles.options",),
     ("roles.cloud_options",), ("roles.words",), ("roles.clock",), ("roles.survey",),
+    ("roles.audit",),
     ("roles.shell",),
     SERVICE_ROW,
     ("roles.tools",),

@@ -37,6 +37,7 @@ from roles.agent.leader import hand_over, lead
 from roles.agent.outside import AgentConfig
 from roles.agent.registration import livez, readyz, register, withdraw
 from roles.agent.service import FATAL, AgentService, hsm_status
+from roles.audit import Recorder, recorded_orders
 from roles.cloud_options import CloudOptions, pubsub_options, with_bus
 from roles.durations import DurationRange
 from roles.options import CommonOptions, role_options
@@ -156,7 +157,9 @@ async def _serve(shell: Shell, nursery: trio.Nursery, options: AgentOptions, hsm
             (common.listen.host, common.listen.port),
             tls=shell.tls,
             methods=AGENT_METHODS,
-            handlers=service.handlers(),
+            handlers=recorded_orders(
+                service.handlers(), Recorder(store.audit, agent.config.name, agent.config.now_ms, shell.log)
+            ),
             build=__version__,
             metrics=shell.metrics,
             fatal=FATAL,

@@ -38,6 +38,7 @@ async def appoint(context: ManagerContext, group: GroupView, member: Member, las
         return str(error) or type(error).__name__
     match reply:
         case Done():
+            await context.note("appoint", realm=group.realm.hex(), group=group.id.hex(), hsm=member.hsm.hex())
             return ""
         case Refused(outcome=outcome, index=index):
             return outcome.value if index is None else f"{outcome.value} at {index}"

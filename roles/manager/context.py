@@ -14,7 +14,8 @@ from juicebox_hsm.host.cluster.view import GroupKey
 from juicebox_hsm.ports.observation import Log, Meter
 from juicebox_hsm.ports.rpc import RpcCaller
 from juicebox_hsm.ports.store import Store
-from juicebox_hsm.wire.rpc import LoopRun
+from juicebox_hsm.wire.rpc import LoopRun, PeerRole
+from roles.audit import Recorder
 
 
 @dataclass(slots=True)
@@ -59,3 +60,13 @@ class ManagerContext:
     faults: FaultSwitch = field(default_factory=FaultSwitch)
     certificate_end: Callable[[], dt.datetime | None] = no_certificate
     state: ManagerState = field(default_factory=ManagerState)
+
+    @property
+    def recorder(self) -> Recorder:
+        """Return who writes to the audit trail for this manager."""
+        return Recorder(self.store.audit, self.name, self.now_ms, self.log)
+
+    async def note(self, action: str, **arguments: str) -> None:
+        """Record what this manager did unasked, after it was done."""
+        who = f"{PeerRole.MANAGER.value}/{self.name}"
+        await self.recorder.note(who, action, tuple(arguments.items()))

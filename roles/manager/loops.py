@@ -41,6 +41,7 @@ async def watch_services(context: ManagerContext, changed: Callable[[], None]) -
             for address in registrations.look(found, trio.current_time()):
                 await context.store.discovery.forget(address)
                 context.log.info("service forgotten, it stopped to renew its entry", url=address.url)
+                await context.note("forget", kind=address.kind.name.lower(), url=address.url)
         except RealmError as error:
             context.log.warning("discovery not readable", error=str(error))
         else:

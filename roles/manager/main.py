@@ -24,6 +24,7 @@ from juicebox_hsm.host.readiness import Plain, Readiness, Reason, Trouble, of_ce
 from juicebox_hsm.host.services import ServiceKind
 from juicebox_hsm.wire.methods import MANAGER_METHODS
 from juicebox_hsm.wire.rpc import PeerRole
+from roles.audit import recorded_orders
 from roles.durations import DurationType
 from roles.manager.appointment import Appointer
 from roles.manager.context import ManagerContext
@@ -108,7 +109,7 @@ async def _serve(
             (common.listen.host, common.listen.port),
             tls=shell.tls,
             methods=MANAGER_METHODS,
-            handlers=ManagerService(context, appointer, nursery).handlers(),
+            handlers=recorded_orders(ManagerService(context, appointer, nursery).handlers(), context.recorder),
             build=__version__,
             metrics=shell.metrics,
             traces=shell.traces,

@@ -9,12 +9,15 @@ own, and every range between its groups is out of service until it is done.
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Final
 
 import trio
 
 from juicebox_hsm.errors import RealmError
 from juicebox_hsm.host.cluster.leases import ownership_lease
+from juicebox_hsm.host.cluster.ranges import show_range
 from juicebox_hsm.host.cluster.recovery import (
     AskWhetherArrived,
     RunAgain,
@@ -23,8 +26,9 @@ from juicebox_hsm.host.cluster.recovery import (
     pending_since,
     plan_recovery,
 )
-from juicebox_hsm.host.cluster.transfer import Arrival, arrival_of, ask_arrived
+from juicebox_hsm.host.cluster.transfer import Arrival, TransferRequest, arrival_of, ask_arrived
 from juicebox_hsm.ids import RealmId
+from juicebox_hsm.wire.rpc import Done, Refused
 from roles.manager.context import ManagerContext
 from roles.manager.leases import LeaseBusy, management_lease
 from roles.manager.transfer import call_step, complete_only, run_transfer
@@ -92,7 +96,7 @@ async def _finish_transfers(context: ManagerContext, realm: RealmId) -> None:
                 case WaitForLeader(request=request, group=group):
                     context.log.warning("transfer waits for a leader", transfer=str(request), group=group.hex())
                 case RunAgain(request=request):
-                    nursery.start_soon(run_transfer, context, request)
+                    nursery.start_soon(_noted, context, request, run_transfer)
                 case AskWhetherArrived():
                     nursery.start_soon(_recover_outgoing, context, work)
 
@@ -102,8 +106,20 @@ async def _recover_outgoing(context: ManagerContext, work: AskWhetherArrived) ->
     request = work.request
     match arrival_of(await call_step(context, ask_arrived(request, work.destination, work.at))):
         case Arrival.YES:
-            await complete_only(context, request, work.at)
+            await _noted(context, request, partial(complete_only, at=work.at))
         case Arrival.NO:
-            await run_transfer(context, request)
+            await _noted(context, request, run_transfer)
         case Arrival.UNKNOWN:
             context.log.warning("arrival not known, trying again later", transfer=str(request))
+
+
+async def _noted(
+    context: ManagerContext,
+    request: TransferRequest,
+    finish: Callable[[ManagerContext, TransferRequest], Awaitable[Done | Refused]],
+) -> None:
+    """Finish a transfer that somebody began, and tell the audit trail."""
+    if isinstance(await finish(context, request), Done):
+        ids = {"realm": request.realm, "source": request.source, "destination": request.destination}
+        named = {name: value.hex() for name, value in ids.items()}
+        await context.note("finish-transfer", **named, range=show_range(request.range))

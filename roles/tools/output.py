@@ -19,6 +19,11 @@ from roles.durations import format_duration
 WIDTH_MAX: Final = 100_000  # columns a table may take where nobody's window limits it
 
 
+def show_text(text: str) -> str:
+    """Return text of others for one line of a terminal: what would move its cursor or change its colours is escaped."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
+
+
 def print_json(document: Any) -> None:
     """Print one JSON document."""
     click.echo(json.dumps(document, indent=2))

@@ -12,7 +12,7 @@ import sys
 import time
 import tomllib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NoReturn, TypeVar
@@ -26,6 +26,7 @@ from juicebox_hsm.wire.rpc import Empty, PeerRole, Refusal, Refused, RpcCode
 from roles.options import ENVIRONMENT_PREFIX
 from roles.store_options import NAMES as BIGTABLE_NAMES
 from roles.store_options import STORE_HELP, VARIABLES, bigtable_flags, store_url_of
+from roles.tools.recording import recorded
 
 T = TypeVar("T")
 
@@ -210,16 +211,24 @@ def with_connection(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """An opened store and a pool of streams to agents and managers; `certificate_end` is that of our certificate."""
+    """An opened store and a pool of streams to agents and managers.
+
+    `who` is role and name of our certificate, "" without one; `certificate_end` is when it ends.
+    """
 
     store: Any
     rpc: RpcCaller
     certificate_end: dt.datetime | None = None
+    who: str = ""
 
     @staticmethod
     def now_ms() -> int:
         """Return Unix time in ms."""
         return time.time_ns() // 1_000_000
+
+    def recorded(self, action: str, **arguments: str) -> AbstractAsyncContextManager[None]:
+        """Record in the audit trail a change that the body makes; see `recording.recorded`."""
+        return recorded(self.store.audit, self.who, self.now_ms, action, **arguments)
 
 
 @asynccontextmanager
@@ -233,9 +242,14 @@ async def open_session(connection: Connection) -> AsyncIterator[Session]:
     tls = load_cluster_tls(connection)
     async with open_store(connection.store, must_exist=True) as store, trio.open_nursery() as nursery:
         try:
-            yield Session(store, RpcPool(nursery, tls), None if tls is None else tls.not_after)
+            yield Session(store, RpcPool(nursery, tls), None if tls is None else tls.not_after, who_of(tls))
         finally:
             nursery.cancel_scope.cancel()
+
+
+def who_of(tls: Any) -> str:
+    """Return role and name of a cluster identity as services see them, "" without one."""
+    return "" if tls is None else f"{tls.identity.role.value}/{tls.identity.name}"
 
 
 def load_cluster_tls(connection: Connection) -> Any:

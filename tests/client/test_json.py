@@ -25,7 +25,13 @@ from roles.tools.demo.layout import DemoOptions
 pytestmark = pytest.mark.processes
 
 PAGE = Path(__file__).parents[2] / "docs" / "json.md"
-VARYING = {"steps": "STEP", "settings": "FLAG", "shape": "NAME", "counts": "NAME"}  # objects whose members vary
+VARYING = {
+    "steps": "STEP",
+    "settings": "FLAG",
+    "shape": "NAME",
+    "counts": "NAME",
+    "arguments": "ARGUMENT",
+}  # objects whose members vary
 
 
 def _documented() -> dict[str, set[str]]:
@@ -90,7 +96,7 @@ async def test_the_page_describes_what_a_cluster_prints(cluster: Cluster, monkey
     assert checked["ok"] is True
     await cluster.session.store.leases.obtain("group-x", "somebody", cluster.session.now_ms(), 60_000)
     asked: dict[str, list[tuple[str, ...]]] = {
-        **{f"cluster {name}": [connection] for name in ("status", "agents", "groups", "partitions", "leases",
+        **{f"cluster {name}": [connection] for name in ("status", "agents", "groups", "partitions", "leases", "audit",
                                                         "discovery list", "tenant list", "user-summary")},
         "cluster tenant get": [("test-acme", *connection)],
         "cluster plan": [("--groups", "3", *connection)],

@@ -66,7 +66,7 @@ def init_ca(directory: Path | str, *, kind: CaKind = CaKind.CLUSTER, now: dt.dat
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
         .sign(key, hashes.SHA256())
     )
-    _make_directory(path)
+    make_directory(path)
     _write(path / CA_KEY_FILE, _key_pem(key), 0o600)
     _write(path / CA_FILE, certificate.public_bytes(Encoding.PEM), 0o644)
 
@@ -95,7 +95,7 @@ def issue(
     if path.resolve() == ca_path.resolve():
         raise LocalError(f"{path}: is the CA's directory; give the certificate its own, for --cluster-tls")
     ca, certificate, key = _sign(ca_path, CaKind.CLUSTER, name, san, usages, days, now)
-    _make_directory(path)
+    make_directory(path)
     _write(path / KEY_FILE, _key_pem(key), 0o600)
     _write(path / CERT_FILE, certificate.public_bytes(Encoding.PEM), 0o644)
     _write(path / CA_FILE, ca.public_bytes(Encoding.PEM), 0o644)
@@ -121,7 +121,7 @@ def issue_edge(
         Path(ca_directory), CaKind.EDGE, hosts[0], san, [ExtendedKeyUsageOID.SERVER_AUTH], days, now
     )
     for path in (Path(out_key), Path(out_cert)):
-        _make_directory(path.parent)
+        make_directory(path.parent)
     _write(Path(out_key), _key_pem(key), 0o600)
     _write(Path(out_cert), certificate.public_bytes(Encoding.PEM), 0o644)
 
@@ -230,7 +230,8 @@ def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 
-def _make_directory(path: Path) -> None:
+def make_directory(path: Path) -> None:
+    """Make a directory that only we may enter, unless it exists. Raises `LocalError`."""
     try:
         if not path.is_dir():
             path.mkdir(mode=0o700, parents=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -12,7 +13,16 @@ from juicebox_hsm.wire.rpc import PeerRole
 from roles.durations import format_duration
 from roles.lazy import LazyCommand, LazyGroup
 from roles.tools.output import print_json, print_table
-from roles.tools.session import Connection, ExitCode, ToolFailure, run, with_connection
+from roles.tools.recording import recorded
+from roles.tools.session import (
+    Connection,
+    ExitCode,
+    ToolFailure,
+    load_cluster_tls,
+    run,
+    who_of,
+    with_connection,
+)
 
 _KIND_NAMES = {
     ServiceKind.AGENT: "agent",
@@ -93,11 +103,16 @@ def discovery_remove(connection: Connection, url: str, *, dry_run: bool) -> None
     """Remove a registration, for instance of a service that is gone for good. A living one registers again."""
     from juicebox_hsm.adapters.stores.opening import open_store
 
+    who = "" if connection.cluster_tls is None else who_of(load_cluster_tls(connection))
+
     async def main() -> int:
         async with open_store(connection.store, must_exist=True) as store:
             entries = [entry for entry in await store.discovery.list() if entry.url == url]
             for entry in () if dry_run else entries:
-                await store.discovery.deregister(entry.kind, entry.url)
+                async with recorded(
+                    store.audit, who, _now_ms, "discovery-remove", kind=_KIND_NAMES[entry.kind], url=url
+                ):
+                    await store.discovery.deregister(entry.kind, entry.url)
             return len(entries)
 
     if not run(main):
@@ -122,10 +137,15 @@ def discovery() -> None:
 )
 @click.option("--edge", is_flag=True, help="Make the CA of the load balancers' edge instead; clients trust it.")
 def ca_init(directory: Path, *, edge: bool) -> None:
-    """Make a certificate authority for the cluster, valid 10 years. Keep its key off the services' machines."""
-    from juicebox_hsm.adapters.tls.certificates import CaKind, init_ca
+    """Make a certificate authority for the cluster, valid 10 years. Keep its key off the services' machines.
 
-    init_ca(directory, kind=CaKind.EDGE if edge else CaKind.CLUSTER)
+    What is done with it is recorded in its directory: `cluster audit --ca DIR`.
+    """
+    from juicebox_hsm.adapters.tls.certificates import CaKind, init_ca, make_directory
+
+    make_directory(directory)
+    kind = CaKind.EDGE if edge else CaKind.CLUSTER
+    _recorded_by_ca(directory, "ca-init", lambda: init_ca(directory, kind=kind), kind=kind.name.lower())
     click.echo(f"Created {directory / 'ca.pem'} and {directory / 'ca-key.pem'}")
 
 
@@ -145,8 +165,24 @@ def ca_issue(directory: Path, role: str, name: str, out: Path, days: int) -> Non
     """Issue a cluster certificate: ca.pem, cert.pem and key.pem in the directory OUT."""
     from juicebox_hsm.adapters.tls.certificates import issue
 
-    issue(directory, role, name, out, days)
+    if not directory.is_dir():  # there is nothing to record in; this says what to do
+        issue(directory, role, name, out, days)
+    named = {"role": role, "name": name, "days": str(days), "out": str(out)}
+    _recorded_by_ca(directory, "ca-issue", lambda: issue(directory, role, name, out, days), **named)
     click.echo(f"Issued a certificate for role {role}, {days} days, in {out}")
+
+
+def _recorded_by_ca(directory: Path, action: str, work: Callable[[], None], **arguments: str) -> None:
+    """Do something with a CA, and record it in the CA's own directory: it is kept where no store is."""
+    import trio
+
+    from juicebox_hsm.adapters.tls.ca_trail import CaTrail
+
+    async def main() -> None:
+        async with recorded(CaTrail(directory), "", _now_ms, action, **arguments):
+            await trio.to_thread.run_sync(work)
+
+    run(main)
 
 
 @click.group(

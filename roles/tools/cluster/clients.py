@@ -84,7 +84,8 @@ def set_capacity(connection: Connection, tenant: str, ops: int, *, dry_run: bool
         if dry_run:
             click.echo(f"Would limit tenant {tenant} to {ops} operations/s")
             return
-        await session.store.tenants.put(tenant, TenantLimits(ops))
+        async with session.recorded("set-capacity", tenant=tenant, operations_per_s=str(ops)):
+            await session.store.tenants.put(tenant, TenantLimits(ops))
         for url, text in await reload_tenants(session):
             click.echo(f"agent {url} {text}")
 
@@ -105,7 +106,8 @@ def unset(connection: Connection, tenant: str, *, dry_run: bool) -> None:
         if dry_run:
             click.echo(f"Would remove the limit of tenant {tenant}")
             return
-        await session.store.tenants.remove(tenant)
+        async with session.recorded("unset-capacity", tenant=tenant):
+            await session.store.tenants.remove(tenant)
         for url, text in await reload_tenants(session):
             click.echo(f"agent {url} {text}")
 

@@ -18,6 +18,7 @@ _CHANGE = "roles.tools.cluster.change"
 _LEADERS = "roles.tools.cluster.leaders"
 _CLIENTS = "roles.tools.cluster.clients"
 _ADMIN = "roles.tools.cluster.admin"
+_AUDIT = "roles.tools.cluster.audit"
 
 
 @click.group(
@@ -27,6 +28,7 @@ _ADMIN = "roles.tools.cluster.admin"
         "groups": LazyCommand(_SHOW, "Show every group with its members.", "groups"),
         "status": LazyCommand(_STATUS, "Judge the cluster's health on one page; exit 5 on trouble.", "status"),
         "partitions": LazyCommand(_SHOW, "Show which group owns which range.", "partitions"),
+        "audit": LazyCommand(_AUDIT, "Show who changed what, when, and with what result.", "audit"),
         "leases": LazyCommand(_ADMIN, "Show the management leases.", "leases"),
         "discovery": LazyCommand(_ADMIN, "List or remove service registrations.", "discovery"),
         "ca": LazyCommand(_ADMIN, "Make the cluster's certificate authority and certificates.", "ca"),

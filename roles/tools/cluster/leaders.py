@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
-import socket
 import time
 from collections.abc import Iterable, Sequence
 from typing import Final
@@ -20,6 +18,7 @@ from juicebox_hsm.wire.rpc import Empty, Refusal, Refused, StepdownOrder
 from roles.survey.overview import IDS_TIMEOUT_S, read_overview
 from roles.tools.cluster.show import with_session
 from roles.tools.ids import resolve_id
+from roles.tools.recording import user_and_host
 from roles.tools.session import (
     COMMAND_TIMEOUT_S,
     Connection,
@@ -53,11 +52,7 @@ manager_option = click.option(
 
 
 def _who_and_when() -> bytes:
-    try:
-        user = getpass.getuser()
-    except (OSError, KeyError):
-        user = "unknown"
-    return f"{user}@{socket.gethostname()} {time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())}".encode()
+    return f"{user_and_host()} {time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())}".encode()
 
 
 def _order(view: ClusterView, text: str, kind: str | None) -> tuple[str, StepdownOrder]:
@@ -120,11 +115,13 @@ def rebalance(
             click.echo(await _next_move(session))
             return
         if pause:
-            await session.store.settings.put(PAUSED, _who_and_when())
+            async with session.recorded("pause-rebalancing"):
+                await session.store.settings.put(PAUSED, _who_and_when())
             click.echo("Periodic rebalancing paused.")
             return
         if resume:
-            await session.store.settings.remove(PAUSED)
+            async with session.recorded("resume-rebalancing"):
+                await session.store.settings.remove(PAUSED)
             click.echo("Periodic rebalancing resumed.")
             return
         for _ in range(MOVES_MAX if full else 1):
@@ -194,7 +191,8 @@ def drain(connection: Connection, manager: str | None, agent: str, *, dry_run: b
             names = ", ".join(group.id.hex() for group in moving)
             click.echo(f"would drain HSM {hsm.hex()}, which leads {names or 'nothing'}")
             return
-        await session.store.settings.put(drain_setting(hsm), _who_and_when())
+        async with session.recorded("drain", hsm=hsm.hex()):
+            await session.store.settings.put(drain_setting(hsm), _who_and_when())
         # one by one beside an idle group, whose leadership nobody could take
         by_group = [StepdownOrder(realm=group.realm, group=group.id) for group in moving]
         for order in by_group if len(moving) < len(led) else [StepdownOrder(hsm=hsm)]:
@@ -242,7 +240,8 @@ def undrain(connection: Connection, agent: str, *, dry_run: bool) -> None:
         if dry_run:
             click.echo(f"Would let HSM {hsm.hex()} lead again")
             return
-        await session.store.settings.remove(drain_setting(hsm))
+        async with session.recorded("undrain", hsm=hsm.hex()):
+            await session.store.settings.remove(drain_setting(hsm))
         click.echo(f"HSM {hsm.hex()} may lead again")
 
     with_session(connection, body)

@@ -129,7 +129,9 @@ async def _run(
                 raise ToolFailure("nothing was changed: whether these HSMs are gone for good is yours to say")
             return
         if proposed:
-            await replace_hsms(session, manager, realm, proposed, dry_run=False)
+            told = " ".join(f"{lost.hex()} {url}" for lost, url in proposed)
+            async with session.recorded("replace", realm=realm.hex(), dead_and_new=told):
+                await replace_hsms(session, manager, realm, proposed, dry_run=False)
             view = await read_overview(session.store, session.rpc)
             hsms = choose_hsms(view, realm)
     members = min(len(hsms), GROUP_MEMBERS_MAX) if size is None else size
@@ -145,7 +147,9 @@ async def _run(
     elif not lines:
         click.echo("nothing to do!")
     elif apply:
-        await apply_layout(session, manager, layout)
+        named = {} if realm is None else {"realm": realm.hex()}
+        async with session.recorded("plan", **named, groups=str(len(wanted)), hsms=str(len(hsms))):
+            await apply_layout(session, manager, layout)
     else:
         _print(lines)
 

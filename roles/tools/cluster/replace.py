@@ -224,9 +224,14 @@ def replace(connection: Connection, pairs: tuple[str, ...], manager: str | None,
     async def body(session: Session) -> None:
         realm, named = _pairs(await _look(session), pairs)
         began = time.monotonic()
-        await replace_hsms(session, manager, realm, named, dry_run=dry_run)
+        if dry_run:
+            await replace_hsms(session, manager, realm, named, dry_run=True)
+            return
+        told = " ".join(f"{dead.hex()} {url}" for dead, url in named)
+        async with session.recorded("replace", realm=realm.hex(), dead_and_new=told):
+            await replace_hsms(session, manager, realm, named, dry_run=False)
         silent = [agent.url for agent in (await _look(session)).agents if agent.status is None]
-        if silent and not dry_run:
+        if silent:
             click.echo(f"after {time.monotonic() - began:.0f} s; these agents in discovery do not answer:", err=True)
             for url in silent:
                 click.echo(f"  {url}: if it is gone for good, `cluster discovery remove {url}`", err=True)

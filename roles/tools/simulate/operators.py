@@ -52,7 +52,7 @@ class Operator:
         self._chance = world.split("operator")
         self._life = Life("operator")
         view = world.store_view("operator")
-        self.session = SimulatedSession(view.store, Pool(world.network, self._life), None, world)
+        self.session = SimulatedSession(view.store, Pool(world.network, self._life), world=world)
 
     async def found(self, urls: Sequence[str], sizes: Sequence[int]) -> RealmId:
         """Make a realm over all agents, with groups of the given sizes that share the key space."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -15,15 +15,18 @@ from juicebox_hsm.errors import DecodingError, LocalError, RealmError
 from juicebox_hsm.ids import HsmId, RealmId, parse_id
 from juicebox_hsm.ports.errors import StoreInvalid
 from roles.durations import DurationType
+from roles.tools.recording import recorder_of, user_and_host
 from roles.tools.session import (
     Connection,
     ExitCode,
+    Session,
     ToolFailure,
     end,
     for_operator,
     load_cluster_tls,
     remember_connection,
     run,
+    who_of,
     with_connection,
 )
 
@@ -192,6 +195,7 @@ def restore(
     from roles.tools.store.restore import read_hsm_dirs, restore_problems
 
     path = _sqlite_path(connection)
+    who = "" if connection.cluster_tls is None else who_of(load_cluster_tls(connection))
     dead = _hsm_ids(unknown)
     with _expected_errors():
         check_empty(path)
@@ -202,9 +206,21 @@ def restore(
             _refuse(restore_problems(tails, [*running, *stopped], dead))
             with _progress() as progress:
                 restore_file(file, path, progress)
+        run(lambda: _note_restore(connection, who, file, dead))
     click.echo(f"restored {len(tails)} groups into sqlite:{path}; the HSMs can go on from there")
     for hsm in sorted(dead):
         click.echo(f"HSM {hsm.hex()} must never run again with a state from before")
+
+
+async def _note_restore(connection: Connection, who: str, file: Path, dead: Collection[HsmId]) -> None:
+    """Tell the restored store's trail, which ends where the backup was made; before, there was none to tell."""
+    from juicebox_hsm.adapters.stores.opening import open_store
+
+    told = " ".join(hsm.hex() for hsm in sorted(dead))
+    async with open_store(connection.store, must_exist=True) as store:
+        await recorder_of(store.audit, Session.now_ms).note(
+            who, "restore", (("file", str(file)), ("dead_hsms", told)), origin=user_and_host()
+        )
 
 
 def _refuse(problems: Sequence[str]) -> None:

@@ -11,6 +11,7 @@ import trio
 
 from juicebox_hsm.adapters.observation.metrics import Metrics
 from juicebox_hsm.adapters.rpc import RpcUnreachable
+from juicebox_hsm.host.audit import AuditEntry
 from juicebox_hsm.host.services import Lease, ServiceAddress, ServiceKind
 from juicebox_hsm.ids import GroupId, OwnedRange, RecordId
 from juicebox_hsm.ports.errors import StoreUnavailable
@@ -254,6 +255,19 @@ class FakeSettings:
         return {name: value for name, value in self.rows.items() if name.startswith(prefix)}
 
 
+class FakeAudit:
+    """Entries in the order they were added; `unavailable` refuses more."""
+
+    def __init__(self) -> None:
+        self.entries: list[AuditEntry] = []
+        self.unavailable = False
+
+    async def add(self, entry: AuditEntry) -> None:
+        if self.unavailable:
+            raise StoreUnavailable("down")
+        self.entries.append(entry)
+
+
 @dataclass
 class FakeStore:
     """The shared records the manager uses."""
@@ -261,6 +275,7 @@ class FakeStore:
     leases: FakeLeases = field(default_factory=FakeLeases)
     discovery: FakeDiscovery = field(default_factory=FakeDiscovery)
     settings: FakeSettings = field(default_factory=FakeSettings)
+    audit: FakeAudit = field(default_factory=FakeAudit)
 
 
 def make_context(agents: list[FakeAgent], now_ms: Callable[[], int] = lambda: 1_000_000) -> ManagerContext:
