@@ -81,14 +81,16 @@ def start(
 
     Raises `LocalError` when traces are asked for and cannot be sent.
     """
-    if kind.guards_memory:
-        forbid_dumps()
+    guarded = forbid_dumps() if kind.guards_memory else None
     traces = open_traces(kind.tag, __version__) if kind.sends_traces else None
     phase = StartPhase()
 
     async def run() -> None:
         try:
-            await main(Shell(kind, name, traces, phase), *args, **kwargs)
+            shell = Shell(kind, name, traces, phase)
+            if guarded is not None:
+                shell.metrics.gauge("memory.guarded", guarded)
+            await main(shell, *args, **kwargs)
         finally:
             if traces is not None:
                 await traces.close()

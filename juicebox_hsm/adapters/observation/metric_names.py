@@ -19,6 +19,13 @@ ANY_SERVICE: Final = (
     Family("service.uptime", DURATION, "Time since the start, told once a second", bounds=()),
     Family("log.lines_dropped", COUNT, "Log lines that nobody will see: stdout was not read in time, or is closed"),
     Family("metrics.series_dropped", COUNT, "Values lost because there were 10,000 series already"),
+    Family(
+        "memory.guarded",
+        GAUGE,
+        "1 while no core file is written and no other process of the same user reads our memory, 0 where the system "
+        "refused that; of services that hold keys",
+        late=True,
+    ),
     Family("events", COUNT, "Events told to DogStatsD", ("title",)),
     Family(
         "reqwest.client.time",
@@ -69,6 +76,17 @@ ANY_SERVICE: Final = (
     Family("agent.merkle_read.has_leaf", COUNT, "Whether the record existed, the first of each batch", ("value",)),
 )
 """What any service has, or whoever opens a store."""
+
+PROCESS: Final = (
+    Family("juicebox_hsm_build_info", GAUGE, "Always 1; what is running", ("version", "commit", "python")),
+    Family("process_cpu_seconds", COUNT, "CPU time of the process, user and system"),
+    Family("process_resident_memory_bytes", GAUGE, "Memory of the process that is in RAM"),
+    Family("process_virtual_memory_bytes", GAUGE, "Address space of the process"),
+    Family("process_open_fds", GAUGE, "Open file descriptors, sockets among them"),
+    Family("process_max_fds", GAUGE, "Most file descriptors that the process may open"),
+    Family("process_start_time_seconds", GAUGE, "Unix time at which the process started"),
+)
+"""For the scrape only (`process_metrics`)."""
 
 
 def _retried(cause: str, meaning: str) -> Family:

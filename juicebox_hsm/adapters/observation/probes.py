@@ -20,6 +20,7 @@ from quart_trio.asgi import TrioASGIHTTPConnection
 
 from juicebox_hsm.adapters.observation.containment import ContainedConfig, contain_connections
 from juicebox_hsm.adapters.observation.metrics import Metrics
+from juicebox_hsm.adapters.observation.process_metrics import process_text
 from juicebox_hsm.errors import LocalError, RealmError
 from juicebox_hsm.host.readiness import NoAnswer, Readiness, code_headers
 
@@ -120,7 +121,7 @@ def make_app(
         return Response(show(found), status=status, headers=code_headers(found), content_type=TEXT_TYPE)
 
     async def get_metrics() -> Response:
-        return Response(metrics.render(), content_type=METRICS_TYPE)
+        return Response(metrics.render() + process_text(), content_type=METRICS_TYPE)
 
     async def get_index() -> Response:
         return Response(f"{name}\n/livez\n/readyz\n/metrics\n", content_type=TEXT_TYPE)

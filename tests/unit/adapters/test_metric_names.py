@@ -18,6 +18,7 @@ from juicebox_hsm.adapters.observation.metric_names import (
     CHECK,
     LOAD_BALANCER,
     MANAGER,
+    PROCESS,
     TENANT_LOG,
     find,
 )
@@ -40,6 +41,7 @@ USED = re.compile(
 
 TABLES = {
     "Every service": ANY_SERVICE,
+    "Process": PROCESS,
     "Agent": AGENT,
     "Load balancer": LOAD_BALANCER,
     "Manager": MANAGER,
