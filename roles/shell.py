@@ -26,7 +26,9 @@ from juicebox_hsm.adapters.observation.families import Family
 from juicebox_hsm.adapters.observation.logging import get_logger, lines_dropped, report_suppressed
 from juicebox_hsm.adapters.observation.metric_names import ANY_SERVICE
 from juicebox_hsm.adapters.observation.metrics import Metrics
-from juicebox_hsm.adapters.observation.probes import Judge, Probe, serve_probes
+from juicebox_hsm.adapters.observation.probes import Judge, Probe, judge_in_time, serve_probes
+from juicebox_hsm.adapters.observation.reason_gauges import ReasonGauges
+from juicebox_hsm.adapters.observation.store_metrics import Answers
 from juicebox_hsm.adapters.observation.tracing import Traces, open_traces
 from juicebox_hsm.adapters.process.memory_guard import forbid_dumps
 from juicebox_hsm.adapters.process.regular_file import others_read
@@ -49,6 +51,8 @@ from roles.options import Address, CommonOptions, load_identity
 from roles.words import readiness_text
 
 REPORT_S: Final = 1.0
+READINESS_S: Final = 2.0
+"""Between two looks at our own readiness for the metrics, each of which may take as long (own)."""
 REGISTER_S: Final = 60.0
 """Between two renewals of an entry in discovery; who is not seen to renew for 21 min is forgotten (manager.md 1.1)."""
 
@@ -112,6 +116,7 @@ class Shell:
         self.metrics = Metrics()
         self.metrics.declare((*ANY_SERVICE, *kind.series))
         self._lines_dropped = self.metrics.counter("log.lines_dropped")
+        self.store_answers = Answers()
         self.faults = FaultSwitch.from_environment(name)
         self.tls: ClusterTls | None = None
         self.stop = trio.Event()
@@ -184,7 +189,17 @@ class Shell:
                 app_hook=app_hook,
             )
         )
+        nursery.start_soon(self.tell_readiness, readyz)
         return port
+
+    async def tell_readiness(self, readyz: Judge) -> None:
+        """Judge as `/readyz` does, for ever, and tell it as metrics, whether or not anybody asks."""
+        reasons = ReasonGauges(self.metrics, "service.reason")
+        while True:
+            found = await judge_in_time(readyz)
+            self.metrics.gauge("service.ready", found.is_ready)
+            reasons.show(reason.code for reason in (*found.reasons, *found.warnings))
+            await trio.sleep(READINESS_S)
 
     def report(
         self,
@@ -208,6 +223,7 @@ class Shell:
             self.metrics.timing("service.uptime.ns", round((trio.current_time() - self._began) * 1e9))
             self._lines_dropped.add(lines_dropped() - self._lines_dropped.value)
             report_cluster_end(self.metrics, certificate_end(self.tls))
+            self.store_answers.tell_age(self.metrics)
             if sample is not None:
                 sample()
             report_suppressed()

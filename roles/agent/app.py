@@ -54,7 +54,7 @@ async def handle_app(agent: Agent, body: App) -> AppOk | Refused:
         return Refused(Refusal.NO_STORE, detail="the tenants' limits have not been read yet")
     now_ms = agent.now_ms()
     if not agent.limiters.of(body.tenant).admit(record, trio.current_time()):
-        agent.metrics.count("agent.app.rate_limited")
+        agent.metrics.count("agent.app.rate_limited", tenant=body.tenant)
         return Refused(Refusal.RATE_LIMIT_EXCEEDED)
     slot: Slot[AppOk | Refused] = Slot()
     request = ClientRequest(record, body.session_id, encrypted, body.tenant, body.user, now_ms, slot.fill)

@@ -84,6 +84,7 @@ def note_unpublished(agent: Agent, waiting: Unpublished) -> None:
     """Adopt the figures of what waits, by which requests are refused, and log when somebody should look."""
     before, agent.unpublished = agent.unpublished, waiting
     agent.metrics.gauge("agent.outbox.backlog", waiting.rows)
+    agent.metrics.gauge("agent.outbox.oldest_age", waiting.oldest_s)
     if waiting.is_long and not before.is_long:
         agent.log.warning("outbox backlog", rows=waiting.rows, oldest_s=waiting.oldest_s)
 

@@ -81,7 +81,7 @@ async def run(shell: Shell, options: LoadBalancerOptions, place: WorkerPlace) ->
     ):
         shell.look_at(opened)
         await opened.realms.create_shared()
-        store = with_metrics(with_faults(opened, shell.faults), metrics)
+        store = with_metrics(with_faults(opened, shell.faults), metrics, shell.store_answers)
         record_key = record_id_key(secrets.versions(RECORD_ID_KEY_NAME), options.record_id_key_version)
         listener = open_edge_listener(common.listen.host, common.listen.port, share_port=options.workers > 1)
         async with trio.open_nursery() as nursery:

@@ -28,6 +28,7 @@ from roles.audit import recorded_orders
 from roles.durations import DurationType
 from roles.manager.appointment import Appointer
 from roles.manager.context import ManagerContext
+from roles.manager.health import tell_health
 from roles.manager.loops import run_loops
 from roles.manager.service import ManagerService
 from roles.manager.status_page import StatusPage
@@ -71,7 +72,7 @@ async def _run(shell: Shell, common: CommonOptions, interval_s: float, rebalance
     async with open_store(common.store_url, metrics=shell.metrics) as opened:
         shell.look_at(opened)
         await opened.realms.create_shared()
-        store = with_metrics(with_faults(opened, shell.faults), shell.metrics)
+        store = with_metrics(with_faults(opened, shell.faults), shell.metrics, shell.store_answers)
         async with trio.open_nursery() as nursery:
             await shell.catch_signals(nursery)
             traced = shell.traces is not None
@@ -144,6 +145,7 @@ async def _serve(
     await shell.serve_probes(nursery, common.http_listen, livez=livez, readyz=readyz, app_hook=page.hook)
     shell.started("manager started", url=url, version=__version__, store=context.store.description)
     nursery.start_soon(_say_ready, registered, url)
+    nursery.start_soon(tell_health, shell.metrics, page.evidence)
     shell.report(nursery)
     await shell.stop.wait()
     stopping(SHUTDOWN_S)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import socket
 from pathlib import Path
@@ -13,9 +14,11 @@ import trio.testing
 from juicebox_hsm.adapters.observation.logging import get_logger
 from juicebox_hsm.adapters.process.supervision import ExitCode, StartPhase
 from juicebox_hsm.errors import RealmError
+from juicebox_hsm.host.codes import Code
+from juicebox_hsm.host.readiness import EventsSetAside, Plain, Readiness
 from juicebox_hsm.host.services import ServiceAddress, ServiceKind
 from juicebox_hsm.ports.errors import StoreUnavailable
-from roles.shell import Entry, Kind, Shell, start
+from roles.shell import READINESS_S, Entry, Kind, Shell, start
 from tests.unit.manager.fakes import FakeDiscovery
 
 KIND = Kind("test", "test", (), sends_traces=False)
@@ -180,3 +183,32 @@ async def test_every_service_reports_each_second(autojump_clock: trio.testing.Mo
         nursery.cancel_scope.cancel()
     assert len(samples) == 3
     assert "service_uptime" in shell.metrics.render()
+
+
+async def test_readiness_is_told_as_metrics(autojump_clock: trio.testing.MockClock) -> None:
+    """Codes are 1 while the service says them, 0 after; who hangs is not ready, who warns is."""
+    shell = make_shell()
+    hangs, found = False, Readiness((Plain(Code.NOT_REGISTERED), Plain(Code.NOT_REGISTERED)), (EventsSetAside(3),))
+
+    async def readyz() -> Readiness:
+        await trio.sleep(math.inf if hangs else 0)
+        return found
+
+    def told() -> dict[str, float]:
+        gauges = shell.metrics.gauges.items()
+        return {dict(tags)["code"]: gauge.value for (name, tags), gauge in gauges if name == "service.reason"}
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(shell.tell_readiness, readyz)
+        await trio.sleep(1)
+        assert shell.metrics.gauge_of("service.ready").value == 0
+        assert told() == {"not-registered": 1, "events-set-aside": 1}
+        found = Readiness((), found.warnings)
+        await trio.sleep(READINESS_S)
+        assert shell.metrics.gauge_of("service.ready").value == 1
+        assert told() == {"not-registered": 0, "events-set-aside": 1}
+        hangs = True
+        await trio.sleep(3 * READINESS_S)
+        assert shell.metrics.gauge_of("service.ready").value == 0
+        assert told() == {"not-registered": 0, "events-set-aside": 0, "no-answer": 1}
+        nursery.cancel_scope.cancel()

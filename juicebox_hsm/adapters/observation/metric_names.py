@@ -19,6 +19,20 @@ ANY_SERVICE: Final = (
     Family("service.uptime", DURATION, "Time since the start, told once a second", bounds=()),
     Family("log.lines_dropped", COUNT, "Log lines that nobody will see: stdout was not read in time, or is closed"),
     Family("metrics.series_dropped", COUNT, "Values lost because there were 10,000 series already"),
+    Family("service.ready", GAUGE, "1 while `/readyz` says so, else 0", late=True),
+    Family(
+        "service.reason",
+        GAUGE,
+        "1 while `/readyz` gives a reason or a warning with this code (docs/json.md), 0 after; absent if never",
+        ("code", "severity"),
+    ),
+    Family(
+        "store_client.answer_age",
+        GAUGE,
+        "Seconds since the store last did what this service asked it; services ask every second or two. Not in the "
+        "tenant log",
+        late=True,
+    ),
     Family(
         "memory.guarded",
         GAUGE,
@@ -181,7 +195,7 @@ AGENT: Final = (
         "agent.rate_limiter.state_update", COUNT, "Limits heard from other agents", ("result",), ("ok", "unreachable")
     ),
     Family("agent.accounting.batch_size", GAUGE, "Accounting records written at once"),
-    _refused("rate_limited", "Requests refused: limit of the tenant"),
+    _refused("rate_limited", "Requests refused: limit of the tenant", "tenant"),
     _refused("busy", "Requests refused: too much uncommitted"),
     _refused("no_quorum", "Requests refused: group that cannot commit"),
     Family("agent.append.conflict", COUNT, "Leaderships lost to another writer"),
@@ -196,6 +210,7 @@ AGENT: Final = (
         "operator guide",
     ),
     Family("agent.outbox.backlog", GAUGE, "Tenant events not published yet"),
+    Family("agent.outbox.oldest_age", GAUGE, "Seconds for which the oldest of them has waited, 0 while none waits"),
     _published(
         "time",
         DURATION,
@@ -225,7 +240,7 @@ AGENT: Final = (
     Family("agent.push.refused", COUNT, "Pushes this agent's HSM could not use", ("outcome",)),
     Family("agent.stepdown", COUNT, "Leaderships left", ("forced",), ("true", "false")),
     Family("agent.tenants.failed", COUNT, "Tenants' limits not read"),
-    Family("agent.trouble", COUNT, "Trouble being retried, by its code ([json.md](json.md))", ("what",)),
+    Family("agent.trouble", COUNT, "Trouble being retried, by its code (docs/json.md)", ("what",)),
     Family(
         "agent.watchdog.crash",
         COUNT,
@@ -302,6 +317,23 @@ MANAGER: Final = (
     Family("manager.rebalance.moves", COUNT, "Leaderships moved"),
     Family("manager.transfer.pending", GAUGE, "Range transfers found under way"),
     Family("manager.transfer.time", DURATION, "Range transfers", ("result",), bounds=LONG),
+    Family(
+        "cluster.reason",
+        GAUGE,
+        "1 while the verdict on the cluster (`cluster status`) has a finding with this code (docs/json.md), 0 "
+        "after; absent if never",
+        ("code", "severity"),
+    ),
+    Family("cluster.verdict_age", GAUGE, "Seconds since this manager last saw the whole cluster", late=True),
+    Family("cluster.group.members", GAUGE, "HSMs of a group", ("realm", "group")),
+    Family("cluster.group.members_alive", GAUGE, "Of these, those that answer this manager", ("realm", "group")),
+    Family(
+        "cluster.group.losses_tolerated",
+        GAUGE,
+        "How many more of them may be lost until nothing can be committed; negative when that is so already",
+        ("realm", "group"),
+    ),
+    Family("cluster.group.led", GAUGE, "1 while somebody leads the group, else 0", ("realm", "group")),
     Family("manager.workload", GAUGE, "Measured work of an HSM", ("hsm",)),
 )
 

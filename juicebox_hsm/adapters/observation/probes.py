@@ -112,11 +112,12 @@ def make_app(
                 text = str(error)
         return Response(f"{text.rstrip()}\n", status=200 if ok else 503, content_type=TEXT_TYPE)
 
+    async def judge_in_turn() -> Readiness:
+        async with ready_turn:
+            return await readyz()
+
     async def get_readyz() -> Response:
-        found = Readiness((NoAnswer(PROBE_S),))
-        with trio.move_on_after(PROBE_S):
-            async with ready_turn:
-                found = await readyz()
+        found = await judge_in_time(judge_in_turn)
         status = 200 if found.is_ready else 503
         return Response(show(found), status=status, headers=code_headers(found), content_type=TEXT_TYPE)
 
@@ -131,6 +132,13 @@ def make_app(
     app.add_url_rule("/metrics", view_func=get_metrics)
     app.add_url_rule("/", endpoint="index", view_func=get_index)
     return app
+
+
+async def judge_in_time(readyz: Judge) -> Readiness:
+    """Return what a service says of its readiness; that it does not say is a reason, too."""
+    with trio.move_on_after(PROBE_S):
+        return await readyz()
+    return Readiness((NoAnswer(PROBE_S),))
 
 
 def listen(host: str, port: int, flag: str = "--http-listen") -> socket.socket:

@@ -60,14 +60,28 @@ INNER_NAMES: Final = frozenset({"store_client.append_inner", "store_client.log_a
 """What a back end measures itself, where there is such a part: see `docs/metrics.md`."""
 
 
-def with_metrics(store: Store, metrics: Metrics) -> Store:
-    """Return a store whose operations are measured; all series exist from now on."""
+class Answers:
+    """When a store last did what it was asked, on the clock of `time.perf_counter`."""
+
+    def __init__(self) -> None:
+        self.last_ns: int | None = None
+        """None before the first answer."""
+
+    def tell_age(self, metrics: Metrics) -> None:
+        """Set the gauge; there is none before the first answer: a service that cannot open its store does not run."""
+        if self.last_ns is not None:
+            metrics.gauge("store_client.answer_age", (time.perf_counter_ns() - self.last_ns) / 1e9)
+
+
+def with_metrics(store: Store, metrics: Metrics, answers: Answers | None = None) -> Store:
+    """Return a store whose operations are measured; all series exist from now on. Their answers go to `answers`."""
+    answers = Answers() if answers is None else answers
     ports: dict[str, Any] = {}
     for field in fields(store):
         port = getattr(store, field.name)
         names = NAMES.get(field.name)
         if names is not None and port is not None:
-            ports[field.name] = _MeasuredPort(port, names, metrics)
+            ports[field.name] = _MeasuredPort(port, names, metrics, answers)
     nodes = ports["nodes"]
     ports["nodes"].read_proofs = _measured_reads(nodes.read_proofs, store.nodes, metrics)
     return replace(store, **ports)
@@ -76,18 +90,18 @@ def with_metrics(store: Store, metrics: Metrics) -> Store:
 class _MeasuredPort:
     """Stands for one port: the named coroutine methods are timed, everything else is the port's own."""
 
-    def __init__(self, port: Any, names: Mapping[str, str], metrics: Metrics) -> None:
+    def __init__(self, port: Any, names: Mapping[str, str], metrics: Metrics, answers: Answers) -> None:
         self._port = port
         for operation, name in names.items():
             found = getattr(port, operation)
             if inspect.iscoroutinefunction(found):
-                setattr(self, operation, _timed(found, Family(metrics, name)))
+                setattr(self, operation, _timed(found, Family(metrics, name), answers))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._port, name)
 
 
-def _timed(operation: Any, family: Family) -> Any:
+def _timed(operation: Any, family: Family, answers: Answers) -> Any:
     @functools.wraps(operation)
     async def timed(*args: Any, **kwargs: Any) -> Any:
         began_ns = time.perf_counter_ns()
@@ -96,7 +110,8 @@ def _timed(operation: Any, family: Family) -> Any:
         except RealmError as error:
             family.failed(error, time.perf_counter_ns() - began_ns)
             raise
-        family.succeeded(time.perf_counter_ns() - began_ns)
+        answers.last_ns = ended_ns = time.perf_counter_ns()
+        family.succeeded(ended_ns - began_ns)
         return result
 
     return cast("Any", timed)

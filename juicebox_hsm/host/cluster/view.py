@@ -102,6 +102,11 @@ class GroupView:
         return len(self.members) == len(self.configuration)
 
     @property
+    def losses_tolerated(self) -> int:
+        """Return how many more members may be lost until nothing can be committed, negative when that is so already."""
+        return len(self.members) - (len(self.configuration) // 2 + 1)
+
+    @property
     def owned_range(self) -> OwnedRange | None:
         """Return the range its leader says the group owns."""
         leader = self.leader

@@ -23,7 +23,7 @@ from juicebox_hsm.adapters.observation.metric_names import (
     find,
 )
 from juicebox_hsm.adapters.observation.metrics import Metrics
-from juicebox_hsm.adapters.observation.store_metrics import INNER_NAMES, NAMES, CacheGauges, with_metrics
+from juicebox_hsm.adapters.observation.store_metrics import INNER_NAMES, NAMES, Answers, CacheGauges, with_metrics
 from juicebox_hsm.adapters.pubsub.bus import PUBSUB
 from juicebox_hsm.adapters.stores.opening import open_store
 from juicebox_hsm.errors import RealmError
@@ -31,6 +31,7 @@ from juicebox_hsm.host.log import AppendOutcome
 from juicebox_hsm.host.services import ServiceKind
 from juicebox_hsm.ports.errors import StoreUnavailable
 from tests.emulator.realm_data import REALM, append, batch
+from tests.patience import HANGS_S
 
 ROOT = Path(__file__).parent.parent.parent.parent
 USED = re.compile(
@@ -202,8 +203,11 @@ async def test_store_operations_are_measured(tmp_path: Path) -> None:
     """Each operation counts by its result, and everything else of a port is untouched."""
     metrics = Metrics()
     async with open_store(f"sqlite:{tmp_path}/x.db") as plain:
-        store = with_metrics(plain, metrics)
+        answers = Answers()
+        store = with_metrics(plain, metrics, answers)
+        answers.tell_age(metrics)
         text = metrics.render()
+        assert "store_client_answer_age" not in text
         for name in (name for names in NAMES.values() for name in names.values()):
             operation = name.removeprefix("store_client.")
             assert f'store_client_errors_total{{kind="fatal",operation="{operation}"}} 0' in text
@@ -213,6 +217,8 @@ async def test_store_operations_are_measured(tmp_path: Path) -> None:
         shown = 'store_client_time_seconds_count{operation="discovery.set_address",result="ok"} 1'
         assert shown in metrics.render()
         assert store.nodes.cache is plain.nodes.cache  # type: ignore[attr-defined]
+        answers.tell_age(metrics)
+        assert 0 <= metrics.gauge_of("store_client.answer_age").value < HANGS_S
         gauges = CacheGauges(store, metrics, trio.current_time())
         plain.nodes.cache.put(b"h", b"n")  # type: ignore[attr-defined]
         gauges.sample(trio.current_time() + 5)
@@ -255,9 +261,11 @@ async def test_store_errors_are_counted(tmp_path: Path, error: RealmError, resul
     async with open_store(f"sqlite:{tmp_path}/x.db") as plain:
         broken = {name: _Port(names, error) for name, names in NAMES.items()}
         fields = {name: getattr(plain, name) for name in plain.__dataclass_fields__}
-        store = with_metrics(type(plain)(**{**fields, **broken}), metrics)
+        answers = Answers()
+        store = with_metrics(type(plain)(**{**fields, **broken}), metrics, answers)
         with pytest.raises(RealmError) as caught:
             await store.leases.obtain("a", "b", 1, 2)
+    assert answers.last_ns is None
     assert caught.value is error
     assert metrics.timer("store_client.obtain_lease.time", result=result).count == 1
     assert metrics.counter(f"store_client.obtain_lease.{counter}").value == 1

@@ -236,7 +236,7 @@ def test_a_scraper_reads_everything(values: list[int], tag: str) -> None:
     assert all(family.documentation and family.type != "unknown" for family in found.values())
     assert found["agent_hsm_copies"].samples[0].value == len(values)
     refusals = {sample.labels["reason"]: sample.value for sample in found["agent_app_refusals"].samples}
-    assert refusals == {"busy": sum(values), "rate_limited": 0, "no_quorum": 0}
+    assert refusals == {"busy": sum(values), "no_quorum": 0}
     assert ("hsm_handle_seconds" in found) == bool(values)
     if not values:
         return
