@@ -17,6 +17,7 @@ from juicebox_hsm.host.cluster.findings import (
     Certificate,
     CertificateEnds,
     ClockOff,
+    Damaged,
     Drained,
     Fact,
     FewMembers,
@@ -37,6 +38,7 @@ from juicebox_hsm.host.cluster.view import GroupKey, name_of
 from juicebox_hsm.host.codes import Code
 from juicebox_hsm.host.readiness import (
     CopyAt,
+    DamageMet,
     EventsSetAside,
     EventsWait,
     NoAnswer,
@@ -49,13 +51,12 @@ from juicebox_hsm.host.readiness import (
     Reason,
     SecretsOld,
     Stalled,
-    TreeDamaged,
     Trouble,
     Unserved,
 )
 from juicebox_hsm.host.services import ServiceKind
 from juicebox_hsm.ids import GroupId, OwnedRange
-from juicebox_hsm.wire.rpc import Direction, LogBehind, RunningTransfer
+from juicebox_hsm.wire.rpc import Direction, LogBehind, RunningTransfer, StoreDamage
 
 WARNING: Final = "warning: "
 """What the line of a warning in `/readyz` begins with."""
@@ -92,8 +93,6 @@ _OF_GROUPS: Final = {
     Code.NO_MAJORITY: "fewer than a majority of members answer; down: {missing}",
     Code.MEMBERS_DOWN: "members down: {missing}",
     Code.LEADERLESS: "nobody leads",
-    Code.STORE_DAMAGED: "nodes of its tree in the store are damaged or missing, so records cannot be served; "
-    "run `store check`",
     Code.GROUP_ENDED: "has been retired; members that have not forgotten it yet: {missing}",
 }
 _OWN: Final = {
@@ -152,6 +151,8 @@ def sentence(found: Finding) -> str:
             return f"services run different versions: {', '.join(parts)}"
         case OfRange(code=code, realm=realm, range=part):
             return f"realm {realm.hex()}: {_OF_RANGES[code].format(range=show_range(part))}"
+        case Damaged(url=url, told=damage):
+            return f"{store_damaged(damage)} (met by agent {url})"
         case OfGroup(code=code, group=group, missing=missing):
             told = _OF_GROUPS[code].format(missing=", ".join(hsm.hex() for hsm in missing))
             return f"{_group(group)}: {told}"
@@ -216,11 +217,10 @@ def own_sentence(found: Reason) -> str:
             return _of_served(found)
 
 
-def _of_served(found: TreeDamaged | Stalled | OfRealm | Unserved) -> str:
+def _of_served(found: DamageMet | Stalled | OfRealm | Unserved) -> str:
     match found:
-        case TreeDamaged(group=group, range=part):
-            told = "nodes of its tree in the store are damaged or missing; run `juicebox-hsm store check`"
-            return f"{_ranged(group, part)}: {told}"
+        case DamageMet(told=damage):
+            return store_damaged(damage)
         case Stalled(group=group, range=part, stalled_s=stalled_s, realm=realm):
             told = f"{'' if realm is None else f'realm {realm.hex()}: '}{_ranged(group, part)} cannot commit"
             lasting = "" if stalled_s is None else f" for {stalled_s:.0f} s"
@@ -237,6 +237,12 @@ def _ranged(group: GroupId, part: OwnedRange | None) -> str:
 
 def _group(key: GroupKey) -> str:
     return f"realm {key[0].hex()} group {key[1].hex()}"
+
+
+def store_damaged(told: StoreDamage) -> str:
+    """Return what is damaged in a store, and what to do."""
+    of = f" of group {told.group.hex()}" if told.group else ""
+    return f"the {told.kind.value} {told.place}{of} is damaged or missing; run `store check`"
 
 
 def log_behind(told: LogBehind) -> str:

@@ -33,8 +33,8 @@ class ObstacleCode(enum.Enum):
     STEPPING_DOWN = "stepping down"
     INVALID_REALM = "invalid realm"
     INVALID_GROUP = "invalid group"
-    LOG_REFUSED = "log refused"
-    """The HSM refuses the MAC of the stored entry: the log is corrupted."""
+    LOG_DAMAGED = "log damaged"
+    """The stored last entry cannot be read, or the HSM refuses its MAC."""
     STOPPING = "stopping"
 
 
@@ -43,7 +43,7 @@ _OUTCOMES: Final = {
     Outcome.STEPDOWN_IN_PROGRESS: ObstacleCode.STEPPING_DOWN,
     Outcome.INVALID_REALM: ObstacleCode.INVALID_REALM,
     Outcome.INVALID_GROUP: ObstacleCode.INVALID_GROUP,
-    Outcome.INVALID_MAC: ObstacleCode.LOG_REFUSED,
+    Outcome.INVALID_MAC: ObstacleCode.LOG_DAMAGED,
 }
 
 
@@ -80,7 +80,7 @@ def judge_refusal(reply: Response, last: LogEntry) -> Obstacle:
         return _behind(reply.have or 0, last)
     code = _OUTCOMES.get(reply) if isinstance(reply, Outcome) else None
     check(code is not None, "BecomeLeader answers as specified")
-    return Obstacle(code or ObstacleCode.LOG_REFUSED)
+    return Obstacle(code or ObstacleCode.LOG_DAMAGED)
 
 
 def _behind(have: int, last: LogEntry) -> Obstacle:

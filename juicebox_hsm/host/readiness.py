@@ -17,7 +17,7 @@ from juicebox_hsm.host.outbox import Unpublished
 from juicebox_hsm.host.routing import RoutingTable
 from juicebox_hsm.host.served_realms import ServedRealms
 from juicebox_hsm.ids import GroupId, OwnedRange, RealmId, uncovered
-from juicebox_hsm.wire.rpc import LogBehind
+from juicebox_hsm.wire.rpc import LogBehind, StoreDamage
 
 REASONS: Final = "x-reasons"
 WARNINGS: Final = "x-warnings"
@@ -60,11 +60,10 @@ class CopyAt:
 
 
 @dataclass(frozen=True, slots=True)
-class TreeDamaged:
-    """A group that we lead has a record whose path in the tree cannot be read."""
+class DamageMet:
+    """Something damaged was lately met in the store."""
 
-    group: GroupId
-    range: OwnedRange | None
+    told: StoreDamage
     code: ClassVar[Code] = Code.STORE_DAMAGED
 
 
@@ -156,7 +155,7 @@ Reason = (
     | Trouble
     | OtherStore
     | CopyAt
-    | TreeDamaged
+    | DamageMet
     | Stalled
     | OfRealm
     | Unserved
@@ -222,8 +221,6 @@ def of_groups(groups: Groups, now_s: float) -> Iterator[Reason]:
             continue
         last = leader.last_appended
         owned = None if last is None or last.partition is None else last.partition.range
-        if leader.is_damaged(now_s):
-            yield TreeDamaged(group.group, owned)
         quorum = leader.quorum(now_s)
         if quorum.stalled_s is not None:
             yield Stalled(group.group, owned, quorum.alive, quorum.members, quorum.stalled_s)

@@ -6,8 +6,8 @@ HSM decides what it captures; here is decided what it is given. The caller MUST
 * let one step at a time run from a decision (`pushed`, `read`) to the HSM's answer to it (`fed`, `jumped`);
 * give `pushed` only entries that the store acknowledged: an HSM that captured an entry the store then refused could
   never follow the log again;
-* end the process when the HSM refuses a row *read from the store*: the log is corrupted, or there is a bug. A refused
-  *push* is dropped, `head` tells what of it was captured, and the log is read instead.
+* tell an operator when the HSM refuses a row *read from the store*, which is damaged then: `head` tells what was
+  captured, and it is read again later. A refused *push* is dropped, and the log is read instead.
 
 A crash between any two steps loses nothing: the position is the HSM's captured index, which it knows itself. Times are
 monotonic seconds, arguments.
@@ -207,6 +207,7 @@ class Evidence:
     def __init__(self, certificate: Certificate, live: Sequence[Captured]) -> None:
         self.captures = (*certificate.captures, *live)
         self._last = max((captured.index for captured in self.captures), default=0)
+        self._certified = max((captured.index for captured in certificate.captures), default=0)
         self._entries: list[LogEntry] = []
         self._next: int | None = certificate.index if certificate.index <= self._last else None
 
@@ -219,6 +220,11 @@ class Evidence:
     def entries(self) -> tuple[LogEntry, ...]:
         """The rows as far as they were there; none: this evidence is worth nothing."""
         return tuple(self._entries)
+
+    @property
+    def is_complete(self) -> bool:
+        """Tell whether all entries that the certificate's own captures are about were there: a majority is proven."""
+        return bool(self._entries) and self._entries[-1].index >= self._certified
 
     def add(self, found: Sequence[LogEntry] | Compacted) -> None:
         """Take what the log has at `wanted`."""

@@ -9,6 +9,7 @@ at before it is fed (`stored`), so that damage is found where it lies.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from enum import Enum
 from typing import Final, Protocol
 
@@ -33,6 +34,14 @@ class MissingNode(RealmError):
     """A node of the asked tree is not in the store: the root moved on. Read the log tail and try again."""
 
     retryable = True
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """The node that a path ended at: the root moved on, or it is damaged. `depth` is its prefix's length in bits."""
+
+    depth: int
+    hash: bytes
 
 
 class Side(Enum):
@@ -255,6 +264,12 @@ class EdgeWalk:
         else:
             key = self._bounds.start if self._side is Side.LEFT else self._bounds.end
         return build_read_proof(key, self._bounds, self._root, self._path, self._leaf)
+
+
+def outcome(walk: Walk) -> bytes | Lost:
+    """Return the proof of a completed walk, else the node that it did not get."""
+    wanted = walk.wanted
+    return walk.proof() if wanted is None else Lost(walk.depth, wanted)
 
 
 def finish_walk(walk: Walk, find: Callable[[bytes], bytes | None]) -> bytes:

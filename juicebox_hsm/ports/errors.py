@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from juicebox_hsm.errors import RealmError
 from juicebox_hsm.merkle.walk import MissingNode
+from juicebox_hsm.wire.rpc import DamageKind, StoreDamage
 
-__all__ = ["HsmGone", "MissingNode", "StoreAmbiguous", "StoreInvalid", "StoreUnavailable"]
+__all__ = ["HsmGone", "MissingNode", "StoreAmbiguous", "StoreDamaged", "StoreInvalid", "StoreUnavailable"]
 
 
 class StoreUnavailable(RealmError):
@@ -23,6 +24,15 @@ class StoreAmbiguous(RealmError):
 
 class StoreInvalid(RealmError):
     """The store's content or version is not ours: the message says what and where."""
+
+
+class StoreDamaged(StoreInvalid):
+    """Something stored is not what was written: trying again does not help, `store check` tells how much there is."""
+
+    def __init__(self, kind: DamageKind, place: str, *, group: bytes = b"", why: str = "") -> None:
+        self.damage = StoreDamage(kind, place, group)
+        of = f" of group {group.hex()}" if group else ""
+        super().__init__(f"the {kind.value} {place}{of} is damaged{f' ({why})' if why else ''}; run `store check`")
 
 
 class HsmGone(RealmError):

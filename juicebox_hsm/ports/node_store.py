@@ -7,7 +7,7 @@ from typing import Protocol
 
 from juicebox_hsm.consensus.types import Partition
 from juicebox_hsm.ids import RealmId, RecordId
-from juicebox_hsm.merkle.walk import Side
+from juicebox_hsm.merkle.walk import Lost, Side
 
 
 class NodeStore(Protocol):
@@ -15,10 +15,10 @@ class NodeStore(Protocol):
 
     async def read_proofs(
         self, realm: RealmId, partition: Partition, records: Sequence[RecordId]
-    ) -> list[bytes | None]:
+    ) -> list[bytes | Lost]:
         """Return for each record an encoded read proof (merkle.md 3.2) against the partition's root.
 
-        None where a node is missing because the root is no longer current. One snapshot for the call.
+        The node that is missing where the root is no longer current, or it is damaged. One snapshot for the call.
         """
         ...
 

@@ -87,6 +87,16 @@ class Refusal(enum.Enum):
     RPC_ERROR = "RpcError"
 
 
+class DamageKind(enum.Enum):
+    """What of a store is damaged. Travels as its value."""
+
+    NODE = "tree node"
+    LOG = "log row"
+    CERTIFICATE = "commit certificate"
+    EVENT = "event"
+    FILE = "file"
+
+
 class GroupRole(enum.Enum):
     """What an HSM is in a group. Travels as its value, like the direction of a transfer."""
 
@@ -206,7 +216,7 @@ class AgentGroupInfo(_Body, frozen=True):
 
     A leader also tells how many members answer it, itself included, how long its entries have waited without progress,
     and how long it could not commit (None while it can). An agent of an older version tells none of these. `ended`: its
-    HSM captured the retired entry. `damaged`: a leader lately found no way to a record in its tree.
+    HSM captured the retired entry.
     """
 
     realm: bytes
@@ -221,7 +231,6 @@ class AgentGroupInfo(_Body, frozen=True):
     commit_age_s: float = 0.0
     stalled_s: float | None = None
     ended: bool = False
-    damaged: bool = False
 
 
 class LogBehind(_Body, frozen=True):
@@ -230,6 +239,14 @@ class LogBehind(_Body, frozen=True):
     group: bytes
     captured: int
     last: int
+
+
+class StoreDamage(_Body, frozen=True):
+    """Something in the store that is not what was written there: `place` says where, `group` is b"" if it has none."""
+
+    kind: DamageKind
+    place: str
+    group: bytes = b""
 
 
 class OutboxInfo(_Body, frozen=True):
@@ -252,7 +269,7 @@ class AgentStatus(_Body, frozen=True):
 
     `instance` is drawn when the process starts, and tells it from one with a copy of its HSM.
     `now_ms` is the agent's wall clock, None from one of an older version. `troubles` are what it tries again and is not
-    ready for, but for what other fields tell.
+    ready for, but for what other fields tell. `damages` were met in the store within the last minute.
     """
 
     uptime_s: float
@@ -266,6 +283,7 @@ class AgentStatus(_Body, frozen=True):
     now_ms: int | None = None
     logs_behind: tuple[LogBehind, ...] = ()
     troubles: tuple[Told, ...] = ()
+    damages: tuple[StoreDamage, ...] = ()
 
 
 class RealmCreated(_Body, frozen=True):

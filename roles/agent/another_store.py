@@ -16,7 +16,7 @@ from juicebox_hsm.host.log import lacks
 from juicebox_hsm.host.readiness import OtherStore
 from juicebox_hsm.hsm.messages import GroupStatus
 from juicebox_hsm.ids import RealmId
-from juicebox_hsm.ports.errors import StoreInvalid
+from juicebox_hsm.ports.errors import StoreDamaged, StoreInvalid
 from juicebox_hsm.wire.rpc import LogBehind
 from roles.agent.service import hsm_status
 
@@ -43,6 +43,8 @@ async def compare(agent: Agent) -> None:
             continue
         try:
             told = await _behind(agent, status.realm.id, group, *group.captured)
+        except StoreDamaged:
+            continue
         except RealmError:
             return
         if told is not None:
@@ -57,6 +59,8 @@ async def compare(agent: Agent) -> None:
 async def _behind(agent: Agent, realm: RealmId, group: GroupStatus, index: int, mac: bytes) -> LogBehind | None:
     try:
         last = await agent.store.log.read_last(realm, group.id)
+    except StoreDamaged:
+        raise  # told where it was met, and no sign of another store
     except StoreInvalid:
         last = None  # the realm is not there at all
     if not lacks(last, index, mac):

@@ -13,6 +13,7 @@ from typing import Final, cast, get_args
 import trio
 
 from juicebox_hsm.host.admission import Limiters
+from juicebox_hsm.host.damage import node_place
 from juicebox_hsm.host.group import GroupState
 from juicebox_hsm.host.leadership.effects import (
     Adopt,
@@ -28,15 +29,16 @@ from juicebox_hsm.host.leadership.effects import (
     SetDeadline,
     StepDown,
     StepDownCode,
+    TellDamaged,
     WaitOver,
     Wake,
 )
 from juicebox_hsm.host.leadership.events import Ended, Event, HandoverAsked, Lane, RetryDue, Turn
-from juicebox_hsm.host.leadership.machine import DAMAGE_TOLD_S, Leadership
+from juicebox_hsm.host.leadership.machine import Leadership
 from juicebox_hsm.hsm.messages import ResultKind, StepDownOk
 from juicebox_hsm.ids import HsmId
 from juicebox_hsm.wire.client import encode_noise_response
-from juicebox_hsm.wire.rpc import AppOk, Refused
+from juicebox_hsm.wire.rpc import AppOk, DamageKind, Refused, StoreDamage
 from roles.agent import stalls
 from roles.agent.oneshot import Signal
 from roles.agent.outside import Outside, Roles
@@ -77,8 +79,6 @@ class Driver:
         self.members = [member for member in group.configuration if member != outside.hsm_id]
         self._signals: dict[Lane | HsmId, Signal] = {lane: Signal() for lane in (*Lane, *self.members)}
         self._deadline_s: float | None = None
-        self._damage_told_s = float("-inf")
-        """Until when damage is not told again: a client may ask often for a record that cannot be had."""
 
     def step(self, event: Event) -> Long | None:
         """Tell the machine an event and do what it wants at once; returns the long effect for the caller's lane."""
@@ -107,6 +107,9 @@ class Driver:
                     self._log_wanted.set()
                 case Note(what):
                     self._note(what)
+                case TellDamaged(node):
+                    damage = StoreDamage(DamageKind.NODE, node_place(node), self.group.group)
+                    self._outside.note_damage(damage)
         return long
 
     async def run_lane(
@@ -159,15 +162,6 @@ class Driver:
         match what:
             case Noted.RETRIES_EXHAUSTED:
                 self._outside.metrics.count("agent.start_app_request.exhausted")
-            case Noted.NODE_DAMAGED:
-                self._outside.metrics.count("agent.start_app_request.damaged")
-                if trio.current_time() >= self._damage_told_s:
-                    self._damage_told_s = trio.current_time() + DAMAGE_TOLD_S
-                    self._outside.log.error(
-                        "tree nodes in the store are damaged or missing; run `juicebox-hsm store check`",
-                        realm=self.group.realm.hex(),
-                        group=self.group.group.hex(),
-                    )
             case Noted.REPLY_UNASKED:
                 self._outside.log.error("released a reply nobody asked for", group=self.group.group.hex())
             case Noted.QUORUM_LOST:

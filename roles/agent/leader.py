@@ -16,14 +16,24 @@ from juicebox_hsm.host.group import GroupState
 from juicebox_hsm.host.leadership.events import Inherited
 from juicebox_hsm.host.leadership.machine import Leadership
 from juicebox_hsm.hsm.messages import BecomeLeader, RoleOk
+from juicebox_hsm.ports.errors import StoreDamaged
 from juicebox_hsm.wire.methods import LEADER_STEPDOWN
-from juicebox_hsm.wire.rpc import BecomeLeaderCall, Done, GroupCall, Refusal, Refused, StepdownOrder, SteppedDown
+from juicebox_hsm.wire.rpc import (
+    BecomeLeaderCall,
+    DamageKind,
+    Done,
+    GroupCall,
+    Refusal,
+    Refused,
+    StepdownOrder,
+    SteppedDown,
+    StoreDamage,
+)
 from roles.agent.append import produce
 from roles.agent.commit import commit_loop
 from roles.agent.compact import keep_house, leave_house
 from roles.agent.outbox import learn_tails
 from roles.agent.replicate import push_to_member
-from roles.agent.watch import LogRefused
 
 if TYPE_CHECKING:
     from roles.agent.context import Agent
@@ -43,6 +53,7 @@ _REFUSALS: Final = {
     ObstacleCode.STEPPING_DOWN: (Refusal.STEPDOWN_IN_PROGRESS, ""),
     ObstacleCode.INVALID_REALM: (Refusal.INVALID_REALM, ""),
     ObstacleCode.INVALID_GROUP: (Refusal.INVALID_GROUP, ""),
+    ObstacleCode.LOG_DAMAGED: (Refusal.STORE_DAMAGED, "the last entry of the log is damaged; run `store check`"),
     ObstacleCode.STOPPING: (Refusal.TIMEOUT, "this agent is stopping"),
 }
 """The refusal on the wire, and words for a person."""
@@ -96,6 +107,8 @@ async def _try_to_lead(agent: Agent, group: GroupState, asked_last: int | None) 
     began = trio.current_time()
     try:
         last = await agent.store.log.read_last(group.realm, group.group)
+    except StoreDamaged:
+        return Obstacle(ObstacleCode.LOG_DAMAGED)
     except RealmError as error:
         agent.log.warning("log tail not read", group=group.group.hex(), error=str(error))
         return Obstacle(ObstacleCode.LOG_NOT_READ)
@@ -116,8 +129,8 @@ async def _try_to_lead(agent: Agent, group: GroupState, asked_last: int | None) 
             agent.persister.request()
             return None
     obstacle = judge_refusal(reply, last)
-    if obstacle.code is ObstacleCode.LOG_REFUSED:
-        raise LogRefused(f"group {group.group.hex()}: the HSM refuses the MAC of stored entry {last.index}")
+    if obstacle.code is ObstacleCode.LOG_DAMAGED:
+        agent.note_damage(StoreDamage(DamageKind.LOG, f"of entry {last.index}", group.group))
     return obstacle
 
 

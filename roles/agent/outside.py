@@ -16,9 +16,11 @@ from typing import Final, Protocol
 
 import trio
 
+from juicebox_hsm.adapters.stores.damage import telling
 from juicebox_hsm.consensus.types import RoleStatus
 from juicebox_hsm.errors import RealmError
 from juicebox_hsm.host.codes import Code
+from juicebox_hsm.host.damage import Damages
 from juicebox_hsm.host.events import EVENT_KEPT_MS
 from juicebox_hsm.host.group import GroupState
 from juicebox_hsm.host.readiness import OtherStore, Trouble, Troubles
@@ -28,8 +30,9 @@ from juicebox_hsm.ports.hsm_transport import HsmTransport
 from juicebox_hsm.ports.observation import EventMeter, Log
 from juicebox_hsm.ports.rpc import RpcCaller
 from juicebox_hsm.ports.store import Store
+from juicebox_hsm.wire.rpc import StoreDamage
 from roles.clock import OwnClock
-from roles.words import own_sentence
+from roles.words import own_sentence, store_damaged
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +117,8 @@ class Outside:
         self.now_ms = config.now_ms
         """Returns Unix milliseconds."""
         self.hsm = hsm
-        self.store = store
+        self.damages = Damages()
+        self.store = telling(store, self.note_damage)
         self.rpc = rpc
         self.metrics = metrics
         self.log = log
@@ -140,6 +144,12 @@ class Outside:
         if self.troubles.note(trouble):
             self.log.warning("trouble, retrying", code=trouble.code.word, reason=own_sentence(trouble))
         self.metrics.count("agent.trouble", what=trouble.code.word)
+
+    def note_damage(self, damage: StoreDamage) -> None:
+        """Tell of something damaged in the store, in the log once in a while; it is shown until it is long not met."""
+        self.metrics.count("agent.store.damaged", kind=damage.kind.name.lower())
+        if self.damages.met(damage, trio.current_time()):
+            self.log.error("the store is damaged", reason=store_damaged(damage))
 
     def clear_trouble(self, code: Code, group: GroupId | None = None) -> None:
         """Forget trouble."""

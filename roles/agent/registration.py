@@ -12,6 +12,7 @@ from juicebox_hsm.errors import RealmError
 from juicebox_hsm.host.codes import Code
 from juicebox_hsm.host.readiness import (
     CopyAt,
+    DamageMet,
     OwnClockOff,
     Plain,
     Readiness,
@@ -71,6 +72,7 @@ async def livez(agent: Agent) -> tuple[bool, str]:
 async def readyz(agent: Agent) -> Readiness:
     """Judge: ready is who is registered, whose HSM and store answer and who is not in trouble."""
     reasons: list[Reason] = [*agent.troubles, *(CopyAt(url) for url in agent.peers.copies)]
+    reasons += [DamageMet(damage) for damage in agent.damages.lately(trio.current_time())]
     reasons += of_groups(agent.groups, trio.current_time())
     if not agent.registered:
         reasons.append(Plain(Code.NOT_REGISTERED))

@@ -97,7 +97,6 @@ from roles.agent.transfer import (
     handle_transfer_in,
     handle_transfer_out,
 )
-from roles.agent.watch import LogRefused
 from roles.agent.watchdog import watchdog
 from roles.words import own_sentence
 
@@ -105,7 +104,7 @@ if TYPE_CHECKING:
     from roles.agent.context import Agent
 
 STATUS_HSM_S: Final = 1.0
-FATAL: Final = (HsmGone, LogRefused, RealmTablesFailed)
+FATAL: Final = (HsmGone, RealmTablesFailed)
 """Errors that leave a handler and end the process."""
 
 
@@ -257,6 +256,7 @@ async def agent_status(agent: Agent) -> AgentStatus:
         troubles=tuple(
             Told(trouble.code.word, own_sentence(trouble)) for trouble in agent.troubles if isinstance(trouble, Trouble)
         ),
+        damages=agent.damages.lately(trio.current_time()),
     )
 
 
@@ -288,7 +288,6 @@ def _group_infos(agent: Agent) -> list[AgentGroupInfo]:
                 commit_age_s=quorum.commit_age_s,
                 stalled_s=quorum.stalled_s,
                 ended=group.end is not None,
-                damaged=leader.is_damaged(now),
             )
         )
     return infos

@@ -44,6 +44,7 @@ from juicebox_hsm.hsm.messages import (
 )
 from juicebox_hsm.ids import GroupId, OwnedRange, RealmId
 from juicebox_hsm.merkle.kernel import EMPTY_DELTA
+from juicebox_hsm.merkle.walk import Lost
 from juicebox_hsm.ports.errors import MissingNode
 from juicebox_hsm.wire.rpc import (
     ArrivedCall,
@@ -260,9 +261,10 @@ async def _try_out(
     if isinstance(split, Refusal):
         return Refused(split)
     if split is not None and last.partition is not None:
-        proof = (await agent.store.nodes.read_proofs(group.realm, last.partition, [split]))[0]
-        if proof is None:
+        (found,) = await agent.store.nodes.read_proofs(group.realm, last.partition, [split])
+        if isinstance(found, Lost):
             return Outcome.STALE_PROOF
+        proof = found
     return await agent.hsm.send(
         TransferOut(group.realm, group.group, GroupId(body.destination), wanted, body.nonce, body.statement, proof)
     )

@@ -1,7 +1,7 @@
 """Capture: the log watcher of every member, its jumps, and the persister (agent.md 7, hsm.md 10).
 
 `juicebox_hsm.host.witness` says what the HSM is given and when; here it is read, sent and waited for. A row *read from
-the store* that the HSM refuses means a corrupted log or a bug, and the process ends.
+the store* that the HSM refuses is damaged (decision record 0040): it is told and read again, and other groups go on.
 """
 
 from __future__ import annotations
@@ -30,19 +30,15 @@ from juicebox_hsm.hsm.messages import (
     RoleOk,
 )
 from juicebox_hsm.ids import HsmId
-from juicebox_hsm.ports.errors import HsmGone
+from juicebox_hsm.ports.errors import HsmGone, StoreDamaged
 from juicebox_hsm.wire.methods import CAPTURED
-from juicebox_hsm.wire.rpc import CapturedReply, GroupCall
+from juicebox_hsm.wire.rpc import CapturedReply, DamageKind, GroupCall, StoreDamage
 from roles.agent.oneshot import Signal
 from roles.agent.outside import Outside, Roles
 from roles.agent.peers import Peers
 
 WATCH_CHUNK_ENTRIES: Final = 200
 CAPTURED_TIMEOUT_S: Final = 0.5
-
-
-class LogRefused(RealmError):
-    """The HSM refused an entry that the store holds: the log is corrupted. The agent must end."""
 
 
 class Persister:
@@ -173,8 +169,12 @@ class Follower:
                     return
                 step = self._following.read(found, trio.current_time())
                 refused = await self._feed(step.entries) if isinstance(step, Feed) else None
+                if refused is not None:
+                    await self._learn_head()
             if refused is not None:
-                raise_refused(self._group, refused)
+                self._note_refused(self._following.position, refused)
+                await trio.sleep(self._following.read_failed())
+                continue
             if not self._following.is_catching_up:
                 self._outside.clear_trouble(Code.LOG_NOT_FOLLOWED, self._group.group)
             match step:
@@ -184,6 +184,14 @@ class Follower:
                     self._following.waited(woken=await self.wake.wait_at_most(seconds))
                 case Jump():
                     await self._catch_up(step)
+
+    def _note_refused(self, index: int, outcome: Outcome) -> None:
+        """Tell of a stored entry that the HSM will not have. Reading it again may help: it may have been mended."""
+        damaged = StoreDamaged(
+            DamageKind.LOG, f"of entry {index}", group=self._group.group, why=f"the HSM says {outcome.value}"
+        )
+        self._outside.note_damage(damaged.damage)
+        self._outside.note_trouble(Code.LOG_NOT_FOLLOWED, damaged, self._group.group)
 
     async def _read(self, index: int) -> list[LogEntry] | Compacted:
         group = self._group
@@ -213,7 +221,7 @@ class Follower:
             outside.note_trouble(Code.LOG_NOT_FOLLOWED, error, self._group.group)
         try:
             has_jumped = await self._jump()
-        except (LogRefused, HsmGone):
+        except HsmGone:
             raise
         except RealmError as error:
             outside.note_trouble(Code.LOG_NOT_FOLLOWED, error, self._group.group)
@@ -248,9 +256,13 @@ class Follower:
                     if isinstance(reply, NotWitness):
                         self._roles.adopt(group, reply.role)
                     await self._roles.step_down(group, force=True, why="a jump needs a witness")
-                case Jumped.CORRUPTED:
-                    raise_refused(group, reply)
-                case Jumped.LATER:
+                case Jumped.CORRUPTED if isinstance(reply, Outcome):
+                    self._note_refused(certificate.index, reply)
+                case Jumped.LATER if reply is Outcome.NO_QUORUM and evidence.is_complete:
+                    self._outside.note_damage(
+                        StoreDamage(DamageKind.CERTIFICATE, f"at index {certificate.index}", group.group)
+                    )
+                case _:
                     pass
         return False
 
@@ -276,8 +288,3 @@ class Follower:
                 if url is not None:
                     nursery.start_soon(ask, member, url)
         return found
-
-
-def raise_refused(group: GroupState, outcome: object) -> None:
-    """Raise `LogRefused` for a stored row the HSM will not have."""
-    raise LogRefused(f"group {group.group.hex()}: the HSM answers {outcome} to rows of the stored log")

@@ -28,10 +28,12 @@ from juicebox_hsm.host.log import Intent, LogRow
 from juicebox_hsm.hsm.messages import AppRequestOk, CommitOk, NotLeader, Outcome, Response, ResultKind, ResultType
 from juicebox_hsm.ids import GroupId, HsmId, OwnedRange, RealmId, RecordId
 from juicebox_hsm.merkle.kernel import EMPTY_DELTA
+from juicebox_hsm.merkle.walk import Lost
 from juicebox_hsm.wire.client import TransportRequest, TransportResponse
 
 REALM, GROUP = RealmId(b"r" * 16), GroupId(b"g" * 16)
 EVERYTHING: Final = Partition(OwnedRange(RecordId(bytes(32)), RecordId(b"\xff" * 32)), bytes(32))
+LOST: Final = Lost(7, bytes(32))
 LONG: Final = does.Long.__args__
 
 
@@ -272,7 +274,7 @@ _BUILDERS: Final[dict[str, Builder]] = {
     "TailRead": lambda _s, plain, _n: on.TailRead(
         None if plain[0] == "none" else entry(plain[0], owning="unowned" not in plain)
     ),
-    "ProofsRead": lambda _s, plain, _n: on.ProofsRead([None if word == "missing" else b"proof" for word in plain]),
+    "ProofsRead": lambda _s, plain, _n: on.ProofsRead([LOST if word == "missing" else b"proof" for word in plain]),
     "HsmAnswered": _hsm_answered,
     "AppendFinished": lambda _s, plain, _n: on.AppendFinished(on.AppendResult(plain[0])),
     "TransferMade": _transfer_made,
@@ -318,6 +320,7 @@ _WORDS: Final[dict[type, Callable[..., str]]] = {
         f"{'ok' if e.refusal is None else e.refusal.name.lower()}"
     ),
     does.Note: lambda _s, e: e.what.value,
+    does.TellDamaged: lambda _s, e: f"depth {e.node.depth}",
     does.ReadProofs: lambda s, e: " ".join(s.name_of(request) for request in e.requests),
     does.AskHsm: lambda s, e: f"{s.name_of(e.request)} at={e.index}",
     does.Append: lambda _s, e: " ".join(str(made.index) for made in e.entries),

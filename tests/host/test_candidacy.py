@@ -43,6 +43,6 @@ def test_what_the_hsm_says() -> None:
     assert judge_refusal(NotCaptured(2), last) == Obstacle(ObstacleCode.CATCHING_UP, 2)
     assert judge_refusal(NotCaptured(None), last) == Obstacle(ObstacleCode.CATCHING_UP)
     assert judge_refusal(Outcome.STEPDOWN_IN_PROGRESS, last).code is ObstacleCode.STEPPING_DOWN
-    assert judge_refusal(Outcome.INVALID_MAC, last).code is ObstacleCode.LOG_REFUSED
+    assert judge_refusal(Outcome.INVALID_MAC, last).code is ObstacleCode.LOG_DAMAGED
     with pytest.raises(InvariantViolation):
         judge_refusal(Outcome.BUSY, last)

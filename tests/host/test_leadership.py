@@ -8,7 +8,7 @@ from juicebox_hsm.consensus.types import Leader, RoleStatus, SteppingDown, Witne
 from juicebox_hsm.errors import InvariantViolation
 from juicebox_hsm.host.compaction import compactible_rows, compaction_index
 from juicebox_hsm.host.leadership import commit, push
-from juicebox_hsm.host.leadership.effects import Append, Note, Noted, Push, ReadProofs, Refuse, RetryLater
+from juicebox_hsm.host.leadership.effects import Append, Note, Noted, Push, ReadProofs, Refuse, RetryLater, TellDamaged
 from juicebox_hsm.host.leadership.events import (
     AppendFinished,
     AppendResult,
@@ -39,7 +39,7 @@ from juicebox_hsm.host.leadership.waits import still_ours
 from juicebox_hsm.ids import RecordId
 from juicebox_hsm.wire.client import TransportRequest
 from juicebox_hsm.wire.rpc import Refusal
-from tests.host.script import GROUP, REALM, captured, entry, hsm
+from tests.host.script import GROUP, LOST, REALM, captured, entry, hsm
 
 MEMBERS = (hsm("a"), hsm("b"), hsm("c"))
 ROLE = RoleStatus(Leader(2), 5)
@@ -230,13 +230,10 @@ def test_a_node_that_stays_missing_is_damage() -> None:
     asked = request("r1")
     machine.step(RequestArrived(asked), 0.0)
     machine.step(Turn(Lane.PRODUCE), 0.0)
-    assert machine.step(ProofsRead([None]), 0.0) == [RetryLater(asked, 0.01)]
+    assert machine.step(ProofsRead([LOST]), 0.0) == [RetryLater(asked, 0.01)]
     machine.step(RetryDue(asked), 0.3)
     machine.step(Turn(Lane.PRODUCE), 0.3)
     assert machine.step(ProofsFailed(), 0.3) == [RetryLater(asked, 0.02)], "a store in trouble says nothing of damage"
-    assert not machine.is_damaged(0.3)
     machine.step(RetryDue(asked), 0.6)
     machine.step(Turn(Lane.PRODUCE), 0.6)
-    assert machine.step(ProofsRead([None]), 0.6) == [Note(Noted.NODE_DAMAGED), Refuse(asked, Refusal.STORE_DAMAGED)]
-    assert machine.is_damaged(60.5)
-    assert not machine.is_damaged(60.6)
+    assert machine.step(ProofsRead([LOST]), 0.6) == [TellDamaged(LOST), Refuse(asked, Refusal.STORE_DAMAGED)]

@@ -21,7 +21,7 @@ from juicebox_hsm.hsm.messages import AppRequestOk, CommitOk, NotLeader, Outcome
 from juicebox_hsm.ids import RecordId
 from juicebox_hsm.merkle.kernel import EMPTY_DELTA
 from juicebox_hsm.wire.client import TransportRequest, TransportResponse
-from tests.host.script import GROUP, LONG, REALM, entry, hsm, mac
+from tests.host.script import GROUP, LONG, LOST, REALM, entry, hsm, mac
 
 STARTING = 8
 MEMBERS = (hsm("a"), hsm("b"), hsm("c"))
@@ -164,7 +164,7 @@ class Host:
             case does.ReadTail():
                 return on.TailRead(entry(str(self.machine.next_index - 1))) if luck < 0.9 else on.TailFailed()
             case does.ReadProofs(requests=requests):
-                proofs = [b"p" if self.random.random() < 0.9 else None for _ in requests]
+                proofs = [b"p" if self.random.random() < 0.9 else LOST for _ in requests]
                 return on.ProofsRead(proofs) if luck < 0.95 else on.ProofsFailed()
             case does.AskHsm(request):
                 return on.HsmAnswered(request, self.hsm(request, luck), 1)

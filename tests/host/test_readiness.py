@@ -9,6 +9,7 @@ from juicebox_hsm.host.codes import Code
 from juicebox_hsm.host.outbox import Unpublished
 from juicebox_hsm.host.readiness import (
     CopyAt,
+    DamageMet,
     EventsSetAside,
     EventsWait,
     NoAnswer,
@@ -21,7 +22,6 @@ from juicebox_hsm.host.readiness import (
     Reason,
     SecretsOld,
     Stalled,
-    TreeDamaged,
     Trouble,
     Troubles,
     Unserved,
@@ -34,7 +34,7 @@ from juicebox_hsm.host.readiness import (
 from juicebox_hsm.host.routing import AgentSlice, Route, RoutingTable, Stall, build_table
 from juicebox_hsm.host.served_realms import ServedRealms
 from juicebox_hsm.ids import FULL_RANGE, GroupId, OwnedRange, RealmId, RecordId
-from juicebox_hsm.wire.rpc import LogBehind
+from juicebox_hsm.wire.rpc import DamageKind, LogBehind, StoreDamage
 from roles.words import own_sentence, readiness_text
 
 REALM, OTHER = RealmId(b"R" * 16), RealmId(b"S" * 16)
@@ -56,7 +56,7 @@ def every_reason() -> list[Reason]:
         *(Trouble(code, "down") for code in TROUBLES),
         OtherStore((LogBehind(GROUP, 5, 3),)),
         CopyAt("tls://b"),
-        TreeDamaged(GROUP, LOW),
+        DamageMet(StoreDamage(DamageKind.LOG, "of entry 7", GROUP)),
         Stalled(GROUP, LOW, 1, 3, stalled_s=2.0),
         Stalled(GROUP, None, 1, 3, realm=REALM),
         OfRealm(Code.RECORD_ID_KEY, REALM),

@@ -21,7 +21,7 @@ from juicebox_hsm.host.retry import RetryProfile
 from juicebox_hsm.host.services import TenantLimits
 from juicebox_hsm.hsm.messages import CaptureNext, PersistState, Request, Response
 from juicebox_hsm.ids import GroupId, RealmId, RecordId
-from juicebox_hsm.merkle.walk import Side
+from juicebox_hsm.merkle.walk import Lost, Side
 from juicebox_hsm.ports.errors import StoreUnavailable
 from juicebox_hsm.ports.tenant_config import TenantConfig
 from juicebox_hsm.wire.client import HandshakeRequest, encode_noise_request
@@ -254,13 +254,13 @@ class MissingProofs:
 
     async def read_proofs(
         self, realm: RealmId, partition: Partition, records: Sequence[RecordId]
-    ) -> list[bytes | None]:
+    ) -> list[bytes | Lost]:
         if self.missing:
             self.missing -= 1
             if self._error:
                 raise StoreUnavailable("down")
-            return [None] * len(records)
-        proofs: list[bytes | None] = await self._inner.read_proofs(realm, partition, records)
+            return [Lost(0, partition.root_hash)] * len(records)
+        proofs: list[bytes | Lost] = await self._inner.read_proofs(realm, partition, records)
         return proofs
 
     async def read_edge_proof(self, realm: RealmId, partition: Partition, side: Side) -> bytes:

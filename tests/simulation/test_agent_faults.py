@@ -24,10 +24,10 @@ from juicebox_hsm.host.readiness import EventsWait, Readiness, Trouble
 from juicebox_hsm.hsm.messages import AppRequest, Outcome, Request, Response
 from juicebox_hsm.ids import GroupId, RealmId
 from juicebox_hsm.ports.errors import HsmGone, StoreAmbiguous, StoreInvalid, StoreUnavailable
-from juicebox_hsm.wire.rpc import App, AppOk, Refusal, Refused
+from juicebox_hsm.wire.rpc import App, AppOk, DamageKind, Refusal, Refused, StoreDamage
 from roles.agent.leader import hand_over
 from roles.agent.registration import livez, readyz
-from roles.agent.watch import LogRefused
+from roles.words import own_sentence
 from tests.simulation.cluster import KEEP_EVENTS, TENANT, SimAgent, Simulation, simulation, until
 
 Really = Callable[[], Awaitable[AppendOutcome]]
@@ -235,17 +235,27 @@ class Corrupting:
         return getattr(self._inner, name)
 
 
-async def test_corrupted_log_ends_the_process(tmp_path: Path) -> None:
-    """A stored row that the HSM refuses ends the agent rather than being skipped."""
+async def test_a_row_that_the_hsm_refuses_is_told(tmp_path: Path) -> None:
+    """It is never skipped, and ends no process: agents with it serve other groups, and go on once it is mended."""
     async with simulation(tmp_path) as sim:
-        group = await sim.new_realm(1)
-        agent = sim.agents[0]
-        agent.agent.store = dataclasses.replace(agent.store, log=Corrupting(agent.store.log))  # type: ignore[arg-type]
-        agent.group(group).following._position -= 1
-        await agent.closed.wait()
-        assert agent.crash is not None
-        assert contains(agent.crash, (LogRefused,))
-        agent.crash = None
+        group = await sim.new_realm(3)
+        await sim.settle_peers()
+        behind = next(agent for agent in sim.agents if agent is not sim.leader_of(group))
+        store = behind.agent.store
+        behind.agent.store = dataclasses.replace(store, log=Corrupting(store.log))  # type: ignore[arg-type]
+        sim.cut |= {frozenset((behind.name, other.name)) for other in sim.agents}
+        position = behind.group(group).position
+        leader = sim.leader_of(group)
+        assert leader is not None
+        await leader.call("app", sim.register1(group, "alice"))
+        await until(lambda: behind.agent.damages.lately(trio.current_time()) != ())
+        assert behind.agent.damages.lately(trio.current_time()) == (
+            StoreDamage(DamageKind.LOG, f"of entry {position}", group),
+        )
+        assert any("the HSM says InvalidMac" in own_sentence(trouble) for trouble in behind.agent.troubles)
+        assert behind.group(group).position == position
+        behind.agent.store = store
+        await until(lambda: behind.group(group).position > position and not len(behind.agent.troubles))
 
 
 async def test_full_outbox_refuses_before_the_hsm_is_asked(tmp_path: Path) -> None:
@@ -434,8 +444,8 @@ async def test_trouble_with_compaction_ends_with_the_leadership(tmp_path: Path) 
         await until(lambda: not is_in_trouble())
 
 
-async def test_corrupted_log_met_while_jumping_ends_the_process(tmp_path: Path) -> None:
-    """Rows that the HSM refuses in a jump over compacted ones end the agent, as any stored row it refuses does."""
+async def test_damaged_rows_met_while_jumping_are_told(tmp_path: Path) -> None:
+    """Rows that the HSM refuses in a jump over compacted ones are told, as any stored row it refuses is."""
     async with simulation(tmp_path) as sim:
         group = await sim.new_realm(3)
         await sim.settle_peers()
@@ -461,7 +471,5 @@ async def test_corrupted_log_met_while_jumping_ends_the_process(tmp_path: Path) 
         behind.platform.restarted()
         sim.cut |= {frozenset((behind.name, other.name)) for other in sim.agents}
         sim.nursery.start_soon(behind.run)
-        await until(lambda: behind.crash is not None)
-        assert behind.crash is not None
-        assert contains(behind.crash, (LogRefused,))
-        behind.crash = None
+        await until(lambda: behind.agent.damages.lately(trio.current_time()) != ())
+        assert {damage.kind for damage in behind.agent.damages.lately(trio.current_time())} == {DamageKind.LOG}

@@ -16,9 +16,8 @@ from juicebox_hsm.host.retry import RetryProfile
 from juicebox_hsm.hsm.messages import BecomeLeader, NotCaptured, Outcome, Request, Response
 from juicebox_hsm.ids import GroupId
 from juicebox_hsm.ports.errors import StoreAmbiguous, StoreUnavailable
-from juicebox_hsm.wire.rpc import AppOk, BecomeLeaderCall, Done, GroupCall, Refusal, Refused, SteppedDown
+from juicebox_hsm.wire.rpc import AppOk, BecomeLeaderCall, DamageKind, Done, GroupCall, Refusal, Refused, SteppedDown
 from roles.agent.leader import handle_become_leader
-from roles.agent.watch import LogRefused
 from tests.simulation.cluster import QUICK, SimAgent, Simulation, simulation, until
 from tests.simulation.test_agent_groups import all_at_end
 
@@ -221,12 +220,15 @@ async def test_what_the_hsm_says_to_become_leader_is_passed_on(
         assert witness.group(group).leader is None
 
 
-async def test_last_entry_that_the_hsm_refuses_ends_the_process(tmp_path: Path) -> None:
+async def test_last_entry_that_the_hsm_refuses_is_told(tmp_path: Path) -> None:
     """A log that ends in an entry with a wrong MAC is corrupted: nobody leads from there."""
     async with simulation(tmp_path) as sim:
         group = await sim.new_realm(3)
         await all_at_end(sim, group)
         witness = next(member for member in sim.agents if member is not sim.leader_of(group))
         witness.agent.hsm = AnswersBecomeLeader(witness.hsm.send, Outcome.INVALID_MAC)
-        with pytest.raises(LogRefused):
-            await handle_become_leader(witness.agent, BecomeLeaderCall(sim.realm, group, None))
+        refused = await handle_become_leader(witness.agent, BecomeLeaderCall(sim.realm, group, None))
+        assert isinstance(refused, Refused)
+        assert refused.outcome is Refusal.STORE_DAMAGED
+        (damage,) = witness.agent.damages.lately(trio.current_time())
+        assert damage.kind is DamageKind.LOG

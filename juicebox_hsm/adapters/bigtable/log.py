@@ -31,7 +31,8 @@ from juicebox_hsm.errors import DecodingError
 from juicebox_hsm.host.log import AppendOutcome, Compacted, Intent, LogRow, check_batch
 from juicebox_hsm.ids import ID_BYTES, GroupId, RealmId
 from juicebox_hsm.merkle.kernel import delta_rows
-from juicebox_hsm.ports.errors import StoreAmbiguous, StoreInvalid, StoreUnavailable
+from juicebox_hsm.ports.errors import StoreAmbiguous, StoreDamaged, StoreInvalid, StoreUnavailable
+from juicebox_hsm.wire.rpc import DamageKind
 
 WINDOW_ROWS: Final = 100
 """Rows listed or replaced at a time. The window in which gaps, tombstones and entries may mix: never change it on
@@ -259,7 +260,9 @@ class BigtableLog:
         try:
             return decode_certificate(row.cells[0].value, realm, group)
         except DecodingError as error:
-            raise StoreInvalid(f"a stored commit certificate is damaged: {error}") from None
+            raise StoreDamaged(
+                DamageKind.CERTIFICATE, f"at index {keys.log_index(row.key[-8:])}", group=group, why=str(error)
+            ) from None
 
     async def list_groups(self, realm: RealmId) -> list[GroupId]:
         """Return the groups that have a log, sorted; one read per group."""

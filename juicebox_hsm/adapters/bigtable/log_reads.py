@@ -73,7 +73,7 @@ class LogReads:
             if row is None:
                 return None
             if not is_tombstone(row):
-                return keys.log_index(row.key), decode_cell(row.cells[0].qualifier, row.cells[0].value)[0]
+                return keys.log_index(row.key), decode_cell(row.key, row.cells[0])[0]
             if attempts.exhausted():
                 raise StoreUnavailable("the newest row of the log is a tombstone")
             await attempts.pause()

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Final
+from zlib import crc32
 
 from juicebox_hsm.adapters.bigtable import keys
-from juicebox_hsm.adapters.bigtable.codec import Row, SetCell
+from juicebox_hsm.adapters.bigtable.codec import Cell, Row, SetCell
 from juicebox_hsm.consensus.codec import encode_log_entry, split_log_entry
 from juicebox_hsm.consensus.types import LogEntry
 from juicebox_hsm.errors import DecodingError
 from juicebox_hsm.host.log import Intent
-from juicebox_hsm.ids import RECORD_ID_BYTES, RecordId
-from juicebox_hsm.ports.errors import StoreInvalid
+from juicebox_hsm.ids import ID_BYTES, RECORD_ID_BYTES, RecordId
+from juicebox_hsm.ports.errors import StoreDamaged
 from juicebox_hsm.wire import cbor
+from juicebox_hsm.wire.rpc import DamageKind
 
 ENTRIES: Final = "f"
 TOMBSTONE: Final = "t"
 TOMBSTONE_CELL: Final = SetCell(TOMBSTONE, b"t", b"")
+
+
+_SUM: Final = cbor.text("sum") + b"\x44"
+"""The last name of an intent's map, and the head of a string of four bytes. Cells of earlier versions have none."""
 
 
 def entry_cells(entries: Sequence[LogEntry], intents: Sequence[Intent | None]) -> list[SetCell]:
@@ -27,15 +33,16 @@ def entry_cells(entries: Sequence[LogEntry], intents: Sequence[Intent | None]) -
         value = encode_log_entry(entry)
         if intent is not None:
             value += encode_intent(intent)
+            value += _checksum(value)
         cells.append(SetCell(ENTRIES, keys.downward(entry.index), value))
     return cells
 
 
 def encode_intent(intent: Intent) -> bytes:
-    """Encode an intent as it follows its entry."""
+    """Encode an intent as it follows its entry, up to the checksum of both."""
     return b"".join(
         (
-            cbor.map_head(4),
+            cbor.map_head(5),
             cbor.text("tenant"),
             cbor.text(intent.tenant),
             cbor.text("user"),
@@ -44,8 +51,14 @@ def encode_intent(intent: Intent) -> bytes:
             cbor.byte_string(intent.record_id),
             cbor.text("hint"),
             cbor.uint(intent.hint),
+            _SUM,
         )
     )
+
+
+def _checksum(value: bytes) -> bytes:
+    """Return the four bytes that end a cell: its CRC-32, which finds damage, not forgery."""
+    return crc32(value).to_bytes(4, "big")
 
 
 def is_tombstone(row: Row) -> bool:
@@ -53,33 +66,41 @@ def is_tombstone(row: Row) -> bool:
     return row.cells[0].family == TOMBSTONE
 
 
-def decode_cell(qualifier: bytes, value: bytes) -> tuple[LogEntry, bytes]:
-    """Return a cell's entry and the encoded intent behind it, b"" for none. Raises `StoreInvalid`."""
+def decode_cell(key: bytes, cell: Cell) -> tuple[LogEntry, bytes]:
+    """Return a cell's entry and the encoded intent behind it, b"" for none. Raises `StoreDamaged`."""
+    value = cell.value
     try:
         entry, rest = split_log_entry(value)
     except DecodingError as error:
-        raise StoreInvalid(f"a stored log entry is damaged: {error}") from None
-    if keys.upward(qualifier) != entry.index:
-        raise StoreInvalid(f"the log entry of index {entry.index} is stored under {keys.upward(qualifier)}")
+        raise _damaged(key, cell, str(error)) from None
+    if keys.upward(cell.qualifier) != entry.index:
+        raise _damaged(key, cell, f"it is entry {entry.index}")
+    if rest[-4 - len(_SUM) : -4] == _SUM and value[-4:] != _checksum(value[:-4]):
+        raise _damaged(key, cell, "its checksum is wrong")
     return entry, rest
+
+
+def _damaged(key: bytes, cell: Cell, why: str) -> StoreDamaged:
+    place = f"of entry {keys.upward(cell.qualifier)}"
+    return StoreDamaged(DamageKind.LOG, place, group=key[:ID_BYTES], why=why)
 
 
 def decode_entries(row: Row) -> list[LogEntry]:
     """Return a row's entries, oldest first."""
-    return [decode_cell(cell.qualifier, cell.value)[0] for cell in reversed(row.cells)]
+    return [decode_cell(row.key, cell)[0] for cell in reversed(row.cells)]
 
 
 def decode_with_intents(row: Row) -> list[tuple[LogEntry, Intent]]:
     """Return a row's entries that have an intent, oldest first."""
     found = []
     for cell in reversed(row.cells):
-        entry, rest = decode_cell(cell.qualifier, cell.value)
+        entry, rest = decode_cell(row.key, cell)
         if rest:
-            found.append((entry, _decode_intent(rest)))
+            found.append((entry, _decode_intent(row.key, cell, rest)))
     return found
 
 
-def _decode_intent(data: bytes) -> Intent:
+def _decode_intent(key: bytes, cell: Cell, data: bytes) -> Intent:
     try:
         fields = cbor.as_map(cbor.decode(data))
         return Intent(
@@ -89,4 +110,4 @@ def _decode_intent(data: bytes) -> Intent:
             cbor.as_uint(fields["hint"], cbor.U64_MAX),
         )
     except (DecodingError, KeyError):
-        raise StoreInvalid("a stored intent is damaged") from None
+        raise _damaged(key, cell, "its intent cannot be decoded") from None

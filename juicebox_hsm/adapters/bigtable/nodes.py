@@ -21,6 +21,7 @@ import trio
 from juicebox_hsm.adapters.bigtable import keys
 from juicebox_hsm.adapters.bigtable.codec import KeyRange, Row, RowSet, Selection, SetCell
 from juicebox_hsm.adapters.bigtable.table import Endpoint, Table
+from juicebox_hsm.adapters.stores.damage import damaged_node
 from juicebox_hsm.adapters.stores.node_cache import NodeCache
 from juicebox_hsm.adapters.stores.node_tuning import DEFAULT_NODE_TUNING, NodeTuning
 from juicebox_hsm.consensus.types import Partition
@@ -28,6 +29,7 @@ from juicebox_hsm.errors import DecodingError
 from juicebox_hsm.ids import RealmId, RecordId
 from juicebox_hsm.merkle.kernel import EdgeWalk, PathWalk, Side, Walk, path_scan_starts, scan_end
 from juicebox_hsm.merkle.stored import is_wanted
+from juicebox_hsm.merkle.walk import Lost, outcome
 from juicebox_hsm.ports.errors import MissingNode, StoreInvalid, StoreUnavailable
 
 LARGE_READ_WAIT_S: Final = 3.0
@@ -117,8 +119,8 @@ class TreeNodes:
 
     async def read_proofs(
         self, realm: RealmId, partition: Partition, records: Sequence[RecordId]
-    ) -> list[bytes | None]:
-        """Return a read proof per record, None where a node is gone because the root is no longer current.
+    ) -> list[bytes | Lost]:
+        """Return a read proof per record, or the node that is gone: the root is no longer current, or it is damaged.
 
         No I/O if all nodes are remembered, else one request per 8 records, and up to 6 before if even the top of the
         tree is unknown. Raises `StoreUnavailable` when all permits for large reads are taken for 3 s.
@@ -137,7 +139,7 @@ class TreeNodes:
             await self._read_paths(realm, chunks[0])
         elif chunks:
             await self._read_together(realm, chunks)
-        return [walk.proof() if walk.wanted is None else None for walk in walks]
+        return [outcome(walk) for walk in walks]
 
     async def _read_upper(self, realm: RealmId, walks: list[PathWalk]) -> None:
         """Continue walks level by level to where versions are few; one whose node is gone stays where it is."""
@@ -218,7 +220,7 @@ class TreeNodes:
                     used += 1
                 walk.feed(stored[0])
         except DecodingError as error:
-            raise StoreInvalid(f"a stored tree node is damaged: {error}") from None
+            raise damaged_node(walk, error) from None
         return used
 
     async def read_edge_proof(self, realm: RealmId, partition: Partition, side: Side) -> bytes:

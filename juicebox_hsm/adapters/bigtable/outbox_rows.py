@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
+from zlib import crc32
 
 import cbor2
 
@@ -14,8 +15,9 @@ from juicebox_hsm.consensus.types import MAC_BYTES
 from juicebox_hsm.errors import DecodingError
 from juicebox_hsm.host.events import EventKind, NewEvent, OutboxEvent
 from juicebox_hsm.ids import ID_BYTES, RECORD_ID_BYTES, GroupId, RecordId
-from juicebox_hsm.ports.errors import StoreInvalid
+from juicebox_hsm.ports.errors import StoreDamaged, StoreInvalid
 from juicebox_hsm.wire import cbor
+from juicebox_hsm.wire.rpc import DamageKind
 
 EVENTS: Final = "f"
 COUNTERS: Final = "n"
@@ -28,6 +30,8 @@ ACKNOWLEDGED: Final = b"v"
 """Columns of a cursor row; `p` sorts first, which whoever reads one cell of it relies on."""
 WRITE_ID: Final = b"w"
 SETTLED: Final = b"s"
+_SUM: Final = cbor.text("sum") + b"\x44"
+"""The last name of an event's map, and the head of a string of four bytes. Cells of earlier versions have none."""
 
 
 def encode_event(seq: int, event: NewEvent) -> bytes:
@@ -44,9 +48,15 @@ def encode_event(seq: int, event: NewEvent) -> bytes:
             "event": None if event.event is None else dict(event.event),
             "accounting": event.accounting,
             "when_ms": event.when_ms,
+            "sum": bytes(4),
         }
     )
-    return encoded
+    return encoded[:-4] + _checksum(encoded[:-4])
+
+
+def _checksum(value: bytes) -> bytes:
+    """Return the four bytes that end an event's cell: its CRC-32, which finds damage, not forgery."""
+    return crc32(value).to_bytes(4, "big")
 
 
 def _body(item: object) -> Mapping[str, str | int] | None:
@@ -59,9 +69,13 @@ def _body(item: object) -> Mapping[str, str | int] | None:
 
 
 def decode_event(tenant: str, cell: Cell) -> OutboxEvent:
-    """Decode one event cell. Raises `StoreInvalid`."""
+    """Decode one event cell; those of earlier versions have no checksum. Raises `StoreDamaged`."""
+    stored_under = keys.upward(cell.qualifier)
+    place = f"{stored_under} of tenant {tenant}"
     try:
         fields = cbor.as_map(cbor.decode(cell.value))
+        if cell.value[-4 - len(_SUM) : -4] == _SUM and cell.value[-4:] != _checksum(cell.value[:-4]):
+            raise DecodingError("its checksum is wrong")
         accounting = fields["accounting"]
         seq = cbor.as_uint(fields["seq"], cbor.U64_MAX)
         event = NewEvent(
@@ -76,10 +90,10 @@ def decode_event(tenant: str, cell: Cell) -> OutboxEvent:
             accounting=None if accounting is None else cbor.as_text(accounting),
             when_ms=cbor.as_uint(fields["when_ms"], cbor.U64_MAX),
         )
-    except (DecodingError, KeyError, ValueError):
-        raise StoreInvalid(f"an outbox event of tenant {tenant} is damaged") from None
-    if seq != keys.upward(cell.qualifier):
-        raise StoreInvalid(f"the outbox event {seq} of tenant {tenant} is stored under another sequence number")
+    except (DecodingError, KeyError, ValueError) as error:
+        raise StoreDamaged(DamageKind.EVENT, place, why=str(error)) from None
+    if seq != stored_under:
+        raise StoreDamaged(DamageKind.EVENT, place, why=f"it is event {seq}")
     return OutboxEvent(seq, event)
 
 

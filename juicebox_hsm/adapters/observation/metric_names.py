@@ -147,7 +147,13 @@ AGENT: Final = (
     _retried("stale_proof", "Requests tried again with a newer proof"),
     _retried("missing_node", "Requests tried again because a tree node was gone"),
     _retried("exhausted", "Requests given up after several tries"),
-    _retried("damaged", "Requests given up because the store is damaged"),
+    Family(
+        "agent.store.damaged",
+        COUNT,
+        "Something damaged was met in the store; the log and `/readyz` say where",
+        ("kind",),
+        ("node", "log", "certificate", "event", "file"),
+    ),
     Family(
         "agent.commit.latency",
         DURATION,

@@ -131,7 +131,7 @@ def _measured_reads(read_proofs: Any, nodes: Any, metrics: Metrics) -> Any:
         nonlocal seen
         proofs = await read_proofs(*args, **kwargs)
         first = proofs[0] if proofs else None
-        if first is not None:
+        if isinstance(first, bytes):
             count, leaf = read_proof_shape(first)
             proof_nodes.observe(count)
             has_leaf[leaf].add()

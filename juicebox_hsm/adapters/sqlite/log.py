@@ -19,17 +19,19 @@ from juicebox_hsm.adapters.sqlite.reads import Reads, fetch, fetch_one, group_nu
 from juicebox_hsm.adapters.sqlite.rows import (
     checksum,
     decode_certificate,
-    decode_entries,
     decode_intents,
     encode_certificate,
     encode_entries,
     encode_intents,
+    read_row,
 )
 from juicebox_hsm.adapters.sqlite.schema import INDEX_BITS, INDEX_MAX
 from juicebox_hsm.adapters.sqlite.writer import Writer
 from juicebox_hsm.consensus.types import Certificate, LogEntry
 from juicebox_hsm.host.log import AppendOutcome, Compacted, Intent, LogRow, check_batch
 from juicebox_hsm.ids import GroupId, RealmId
+from juicebox_hsm.ports.errors import StoreDamaged, StoreInvalid
+from juicebox_hsm.wire.rpc import DamageKind
 
 COMPACT_ROWS: Final = 200
 """Rows removed per transaction, so that other writers get their turn."""
@@ -37,9 +39,11 @@ INLINE_ENTRIES: Final = 256
 """Entries read in the Trio thread; more go to a worker thread."""
 
 _TAIL: Final = "SELECT last, mac FROM log WHERE id BETWEEN ? AND ? ORDER BY id DESC LIMIT 1"
-_LAST: Final = "SELECT entries FROM log WHERE id BETWEEN ? AND ? ORDER BY id DESC LIMIT 1"
-_FROM: Final = """SELECT id, entries FROM log WHERE id BETWEEN
+_LAST: Final = "SELECT id, last, mac, entries, intents, sum FROM log WHERE id BETWEEN ? AND ? ORDER BY id DESC LIMIT 1"
+_FROM: Final = """SELECT id, last, mac, entries, intents, sum FROM log WHERE id BETWEEN
   coalesce((SELECT id FROM log WHERE id BETWEEN ?1 AND ?2 ORDER BY id DESC LIMIT 1), ?2) AND ?3 ORDER BY id"""
+_INTENTS: Final = """SELECT id, last, mac, entries, intents, sum FROM log
+  WHERE id BETWEEN ? AND ? AND last >= ? AND intents NOT NULL ORDER BY id"""
 
 
 def _bounds(number: int) -> tuple[int, int]:
@@ -77,6 +81,8 @@ class SqliteLog:
             number = known if known is not None else group_number(connection, realm, group)
             tail = None if number is None else fetch_one(connection, _TAIL, _bounds(number))
             if tail != (None if first.index == 1 else (first.index - 1, first.prev_mac)):
+                if number is not None:
+                    _last_entry(connection, number, group)  # a damaged row is nobody's, and no conflict
                 return AppendOutcome.CONFLICT
             if number is None:
                 number = make_group_number(connection, realm, group)
@@ -98,8 +104,7 @@ class SqliteLog:
         number = self._reads.group(realm, group)
         if number is None:
             return None
-        packed = self._reads.inline(lambda connection: fetch_one(connection, _LAST, _bounds(number)))
-        return None if packed is None else decode_entries(packed)[-1]
+        return self._reads.inline(lambda connection: _last_entry(connection, number, group))
 
     async def read_from(
         self, realm: RealmId, group: GroupId, index: int, entries_max: int
@@ -110,7 +115,7 @@ class SqliteLog:
             return []
 
         def read(connection: apsw.Connection) -> list[LogEntry] | Compacted:
-            return _read_from(connection, number, index, entries_max)
+            return _read_from(connection, number, group, index, entries_max)
 
         return self._reads.inline(read) if entries_max <= INLINE_ENTRIES else await self._reads.scan(read)
 
@@ -125,12 +130,9 @@ class SqliteLog:
 
         def read(connection: apsw.Connection) -> list[tuple[LogEntry, Intent]]:
             found = []
-            for entries, intents in connection.execute(
-                "SELECT entries, intents FROM log WHERE id BETWEEN ? AND ? AND last >= ? AND intents NOT NULL"
-                " ORDER BY id",
-                (low, min(high, low + last), first),
-            ):
-                for entry, intent in zip(decode_entries(entries), decode_intents(intents), strict=True):
+            for row in fetch(connection, _INTENTS, (low, min(high, low + last), first)):
+                entries, intents = read_row(row, low, group)
+                for entry, intent in zip(entries, decode_intents(intents or b""), strict=True):
                     if intent is not None and first <= entry.index <= last:
                         found.append((entry, intent))
             return found
@@ -189,7 +191,12 @@ class SqliteLog:
                 connection, "SELECT data, idx FROM certificates WHERE grp = ? ORDER BY idx DESC LIMIT 1", (number,)
             )
         )
-        return None if found is None else decode_certificate(found[0], found[1], realm, group)
+        if found is None:
+            return None
+        try:
+            return decode_certificate(found[0], found[1], realm, group)
+        except StoreInvalid as error:
+            raise StoreDamaged(DamageKind.CERTIFICATE, f"at index {found[1]}", group=group, why=str(error)) from None
 
     async def list_groups(self, realm: RealmId) -> list[GroupId]:
         """Return the groups that have a log, sorted."""
@@ -205,23 +212,34 @@ class SqliteLog:
         return [GroupId(group) for (group,) in rows]
 
 
-def _read_from(connection: apsw.Connection, number: int, index: int, entries_max: int) -> list[LogEntry] | Compacted:
+def _last_entry(connection: apsw.Connection, number: int, group: GroupId) -> LogEntry | None:
+    """Return the last entry, None for an empty log. Raises `StoreDamaged`."""
+    low, high = _bounds(number)
+    row = fetch_one(connection, _LAST, (low, high))
+    return None if row is None else read_row(row, low, group)[0][-1]
+
+
+def _read_from(
+    connection: apsw.Connection, number: int, group: GroupId, index: int, entries_max: int
+) -> list[LogEntry] | Compacted:
     """Read rows from the one that holds `index` on, in one statement."""
     low, high = _bounds(number)
     found: list[LogEntry] = []
     expected = index
     gap = False
     cursor = connection.execute(_FROM, (low, low + index, high))
-    for _, packed in cursor:
-        entries = decode_entries(packed)
-        if entries[-1].index < expected:
-            continue
-        gap = entries[0].index > expected
-        if gap:
-            break
-        found.extend(entries[expected - entries[0].index :])
-        expected = entries[-1].index + 1
-        if len(found) >= entries_max:
-            break
-    cursor.close()  # ends the statement, whose snapshot would keep the write-ahead log from being truncated
+    try:
+        for row in cursor:
+            entries, _ = read_row(row, low, group)
+            if entries[-1].index < expected:
+                continue
+            gap = entries[0].index > expected
+            if gap:
+                break
+            found.extend(entries[expected - entries[0].index :])
+            expected = entries[-1].index + 1
+            if len(found) >= entries_max:
+                break
+    finally:
+        cursor.close()  # ends the statement, whose snapshot would keep the write-ahead log from being truncated
     return Compacted(index) if gap and not found else found

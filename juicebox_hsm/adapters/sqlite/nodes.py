@@ -31,14 +31,16 @@ from juicebox_hsm.adapters.sqlite.layout import (
 from juicebox_hsm.adapters.sqlite.reads import Reads, fetch_one
 from juicebox_hsm.adapters.sqlite.rows import unpack
 from juicebox_hsm.adapters.sqlite.schema import translate
+from juicebox_hsm.adapters.stores.damage import damaged_node
 from juicebox_hsm.adapters.stores.node_cache import NodeCache
 from juicebox_hsm.adapters.stores.node_tuning import CACHE_NODES
 from juicebox_hsm.consensus.types import Partition
 from juicebox_hsm.errors import DecodingError
 from juicebox_hsm.ids import RealmId, RecordId
 from juicebox_hsm.merkle.stored import is_wanted
-from juicebox_hsm.merkle.walk import EdgeWalk, PathWalk, Side, Walk
-from juicebox_hsm.ports.errors import MissingNode, StoreInvalid
+from juicebox_hsm.merkle.walk import EdgeWalk, Lost, PathWalk, Side, Walk, outcome
+from juicebox_hsm.ports.errors import MissingNode, StoreDamaged, StoreInvalid
+from juicebox_hsm.wire.rpc import DamageKind
 
 PAGES_AHEAD: Final = 4
 """Levels of pages asked for in one round; a path of random records in a tree of a million needs six from the root."""
@@ -106,7 +108,10 @@ class TreeNodes:
         if rows:
             asked = array("q", rows)
             for row, data in connection.execute(_READ, (apsw.carray(asked),)):
-                pages[row] = decode_page(row, data)
+                try:
+                    pages[row] = decode_page(row, data)
+                except StoreInvalid:
+                    raise StoreDamaged(DamageKind.NODE, f"page {row}") from None
         updates: list[tuple[bytes, int]] = []
         inserts: list[tuple[int, bytes]] = []
         deletes: list[tuple[int]] = []
@@ -133,11 +138,11 @@ class TreeNodes:
 
     async def read_proofs(
         self, realm: RealmId, partition: Partition, records: Sequence[RecordId]
-    ) -> list[bytes | None]:
-        """Return a read proof per record, None where a node is gone because the root is no longer current."""
+    ) -> list[bytes | Lost]:
+        """Return a read proof per record, or the node that is gone: the root is no longer current, or it is damaged."""
         walks = [PathWalk(record, partition.range, partition.root_hash) for record in records]
         self._walk(self._reads.realm(realm), walks)
-        return [walk.proof() if walk.wanted is None else None for walk in walks]
+        return [outcome(walk) for walk in walks]
 
     def _walk(self, realm: int, walks: Sequence[Walk]) -> None:
         """Finish walks from the cache, then with pages from the file, in one snapshot; some may stay incomplete."""
@@ -157,7 +162,7 @@ class TreeNodes:
             raise translate(error, self._reads.path) from error
 
     def _follow(self, walk: Walk, node: bytes | None = None) -> None:
-        """Walk on, from `node` if it is given, while the wanted nodes are remembered; raises `StoreInvalid`."""
+        """Walk on, from `node` if it is given, while the wanted nodes are remembered; raises `StoreDamaged`."""
         get = self.cache.get
         try:
             if node is not None:
@@ -168,7 +173,7 @@ class TreeNodes:
                     return
                 walk.feed(node)
         except DecodingError as error:
-            raise StoreInvalid(f"a stored tree node is damaged: {error}") from None
+            raise damaged_node(walk, error) from None
 
     def _read_rounds(self, connection: apsw.Connection, realm: int, walks: Sequence[Walk]) -> None:
         pages: dict[int, Page] = {}
@@ -179,7 +184,10 @@ class TreeNodes:
             known |= asked
             rows = array("q", sorted(asked))
             for row, data in connection.execute(_READ, (apsw.carray(rows),)):
-                page = pages[row] = decode_page(row, data)
+                try:
+                    page = pages[row] = decode_page(row, data)
+                except StoreInvalid:
+                    continue  # as good as missing
                 self.extraneous_nodes += len(page)
             walks = [walk for walk in walks if self._continue(realm, walk, pages, known)]
 

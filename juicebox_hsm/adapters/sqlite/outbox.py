@@ -13,7 +13,7 @@ from typing import Final
 import apsw
 
 from juicebox_hsm.adapters.sqlite.reads import Reads, fetch, fetch_one, make_group_number, realm_number
-from juicebox_hsm.adapters.sqlite.rows import checksum, decode_event, encode_event
+from juicebox_hsm.adapters.sqlite.rows import checksum, encode_event, read_event
 from juicebox_hsm.adapters.sqlite.writer import Writer
 from juicebox_hsm.errors import check
 from juicebox_hsm.host.events import EVENT_KEPT_MS, Backlog, EventKind, NewEvent, OutboxEvent, TenantCursor
@@ -80,15 +80,15 @@ class SqliteOutbox:
         rows = self._reads.inline(
             lambda db: fetch(
                 db,
-                "SELECT o.seq, o.data, g.grp, o.idx, o.when_ms FROM outbox o JOIN groups g ON g.number = o.grp"
+                "SELECT o.seq, o.data, o.sum, g.grp, o.idx, o.when_ms FROM outbox o JOIN groups g ON g.number = o.grp"
                 " WHERE o.tenant = (SELECT number FROM outbox_tenants WHERE realm = ? AND tenant = ?) AND o.seq > ?"
                 " ORDER BY o.seq LIMIT ?",
                 (number, tenant, after_seq, limit),
             )
         )
         return [
-            OutboxEvent(seq, decode_event(data, tenant, GroupId(group), index, when_ms))
-            for seq, data, group, index, when_ms in rows
+            read_event(seq, data, total, tenant, GroupId(group), index, when_ms)
+            for seq, data, total, group, index, when_ms in rows
         ]
 
     async def cursors(self, realm: RealmId) -> list[TenantCursor]:

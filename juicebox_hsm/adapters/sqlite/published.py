@@ -12,14 +12,14 @@ from typing import Final
 import apsw
 
 from juicebox_hsm.adapters.sqlite.reads import Reads, fetch, fetch_one
-from juicebox_hsm.adapters.sqlite.rows import decode_event
+from juicebox_hsm.adapters.sqlite.rows import read_event
 from juicebox_hsm.adapters.sqlite.schema import SEQ_MAX
 from juicebox_hsm.adapters.sqlite.writer import Writer
 from juicebox_hsm.host.events import OutboxEvent
 from juicebox_hsm.ids import GroupId, RealmId
 
 _TENANT: Final = "SELECT number, published FROM outbox_tenants WHERE realm = ? AND tenant = ?"
-_LEFT: Final = """SELECT o.seq, o.data, g.grp, o.idx, o.when_ms FROM outbox o INDEXED BY outbox_left
+_LEFT: Final = """SELECT o.seq, o.data, o.sum, g.grp, o.idx, o.when_ms FROM outbox o INDEXED BY outbox_left
   JOIN groups g ON g.number = o.grp
   WHERE o.bare = 0 AND o.acked = 0 AND o.tenant = ? AND o.seq > ? AND o.seq <= ? ORDER BY o.seq LIMIT ?"""
 _MARK: Final = "UPDATE outbox SET acked = 1 WHERE tenant = ? AND seq = ? AND bare = 0 AND acked = 0"
@@ -41,8 +41,8 @@ class SqlitePublished:
             if found is None or after_seq >= found[1]:
                 return []
             return [
-                OutboxEvent(seq, decode_event(data, tenant, GroupId(group), index, when_ms))
-                for seq, data, group, index, when_ms in fetch(db, _LEFT, (found[0], after_seq, found[1], limit))
+                read_event(seq, data, total, tenant, GroupId(group), index, when_ms)
+                for seq, data, total, group, index, when_ms in fetch(db, _LEFT, (found[0], after_seq, found[1], limit))
             ]
 
         return self._reads.inline(read)

@@ -21,10 +21,11 @@ from juicebox_hsm.consensus.types import (
     TransferringIn,
     TransferringOut,
 )
-from juicebox_hsm.host.events import EventKind, NewEvent
+from juicebox_hsm.host.events import EventKind, NewEvent, OutboxEvent
 from juicebox_hsm.host.log import Intent
 from juicebox_hsm.ids import GroupId, HsmId, OwnedRange, RealmId, RecordId
-from juicebox_hsm.ports.errors import StoreInvalid
+from juicebox_hsm.ports.errors import StoreDamaged, StoreInvalid
+from juicebox_hsm.wire.rpc import DamageKind
 
 _PartitionRow = tuple[bytes, bytes, bytes]  # start, end, root hash
 _TransferRow = tuple[bool, bytes, bytes, bytes, bytes, int]  # is in, peer group, start, end, root hash or b"", at
@@ -32,6 +33,7 @@ _Ending = _TransferRow | bool | None  # a marker, True for a retired entry, whic
 _EntryRow = tuple[int, _PartitionRow | None, _Ending, bytes, bytes, bytes, tuple[tuple[bytes, int], ...]]
 _IntentRow = tuple[str, str, bytes, int]
 _EventRow = tuple[bytes, bytes, str, str, dict[str, str | int] | None, str | None]
+_StoredRow = tuple[int, int, bytes, bytes, bytes | None, int | None]  # id, last, mac, entries, intents, sum
 _CaptureRow = tuple[bytes, int, bytes, bytes]
 
 _pack = msgspec.msgpack.Encoder().encode
@@ -126,6 +128,26 @@ def decode_entries(data: bytes) -> list[LogEntry]:
     return entries
 
 
+def read_row(row: _StoredRow, low: int, group: GroupId) -> tuple[list[LogEntry], bytes | None]:
+    """Return a log row's entries and encoded intents; `low` is the smallest row id of its group.
+
+    Raises `StoreDamaged` unless the row is what was written: its checksum is right and its columns are its entries'.
+    """
+    at, last, mac, packed, intents, total = row
+    first = at - low
+    why = "its checksum is wrong"
+    if total is None or total == checksum(packed, intents):
+        try:
+            entries = decode_entries(packed)
+        except StoreInvalid as error:
+            why = str(error)
+        else:
+            if entries and (entries[0].index, entries[-1].index, entries[-1].entry_mac) == (first, last, mac):
+                return entries, intents
+            why = "it holds other entries than it says"
+    raise StoreDamaged(DamageKind.LOG, f"of entries {first} to {last}", group=group, why=why)
+
+
 def encode_intents(intents: Sequence[Intent | None]) -> bytes | None:
     """Encode intents parallel to a batch's entries; None when there are none at all."""
     if not any(intents):
@@ -144,6 +166,19 @@ def decode_intents(data: bytes) -> list[Intent | None]:
 def encode_event(event: NewEvent) -> bytes:
     """Encode an event's fields that have no column."""
     return _pack((event.mac, event.record_id, event.user, event.kind.value, event.event, event.accounting))
+
+
+def read_event(
+    seq: int, data: bytes, total: int | None, tenant: str, group: GroupId, index: int, when_ms: int
+) -> OutboxEvent:
+    """Return an event from its row of the outbox. Raises `StoreDamaged` unless it is what was written."""
+    why = "its checksum is wrong"
+    if total is None or total == checksum(data):
+        try:
+            return OutboxEvent(seq, decode_event(data, tenant, group, index, when_ms))
+        except (StoreInvalid, ValueError) as error:
+            why = str(error)
+    raise StoreDamaged(DamageKind.EVENT, f"{seq} of tenant {tenant}", group=group, why=why)
 
 
 def decode_event(data: bytes, tenant: str, group: GroupId, index: int, when_ms: int) -> NewEvent:

@@ -14,7 +14,8 @@ from typing import Final
 import apsw
 
 from juicebox_hsm.errors import LocalError, RealmError
-from juicebox_hsm.ports.errors import StoreInvalid, StoreUnavailable
+from juicebox_hsm.ports.errors import StoreDamaged, StoreUnavailable
+from juicebox_hsm.wire.rpc import DamageKind
 
 APPLICATION_ID: Final = 0x4A42_4853  # "JBHS"
 SCHEMA_VERSION: Final = 3
@@ -93,9 +94,9 @@ _SAYS_NOTHING: Final = ("", "not an error", "None")
 
 
 def translate(error: apsw.Error, path: Path) -> RealmError:
-    """Return our error for SQLite's: content that is not ours is `StoreInvalid`, all else may pass."""
+    """Return our error for SQLite's: content that is not ours is `StoreDamaged`, all else may pass."""
     if isinstance(error, apsw.NotADBError | apsw.CorruptError | apsw.FormatError):
-        return StoreInvalid(f"sqlite:{path}: {error}")
+        return StoreDamaged(DamageKind.FILE, f"sqlite:{path}", why=str(error))
     if isinstance(error, apsw.FullError):
         return StoreUnavailable(f"sqlite:{path}: the disk is full; nothing was written")
     said = str(error)

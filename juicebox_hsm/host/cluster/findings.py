@@ -13,7 +13,7 @@ from juicebox_hsm.host.cluster.view import GroupKey
 from juicebox_hsm.host.codes import Code
 from juicebox_hsm.host.services import ServiceKind
 from juicebox_hsm.ids import GroupId, HsmId, OwnedRange, RealmId
-from juicebox_hsm.wire.rpc import Direction, LogBehind
+from juicebox_hsm.wire.rpc import Direction, LogBehind, StoreDamage
 
 
 class Certificate(enum.Enum):
@@ -112,6 +112,15 @@ class OfRange:
 
 
 @dataclass(frozen=True, slots=True)
+class Damaged:
+    """Something in the store is damaged; the agent at `url` met it, others may have."""
+
+    url: str
+    told: StoreDamage
+    code: ClassVar[Code] = Code.STORE_DAMAGED
+
+
+@dataclass(frozen=True, slots=True)
 class OfGroup:
     """A reason about a group; `missing` are members that do not answer, of an ended group those that still know it."""
 
@@ -191,6 +200,7 @@ Finding = (
     | OutboxLate
     | CertificateEnds
     | AnotherStore
+    | Damaged
     | ClockOff
     | VersionsDiffer
     | OfRange

@@ -19,6 +19,7 @@ from juicebox_hsm.host.cluster.findings import (
     Certificate,
     CertificateEnds,
     ClockOff,
+    Damaged,
     Drained,
     Fact,
     FewMembers,
@@ -37,6 +38,7 @@ from juicebox_hsm.host.cluster.view import ClusterView, GroupKey, GroupView, Mem
 from juicebox_hsm.host.codes import Code, Severity, code_of
 from juicebox_hsm.host.services import ServiceKind
 from juicebox_hsm.ids import GroupId, HsmId, OwnedRange, uncovered
+from juicebox_hsm.wire.rpc import StoreDamage
 
 OUTBOX_ROWS_WARN: Final = 100_000  # 1 % of the bound at which clients are refused (agent.md 11)
 OUTBOX_AGE_WARN_S: Final = 60.0
@@ -120,6 +122,7 @@ def judge(evidence: Evidence) -> Verdict:
         *_balancer_problems(evidence),
         *_clock_problems(evidence),
         *_version_problems(evidence),
+        *_damages(view),
     ]
     for realm in view.realms:
         for group in view.groups_of(realm):
@@ -197,6 +200,16 @@ def _clock_problems(evidence: Evidence) -> Iterator[Finding]:
             yield ClockOff(kind, url, offset_ms(reading, everybody) / 1000)
 
 
+def _damages(view: ClusterView) -> Iterator[Finding]:
+    """Yield each damaged place once: all agents read the same store."""
+    met: dict[StoreDamage, str] = {}
+    for agent in view.agents:
+        for damage in () if agent.status is None else agent.status.damages:
+            met.setdefault(damage, agent.url)
+    for damage, url in met.items():
+        yield Damaged(url, damage)
+
+
 def _version_problems(evidence: Evidence) -> Iterator[Finding]:
     found: dict[str, dict[ServiceKind, int]] = {}
 
@@ -229,8 +242,6 @@ def _group_problems(evidence: Evidence, group: GroupView) -> Iterator[Finding]:
     if leader is not None and told is not None and told.stalled_s is not None:
         alive, size = told.members_alive or 0, len(group.configuration)
         yield CannotCommit(group.key, group.owned_range, leader.url, alive, size, told.stalled_s)
-    if told is not None and told.damaged:
-        yield OfGroup(Code.STORE_DAMAGED, group.key)
     if _is_too_small(evidence.view, group):
         yield FewMembers(Code.TOO_FEW_MEMBERS, group.key, len(group.configuration))
     if leader is None:

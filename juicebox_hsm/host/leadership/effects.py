@@ -12,6 +12,7 @@ from juicebox_hsm.host.leadership.events import ClientRequest, CommitWait, Lane
 from juicebox_hsm.host.log import Intent, LogRow
 from juicebox_hsm.hsm.messages import ResultType
 from juicebox_hsm.ids import HsmId
+from juicebox_hsm.merkle.walk import Lost
 from juicebox_hsm.wire.client import NoiseResponse
 from juicebox_hsm.wire.rpc import Refusal
 
@@ -93,7 +94,6 @@ class Noted(enum.Enum):
     """Something worth counting that no other effect shows."""
 
     RETRIES_EXHAUSTED = "retries exhausted"
-    NODE_DAMAGED = "a node is damaged"
     REPLY_UNASKED = "reply nobody asked for"
     QUORUM_LOST = "cannot commit"
     QUORUM_BACK = "commits again"
@@ -106,7 +106,14 @@ class Note:
     what: Noted
 
 
-Quick = Release | Refuse | RetryLater | Adopt | Wake | SetDeadline | ReadLog | WaitOver | Note
+@dataclass(frozen=True, slots=True)
+class TellDamaged:
+    """Tell of a tree node that stays missing under a root that stays current: the store is damaged."""
+
+    node: Lost
+
+
+Quick = Release | Refuse | RetryLater | Adopt | Wake | SetDeadline | ReadLog | WaitOver | Note | TellDamaged
 
 
 # --- long: producing -------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from juicebox_hsm.consensus.types import Captured, LogEntry, RoleStatus
 from juicebox_hsm.host.log import Intent, LogRow
 from juicebox_hsm.hsm.messages import Response
 from juicebox_hsm.ids import HsmId, RecordId
+from juicebox_hsm.merkle.walk import Lost
 from juicebox_hsm.wire.client import NoiseRequest
 from juicebox_hsm.wire.rpc import AppOk, Refusal, Refused
 
@@ -137,9 +138,9 @@ class TailFailed:
 
 @dataclass(frozen=True, slots=True)
 class ProofsRead:
-    """Proofs in the order of the requests; None where a node was missing."""
+    """Proofs in the order of the requests, or the node that was missing."""
 
-    proofs: Sequence[bytes | None]
+    proofs: Sequence[bytes | Lost]
 
 
 @dataclass(frozen=True, slots=True)

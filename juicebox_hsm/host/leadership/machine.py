@@ -69,9 +69,6 @@ from juicebox_hsm.host.liveness import Claim
 from juicebox_hsm.ids import GroupId, HsmId, RealmId
 from juicebox_hsm.wire.rpc import Refusal
 
-DAMAGE_TOLD_S: Final = 60.0
-"""How long a damaged path is told after a request met it (own): long enough for a person or a probe to see."""
-
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
@@ -245,11 +242,6 @@ class Leadership:
     def quorum(self, now: float) -> Quorum:
         """Return what is known of the members at monotonic time `now`, and whether the leadership can commit."""
         return quorum.view(self._state, now)
-
-    def is_damaged(self, now: float) -> bool:
-        """Tell whether a record's path was lately found damaged; after `DAMAGE_TOLD_S` without, nobody needs it."""
-        seen = self._state.damage_seen_s
-        return seen is not None and now - seen < DAMAGE_TOLD_S
 
     def made(self, entry: LogEntry) -> bool:
         """Tell whether `entry` is of this leadership, or the one it began after, and not below the last commit."""

@@ -27,6 +27,7 @@ from juicebox_hsm.host.leadership.effects import (
     ShowOwn,
     StepDown,
     StepDownCode,
+    TellDamaged,
     Wake,
 )
 from juicebox_hsm.host.leadership.events import (
@@ -59,6 +60,7 @@ from juicebox_hsm.host.leadership.state import (
 from juicebox_hsm.host.log import Intent, LogRow
 from juicebox_hsm.hsm.messages import AppRequestOk, NotLeader, Outcome
 from juicebox_hsm.merkle.kernel import EMPTY_DELTA, squash
+from juicebox_hsm.merkle.walk import Lost
 from juicebox_hsm.wire.rpc import Refusal
 
 REFUSALS: Final = {
@@ -217,8 +219,8 @@ def proofs_read(state: State, event: ProofsRead, now: float) -> Effects:
         return _withdraw(state, now)
     effects: Effects = []
     for request, proof in zip(state.batch, event.proofs, strict=True):
-        if proof is None:
-            effects += _missing(state, request, now)
+        if isinstance(proof, Lost):
+            effects += _missing(state, request, proof, now)
         else:
             if (retry := state.retries.get(request)) is not None:
                 retry.missing_since_s = None
@@ -244,7 +246,7 @@ def _withdraw(state: State, now: float) -> Effects:
     return _append_or_proceed(state, now)
 
 
-def _missing(state: State, request: ClientRequest, now: float) -> Effects:
+def _missing(state: State, request: ClientRequest, node: Lost, now: float) -> Effects:
     """Try a request again whose path lacks a node, and give up when that is no passing thing.
 
     A root that another leader replaced may lose its nodes at any moment, but then this HSM captures the other's entries
@@ -253,8 +255,7 @@ def _missing(state: State, request: ClientRequest, now: float) -> Effects:
     retry = state.retries.get(request)
     since = None if retry is None else retry.missing_since_s
     if since is not None and now - since >= DAMAGED_AFTER_S:
-        state.damage_seen_s = now
-        return [Note(Noted.NODE_DAMAGED), _refuse(state, request, Refusal.STORE_DAMAGED)]
+        return [TellDamaged(node), _refuse(state, request, Refusal.STORE_DAMAGED)]
     effects = _again(state, request, now)
     retry = state.retries.get(request)
     if retry is not None and retry.missing_since_s is None:

@@ -212,8 +212,6 @@ class State:
     waiting_since_s: float | None = None
     """Since when appended entries have waited for a commit without any progress, None while none waits."""
     stalled_since_s: float | None = None
-    damage_seen_s: float | None = None
-    """When a request last ended for want of a node that should be there."""
     """Since when nothing can be committed; None while a majority answers and commits come."""
 
     # members

@@ -8,7 +8,7 @@ from typing import Final
 from juicebox_hsm.consensus.types import Certificate, LogEntry, Partition
 from juicebox_hsm.host.log import AppendOutcome, Compacted, Intent, LogRow, check_batch
 from juicebox_hsm.ids import LOG_INDEX_MAX, GroupId, RealmId, RecordId
-from juicebox_hsm.merkle.walk import EdgeWalk, PathWalk, Side
+from juicebox_hsm.merkle.walk import EdgeWalk, Lost, PathWalk, Side, outcome
 from juicebox_hsm.ports.errors import MissingNode, StoreAmbiguous
 from roles.tools.simulate.store_data import GroupLog, RealmData
 from roles.tools.simulate.store_gate import Gate
@@ -138,10 +138,10 @@ class SimulatedNodes:
 
     async def read_proofs(
         self, realm: RealmId, partition: Partition, records: Sequence[RecordId]
-    ) -> list[bytes | None]:
-        """Return a proof for each record, None where the root is no longer current."""
+    ) -> list[bytes | Lost]:
+        """Return a proof for each record, or the node that is gone where the root is no longer current."""
 
-        def read() -> list[bytes | None]:
+        def read() -> list[bytes | Lost]:
             data = self._gate.data.realm(realm)
             return [_finish(data, PathWalk(record, partition.range, partition.root_hash)) for record in records]
 
@@ -150,19 +150,16 @@ class SimulatedNodes:
     async def read_edge_proof(self, realm: RealmId, partition: Partition, side: Side) -> bytes:
         """Return the proof of the partition's outermost record on `side`; raises `MissingNode`."""
 
-        def read() -> bytes | None:
+        def read() -> bytes | Lost:
             return _finish(self._gate.data.realm(realm), EdgeWalk(side, partition.range, partition.root_hash))
 
         proof = await self._gate.read("read_edge_proof", read)
-        if proof is None:
+        if isinstance(proof, Lost):
             raise MissingNode("the tree's root is no longer current")
         return proof
 
 
-def _finish(data: RealmData, walk: PathWalk | EdgeWalk) -> bytes | None:
-    while walk.wanted is not None:
-        found = data.nodes.get(walk.wanted)
-        if found is None:
-            return None
+def _finish(data: RealmData, walk: PathWalk | EdgeWalk) -> bytes | Lost:
+    while walk.wanted is not None and (found := data.nodes.get(walk.wanted)) is not None:
         walk.feed(found[0])
-    return walk.proof()
+    return outcome(walk)

@@ -46,7 +46,6 @@ class FakeGroup:
     requests_per_s: float = 0.0
     alive: int | None = None
     stalled_s: float | None = None
-    damaged: bool = False
     ended: bool = False
 
 
@@ -90,7 +89,6 @@ class FakeAgent:
                 requests_per_s=found.requests_per_s,
                 members_alive=found.alive,
                 stalled_s=found.stalled_s,
-                damaged=found.damaged,
                 ended=found.ended,
             )
             for key, found in self.groups.items()

@@ -243,6 +243,24 @@ def test_a_store_that_the_hsm_does_not_know_is_named(last: int, says: str) -> No
     assert problems == (f"agent tls://a1: {told}",)
 
 
+def test_damage_is_named_once() -> None:
+    """All agents read the same store: a damaged place is one problem, that of another group another one."""
+    problems = _problems(_damaged())
+    what = f"the log row of entry 7 of group {group(1).hex()} is damaged or missing; run `store check`"
+    where = "the event 3 of tenant acme is damaged or missing; run `store check`"
+    assert problems == (f"{what} (met by agent tls://a1)", f"{where} (met by agent tls://a2)")
+
+
+def _damaged() -> Evidence:
+    agents = _led()
+    row = rpc.StoreDamage(rpc.DamageKind.LOG, "of entry 7", group(1))
+    event = rpc.StoreDamage(rpc.DamageKind.EVENT, "3 of tenant acme")
+    met = ((row,), (row, event), ())
+    statuses = [msgspec.structs.replace(a.status(), damages=d) for a, d in zip(agents, met, strict=True)]
+    views = [AgentView(a.url, status) for a, status in zip(agents, statuses, strict=True)]
+    return _evidence(agents, view=build_view(views))
+
+
 def _another_store(last: int) -> Evidence:
     agents = _led()
     status = msgspec.structs.replace(agents[0].status(), logs_behind=(rpc.LogBehind(group(1), 7, last),))
@@ -388,7 +406,6 @@ def _trouble_of_every_kind() -> list[Evidence]:
     half[1].down = half[2].down = True
     stalled = _led()
     stalled[0].groups[group(1)].stalled_s = 2.0
-    stalled[0].groups[group(1)].damaged = True
     alone = FakeAgent("tls://a1", hsm(1), groups={group(1): FakeGroup([hsm(1)])}).lead(group(1), FULL_RANGE)
     ended = three()
     for agent in ended:
@@ -404,6 +421,7 @@ def _trouble_of_every_kind() -> list[Evidence]:
         _evidence(_copy()),
         _evidence(_led(), managers=(replace(MANAGERS[0], clock=Reading(0)), MANAGERS[1]), own_clock=Reading(60_000)),
         _another_store(3),
+        _damaged(),
         replace(busy, balancers=BALANCERS[:1]),
     ]
 
