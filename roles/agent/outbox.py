@@ -6,9 +6,7 @@ Which rows, and when, is the leadership's decision (`juicebox_hsm.host.leadershi
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from datetime import UTC, datetime
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -18,23 +16,30 @@ from juicebox_hsm.adapters.observation.logging import bind_context
 from juicebox_hsm.errors import RealmError
 from juicebox_hsm.host.cluster.leases import LEASE_MS, StandingLeases
 from juicebox_hsm.host.codes import Code
-from juicebox_hsm.host.events import EVENT_KEPT_MS, AccountingEvent, NewEvent, OutboxEvent, TenantCursor
+from juicebox_hsm.host.dispatch import (
+    BusTrouble,
+    Due,
+    Late,
+    Tenure,
+    day_runs,
+    graver,
+    kept_name,
+    late_name,
+    late_with,
+    lease_name,
+    removal_ms,
+    waiting,
+)
+from juicebox_hsm.host.events import EVENT_KEPT_MS, NewEvent, OutboxEvent, TenantCursor
 from juicebox_hsm.host.outbox import Unpublished, unpublished
 from juicebox_hsm.host.readiness import Trouble
-from juicebox_hsm.host.services import Lease
 from juicebox_hsm.ids import GroupId, RealmId
 
 if TYPE_CHECKING:
     from roles.agent.context import Agent
 
-RENEW_S: Final = LEASE_MS / 1000 - 1.0
-"""A dispatcher renews when less than a second is left."""
-ASK_AGAIN_S: Final = 1.0
-"""Between two looks at a lease that another agent holds."""
 PAGE_EVENTS: Final = 1000
 REMOVE_ROWS: Final = 5000
-LATE_MS: Final = 3_600_000
-"""Own: events published within this time of their own keep the usual date of removal, which has this much to spare."""
 
 
 async def record_events(
@@ -102,10 +107,6 @@ def note_set_aside(agent: Agent, group: GroupId, indexes: Sequence[int]) -> None
     )
 
 
-class BusTrouble(RealmError):
-    """Events could not be published; the store is not to blame."""
-
-
 class Dispatcher:
     """Publishes outbox rows in order per tenant: bus, accounting, then cursor and counters in one conditional write.
 
@@ -116,9 +117,8 @@ class Dispatcher:
 
     def __init__(self, agent: Agent) -> None:
         self._agent = agent
-        self._lease: Lease | None = None
+        self._tenure = Tenure()
         self._standing = StandingLeases()
-        self._renew_s = self._ask_again_s = 0.0
         self._kept_ms = agent.config.event_kept_ms
         self._noted: set[RealmId] = set()
 
@@ -155,15 +155,13 @@ class Dispatcher:
         Trouble with one tenant, say its topic, holds up no other; the last trouble is raised when the round is over.
         """
         agent = self._agent
-        waiting = [cursor for cursor in await agent.store.outbox.cursors(realm) if cursor.published < cursor.tail]
         moved = 0
         trouble: RealmError | None = None
-        for cursor in waiting:
+        for cursor in waiting(await agent.store.outbox.cursors(realm)):
             try:
                 moved += await self._dispatch_tenant(realm, cursor)
             except RealmError as error:
-                if trouble is None or not isinstance(error, BusTrouble):
-                    trouble = error
+                trouble = graver(trouble, error)
         if moved:
             await self._note_kept(realm)
             await agent.store.outbox.remove_published(
@@ -194,19 +192,13 @@ class Dispatcher:
         if events:
             await self._keep_late(realm, min(row.new.when_ms for row in events))
             await self._hand_over(realm, tenant, events)
-        for day, rows in by_day(page):
-            accounting = [
-                AccountingEvent(tenant, row.new.record_id, row.seq, row.new.when_ms, row.new.accounting == "registered")
-                for row in rows
-                if row.new.accounting is not None
-            ]
-            if accounting:
-                await agent.store.accounting.write(realm, accounting)
-                agent.metrics.gauge("agent.accounting.batch_size", len(accounting))
-            counts = Counter(row.new.kind for row in rows)
-            if not await agent.store.outbox.advance(realm, tenant, published, rows[-1].seq, day, counts):
+        for run in day_runs(tenant, page):
+            if run.accounting:
+                await agent.store.accounting.write(realm, run.accounting)
+                agent.metrics.gauge("agent.accounting.batch_size", len(run.accounting))
+            if not await agent.store.outbox.advance(realm, tenant, published, run.through, run.day, run.counts):
                 return published
-            published = rows[-1].seq
+            published = run.through
         return published
 
     async def _hand_over(self, realm: RealmId, tenant: str, events: Sequence[OutboxEvent]) -> None:
@@ -236,82 +228,48 @@ class Dispatcher:
         self._noted.add(realm)
 
     async def _keep_late(self, realm: RealmId, oldest_ms: int) -> None:
-        """Put off the removal of events that are published late: readers have their time from now, not from then."""
+        """Put off the removal of events that are published late."""
         now_ms = self._agent.now_ms()
-        if now_ms - oldest_ms < LATE_MS:
-            return
-        kept = await self._read_late(realm)
-        if kept is not None and now_ms < kept[1] + self._kept_ms:
-            oldest_ms = min(oldest_ms, kept[0])
-        await self._agent.store.settings.put(_late_name(realm), f"{oldest_ms} {now_ms}".encode())
+        if late_with(None, oldest_ms, now_ms, self._kept_ms) is None:
+            return  # in time, as nearly always: nothing need be read
+        late = late_with(await self._read_late(realm), oldest_ms, now_ms, self._kept_ms)
+        if late is not None:
+            await self._agent.store.settings.put(late_name(realm), late.encode())
 
     async def _removal_ms(self, realm: RealmId) -> int:
-        """Return the time by which the age of events is judged."""
+        """Return the time by which the age of events is judged; forgets late publication that is over."""
         now_ms = self._agent.now_ms()
-        kept = await self._read_late(realm)
-        if kept is None:
-            return now_ms - LATE_MS
-        oldest_ms, published_ms = kept
-        if now_ms < published_ms + self._kept_ms:
-            return min(now_ms - LATE_MS, oldest_ms + self._kept_ms - 1)
-        await self._agent.store.settings.remove(_late_name(realm))
-        return now_ms - LATE_MS
+        late = await self._read_late(realm)
+        if late is not None and not late.counts_at(now_ms, self._kept_ms):
+            await self._agent.store.settings.remove(late_name(realm))
+        return removal_ms(late, now_ms, self._kept_ms)
 
-    async def _read_late(self, realm: RealmId) -> tuple[int, int] | None:
-        """Return (time of the oldest event that was published late, when), None when there is none."""
-        value = await self._agent.store.settings.get(_late_name(realm))
-        if value is None:
-            return None
-        oldest_ms, published_ms = value.split()
-        return int(oldest_ms), int(published_ms)
+    async def _read_late(self, realm: RealmId) -> Late | None:
+        return Late.decode(await self._agent.store.settings.get(late_name(realm)))
 
     async def _hold_lease(self, realm: RealmId) -> bool:
-        """Obtain or renew `<realm>-outbox`. When is due is said by the monotonic clock: the other one may be set."""
-        leases, now_ms = self._agent.store.leases, self._agent.now_ms()
-        name, sent = f"{realm.hex()}-outbox", trio.current_time()
-        if self._lease is not None and self._lease.name == name:
-            if sent < self._renew_s:
-                return True
-            self._lease = await leases.extend(self._lease, now_ms, LEASE_MS)
-            self._renew_s = sent + RENEW_S
-        if (self._lease is None or self._lease.name != name) and sent >= self._ask_again_s:
-            self._standing.look(await leases.list(), trio.current_time())
-            at_ms = self._standing.obtain_ms(name, now_ms, trio.current_time())
-            self._lease = None
-            if at_ms is not None:
-                self._lease = await leases.obtain(name, self._agent.config.name, at_ms, LEASE_MS)
-            self._renew_s = sent + RENEW_S
-            if self._lease is None:
-                self._ask_again_s = sent + ASK_AGAIN_S
-        return self._lease is not None and self._lease.name == name
+        """Obtain or renew the dispatcher's lease; tell whether it is ours."""
+        leases, name, sent = self._agent.store.leases, lease_name(realm), trio.current_time()
+        while True:
+            now_ms = self._agent.now_ms()
+            match self._tenure.due(name, sent):
+                case Due.HELD:
+                    return True
+                case Due.LATER:
+                    return False
+                case Due.EXTEND:
+                    held = self._tenure.lease
+                    extended = None if held is None else await leases.extend(held, now_ms, LEASE_MS)
+                    self._tenure.extended(extended, sent)
+                case Due.OBTAIN:
+                    self._standing.look(await leases.list(), trio.current_time())
+                    at_ms = self._standing.obtain_ms(name, now_ms, trio.current_time())
+                    owner = self._agent.config.name
+                    lease = None if at_ms is None else await leases.obtain(name, owner, at_ms, LEASE_MS)
+                    self._tenure.obtained(lease, sent)
 
     async def release(self) -> None:
         """Give the lease back."""
-        lease, self._lease = self._lease, None
+        lease = self._tenure.given_back()
         if lease is not None:
             await self._agent.store.leases.terminate(lease)
-
-
-def kept_name(realm: RealmId) -> str:
-    """Return the setting that says how long events stay, in ms; without it they stay 7 days."""
-    return f"outbox/kept/{realm.hex()}"
-
-
-def _late_name(realm: RealmId) -> str:
-    """Return the setting that remembers late publication."""
-    return f"outbox/late/{realm.hex()}"
-
-
-def by_day(page: list[OutboxEvent]) -> Iterator[tuple[str, list[OutboxEvent]]]:
-    """Split a page into runs of rows of one UTC day, in order."""
-    run: list[OutboxEvent] = []
-    run_day = ""
-    for row in page:
-        day = datetime.fromtimestamp(row.new.when_ms / 1000, UTC).strftime("%Y%m%d")
-        if run and day != run_day:
-            yield run_day, run
-            run = []
-        run_day = day
-        run.append(row)
-    if run:
-        yield run_day, run

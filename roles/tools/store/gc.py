@@ -16,6 +16,7 @@ from juicebox_hsm.adapters.sqlite.reads import fetch_one
 from juicebox_hsm.adapters.sqlite.snapshot import open_snapshot
 from juicebox_hsm.adapters.sqlite.writer import FileLock
 from juicebox_hsm.adapters.stores.opening import open_store
+from juicebox_hsm.host.dispatch import kept_name
 from juicebox_hsm.host.events import EVENT_KEPT_MS
 
 MARGIN_MS: Final = DAY_MS
@@ -50,7 +51,7 @@ async def _remove_events(path: Path, rate: int, progress: Progress) -> int:
             late = await store.settings.get(f"outbox/late/{realm.hex()}")
             if late is not None:
                 continue  # some were published late; only the dispatcher knows until when they stay
-            kept_ms = int(await store.settings.get(f"outbox/kept/{realm.hex()}") or EVENT_KEPT_MS)
+            kept_ms = int(await store.settings.get(kept_name(realm)) or EVENT_KEPT_MS)
             while True:
                 now_ms = time.time_ns() // 1_000_000 - MARGIN_MS
                 count = await store.outbox.remove_published(realm, now_ms, EVENT_ROWS, kept_ms=kept_ms)

@@ -16,12 +16,13 @@ from juicebox_hsm.adapters.observation.metrics import Metrics
 from juicebox_hsm.adapters.stores.embedded_bus import EmbeddedBus
 from juicebox_hsm.adapters.stores.opening import open_store
 from juicebox_hsm.host.codes import Code
+from juicebox_hsm.host.dispatch import LATE_MS, BusTrouble, kept_name
 from juicebox_hsm.host.events import EVENT_KEPT_MS, EventKind, OutboxEvent
 from juicebox_hsm.host.readiness import Trouble
 from juicebox_hsm.ids import RealmId
 from juicebox_hsm.ports.errors import StoreUnavailable
 from juicebox_hsm.ports.store import Store
-from roles.agent.outbox import LATE_MS, BusTrouble, Dispatcher, kept_name
+from roles.agent.outbox import Dispatcher
 from roles.agent.outside import AgentConfig
 from tests.emulator.contract_dispatch import DAY_MS, NOW_MS, Clock, dispatcher, made
 from tests.emulator.realm_data import GROUP, REALM

@@ -11,73 +11,16 @@ import trio
 
 from juicebox_hsm.adapters.observation.dogstatsd import send_metrics
 from juicebox_hsm.adapters.observation.metrics import Metrics
-from juicebox_hsm.consensus.types import Leader, LogEntry, RoleStatus, Witness
-from juicebox_hsm.host.events import EventKind, NewEvent, OutboxEvent
+from juicebox_hsm.consensus.types import Leader, RoleStatus, Witness
 from juicebox_hsm.host.group import Groups, GroupState
-from juicebox_hsm.host.leadership.effects import Answer
-from juicebox_hsm.host.leadership.events import ClientRequest
-from juicebox_hsm.host.log import Intent
-from juicebox_hsm.host.outbox import client_event, tenant_event, unknown_events, unrecordable
-from juicebox_hsm.hsm.messages import GroupStatus, RealmStatus, ResultKind, ResultType, StatusOk
-from juicebox_hsm.ids import GroupId, HsmId, RealmId, RecordId
+from juicebox_hsm.hsm.messages import GroupStatus, RealmStatus, StatusOk
+from juicebox_hsm.ids import GroupId, HsmId, RealmId
 from juicebox_hsm.ports.errors import HsmGone
-from juicebox_hsm.wire.client import TransportRequest, TransportResponse
 from roles.agent.context import Agent
-from roles.agent.outbox import by_day
 from roles.agent.outside import Timings
 from roles.agent.watchdog import suspects, watchdog
 
 REALM, GROUP, HSM = RealmId(b"r" * 16), GroupId(b"g" * 16), HsmId(b"h" * 16)
-
-
-@pytest.mark.parametrize(
-    ("result", "event"),
-    [
-        (ResultType(ResultKind.REGISTER1), None),
-        (ResultType(ResultKind.REGISTER2), {"event": "registered"}),
-        (ResultType(ResultKind.RECOVER1), None),
-        (ResultType(ResultKind.RECOVER2), None),
-        (ResultType(ResultKind.RECOVER2, 5, 2), {"event": "guess_used", "num_guesses": 5, "guess_count": 2}),
-        (ResultType(ResultKind.RECOVER3), None),
-        (ResultType(ResultKind.RECOVER3, recovered=True), {"event": "share_recovered"}),
-        (ResultType(ResultKind.DELETE), {"event": "deleted"}),
-    ],
-)
-def test_published_events(result: ResultType, event: dict[str, str | int] | None) -> None:
-    """Each committed kind publishes exactly what the table of agent.md 11 says."""
-    assert tenant_event(result) == event
-
-
-@pytest.mark.parametrize(
-    ("kind", "wrote", "accounting"),
-    [
-        (ResultKind.REGISTER2, True, "registered"),
-        (ResultKind.DELETE, True, "deleted"),
-        (ResultKind.DELETE, False, None),
-        (ResultKind.RECOVER2, True, None),
-    ],
-)
-def test_accounting_needs_a_change(kind: ResultKind, wrote: bool, accounting: str | None) -> None:
-    """Deleting what does not exist is not accounted, though its event is published."""
-    request = ClientRequest(RecordId(bytes(32)), 1, TransportRequest(b""), "acme", "u" * 64, 42, lambda _answer: None)
-    answer = Answer(request, 3, bytes(32), TransportResponse(b""), ResultType(kind), wrote)
-    event = client_event(GROUP, answer)
-    assert event.accounting == accounting
-    assert (event.tenant, event.user, event.index, event.when_ms) == ("acme", "u" * 64, 3, 42)
-
-
-def row(seq: int, when_ms: int) -> OutboxEvent:
-    new = NewEvent("acme", GROUP, seq, bytes(32), RecordId(bytes(32)), "u", EventKind.DELETE, None, None, when_ms)
-    return OutboxEvent(seq, new)
-
-
-def test_counters_are_cut_at_midnight() -> None:
-    """Rows of one cursor move belong to one UTC day; order is kept even if clocks went back."""
-    midnight = 1_700_006_400_000
-    rows = [row(1, midnight - 1), row(2, midnight), row(3, midnight + 1), row(4, midnight - 1)]
-    runs = [(day, [item.seq for item in run]) for day, run in by_day(rows)]
-    assert runs == [("20231114", [1]), ("20231115", [2, 3]), ("20231114", [4])]
-    assert list(by_day([])) == []
 
 
 class NullSink:
@@ -164,12 +107,3 @@ async def test_watchdog_ends_the_process_at_the_fifth_check(autojump_clock: trio
         await watchdog(cast("Agent", agent))
     assert trio.current_time() - began == pytest.approx(5.0)
     assert agent.steps == 2
-
-
-def test_an_intent_no_row_can_carry_holds_up_nothing() -> None:
-    """Empty, over-long and unprintable tenants of earlier leaders are set aside; the others get their rows."""
-    entries = [LogEntry(index, None, None, bytes(32), bytes([index]) * 32, HsmId(bytes(16))) for index in range(1, 6)]
-    names = ("", "a" * 257, "acme", "a\x00", "\ud800")
-    left = [(entry, Intent(name, "u" * 64, RecordId(bytes(32)), 0)) for entry, name in zip(entries, names, strict=True)]
-    assert [event.index for event in unknown_events(GroupId(bytes(16)), left, set(), 42)] == [3]
-    assert unrecordable(left) == [1, 2, 4, 5]

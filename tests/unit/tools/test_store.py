@@ -24,12 +24,12 @@ from juicebox_hsm.adapters.stores.check import SLICES, Checkpoint, LogTail
 from juicebox_hsm.adapters.stores.opening import open_store
 from juicebox_hsm.errors import LocalError
 from juicebox_hsm.host.cluster.view import AgentView
+from juicebox_hsm.host.dispatch import kept_name
 from juicebox_hsm.host.events import AccountingEvent
 from juicebox_hsm.host.services import ServiceKind
 from juicebox_hsm.hsm.core import Hsm
 from juicebox_hsm.hsm.messages import CaptureNext, NewRealm, NewRealmOk, PersistState
 from juicebox_hsm.ids import GroupId, HsmId, RealmId, RecordId
-from roles.agent.outbox import kept_name
 from roles.cli import cli
 from roles.tools.store.restore import HsmWitness, Membership, restore_problems, witness_of
 from tests.emulator.realm_data import GROUP, OTHER_GROUP, REALM, Grown, entry, event, mac
