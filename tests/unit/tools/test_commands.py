@@ -237,7 +237,7 @@ def test_secrets_file_life(tmp_path: Path) -> None:
     assert _run("secrets", "init-record-id", "--file", path).exit_code == 1
     assert _run("secrets", "add-tenant", "acme", "--file", path).exit_code == 0
     assert _run("secrets", "add-tenant", "acme", "--file", path).exit_code == 1
-    rotated = _run("secrets", "rotate", "acme", "--algorithm", "EdDSA", "--file", path)
+    rotated = _run("secrets", "rotate", "acme", "--algorithm", "EdDSA", "--file", path, "--print-private-key")
     assert "private key for the tenant" in rotated.output
     assert _run("secrets", "rotate", "nobody", "--file", path).exit_code == 3
     assert sorted(parse_file(path.read_bytes())["tenant-acme"]) == [1, 2]
