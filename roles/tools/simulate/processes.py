@@ -61,8 +61,8 @@ MAY_PERSIST: Final = (PersistState, BecomeLeader, NewRealm, JoinRealm, NewGroup,
 STOP_S: Final = 20.0
 FIRST_TABLE_S: Final = 5.0
 REGISTER_RETRY_S: Final = 10.0
-POLL_S: Final = 0.5
-"""Pause between a balancer's looks at an agent: five times what is shipped, for the sake of speed."""
+POLL_S: Final = 1.0
+"""Pause between a balancer's looks at an agent: ten times what is shipped, for the sake of speed."""
 
 
 @dataclass(slots=True)

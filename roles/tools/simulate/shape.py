@@ -6,8 +6,9 @@ import random
 from dataclasses import dataclass
 from typing import Final, Self
 
-HSMS: Final = (3, 5)
-GROUPS: Final = (1, 3)
+HSMS: Final = (3, 3, 3, 3, 4, 4, 5, 5)
+GROUPS: Final = (1, 1, 1, 1, 2, 2, 2, 3)
+"""Drawn from; the smaller ones more often, for twice the events cost twice the time and find little more."""
 REMOVAL_S: Final = (0.0, 1.0, 5.0)
 
 
@@ -24,8 +25,8 @@ class Shape:
     @classmethod
     def draw(cls, chance: random.Random) -> Self:
         """Draw a shape."""
-        hsms = chance.randint(*HSMS)
-        groups = chance.randint(*GROUPS)
+        hsms = chance.choice(HSMS)
+        groups = chance.choice(GROUPS)
         return cls(
             hsms,
             tuple(chance.choice([size for size in (3, 3, 5) if size <= hsms]) for _ in range(groups)),

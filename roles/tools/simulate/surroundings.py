@@ -35,7 +35,18 @@ from roles.tools.simulate.store_gate import StoreFaults
 EPOCH_MS: Final = 1_800_000_000_000
 """Unix time at which every simulated realm begins."""
 QUICK_STORE_S: Final = (0.0005, 0.005)
-TIMINGS: Final = Timings(gossip_s=1.0, gossip_idle_s=4.0)
+TIMINGS: Final = Timings(
+    heartbeat_s=0.5,
+    silence_s=2.0,
+    replicate_timeout_s=1.0,
+    leader_hint_first_s=0.5,
+    leader_hint_again_s=2.0,
+    watch_idle_first_s=0.05,
+    watch_idle_max_s=2.0,
+    gossip_s=1.0,
+    gossip_idle_s=4.0,
+    dispatch_s=1.0,
+)
 """As shipped, but for gossip: it only matters where a tenant is limited, and its calls were half of a run's."""
 
 
