@@ -159,8 +159,8 @@ def sentence(found: Finding) -> str:
         case CannotCommit(group=group, range=part):
             return (
                 f"{_group(group)}{'' if part is None else f' ({show_range(part)})'}: cannot commit for "
-                f"{found.stalled_s:.0f} s, {found.alive} of {found.members} members answer its leader {found.url}; "
-                "clients are refused until a majority is back"
+                f"{found.stalled_s:.0f} s, {_why_stalled(found)} {found.url}; "
+                f"clients are refused until {'it works' if found.lacks_store else 'a majority is back'}"
             )
         case _:
             return _of_members(found)
@@ -224,11 +224,17 @@ def _of_served(found: DamageMet | Stalled | OfRealm | Unserved) -> str:
         case Stalled(group=group, range=part, stalled_s=stalled_s, realm=realm):
             told = f"{'' if realm is None else f'realm {realm.hex()}: '}{_ranged(group, part)} cannot commit"
             lasting = "" if stalled_s is None else f" for {stalled_s:.0f} s"
-            return f"{told}{lasting}: {found.alive} of {found.members} members answer its leader"
+            return f"{told}{lasting}: {_why_stalled(found)}"
         case OfRealm(code=code, realm=realm):
             return f"realm {realm.hex()}: {_OF_REALMS[code]}"
         case Unserved(realm=realm, range=part):
             return f"realm {realm.hex()}: no leader for {show_range(part)}"
+
+
+def _why_stalled(found: CannotCommit | Stalled) -> str:
+    if found.lacks_store:
+        return "the store fails its leader"
+    return f"{found.alive} of {found.members} members answer its leader"
 
 
 def _ranged(group: GroupId, part: OwnedRange | None) -> str:

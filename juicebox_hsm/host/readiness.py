@@ -69,7 +69,8 @@ class DamageMet:
 
 @dataclass(frozen=True, slots=True)
 class Stalled:
-    """A group cannot commit, since `alive` of its `members` answer its leader. That one says for how long already.
+    """A group cannot commit, since `alive` of its `members` answer its leader, or the store fails (`lacks_store`).
+    That one says for how long already.
 
     A balancer names the realm instead, as it knows several.
     """
@@ -80,6 +81,7 @@ class Stalled:
     members: int
     stalled_s: float | None = None
     realm: RealmId | None = None
+    lacks_store: bool = False
     code: ClassVar[Code] = Code.CANNOT_COMMIT
 
 
@@ -223,7 +225,8 @@ def of_groups(groups: Groups, now_s: float) -> Iterator[Reason]:
         owned = None if last is None or last.partition is None else last.partition.range
         quorum = leader.quorum(now_s)
         if quorum.stalled_s is not None:
-            yield Stalled(group.group, owned, quorum.alive, quorum.members, quorum.stalled_s)
+            lacks_store = quorum.lacks_store
+            yield Stalled(group.group, owned, quorum.alive, quorum.members, quorum.stalled_s, lacks_store=lacks_store)
 
 
 def of_outbox(waiting: Unpublished, set_aside: int) -> tuple[Reason, ...]:
@@ -264,7 +267,10 @@ def _unserved(table: RoutingTable, realm: RealmId) -> Iterator[Reason]:
     stalled = dict.fromkeys(route for gap in table.gaps(realm) for route in table.stalled_in(realm, gap))
     for route in stalled:
         if route.stall is not None:
-            yield Stalled(route.group, route.range, route.stall.alive, route.stall.members, realm=realm)
+            stall = route.stall
+            yield Stalled(
+                route.group, route.range, stall.alive, stall.members, realm=realm, lacks_store=stall.lacks_store
+            )
     known = [route.range for route in (*table.realms[realm], *stalled)]
     for gap in uncovered(known):
         yield Unserved(realm, gap)

@@ -35,10 +35,14 @@ HOPE_S: Final = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Stall:
-    """Why a leader takes no requests: it cannot commit, `alive` of the group's `members` answer it."""
+    """Why a leader takes no requests: it cannot commit, `alive` of the group's `members` answer it.
+
+    `lacks_store`: because the store fails.
+    """
 
     alive: int
     members: int
+    lacks_store: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +89,9 @@ def slice_of(url: str, status: AgentStatus, now_s: float, known: Mapping[RouteKe
         return AgentSlice()
     routes = []
     stalls = {
-        group.group: group.members_alive for group in status.groups if group.leading and group.stalled_s is not None
+        group.group: (group.members_alive or 0, group.lacks_store)
+        for group in status.groups
+        if group.leading and group.stalled_s is not None
     }
     for group in realm.groups:
         leader = group.leader
@@ -97,7 +103,10 @@ def slice_of(url: str, status: AgentStatus, now_s: float, known: Mapping[RouteKe
         starting = group.role.starting or 0
         key = (url, GroupId(group.id), starting)
         committed = -1 if leader.committed is None else leader.committed
-        stall = Stall(stalls[group.id] or 0, len(group.configuration)) if group.id in stalls else None
+        stall = None
+        if group.id in stalls:
+            alive, lacks_store = stalls[group.id]
+            stall = Stall(alive, len(group.configuration), lacks_store)
         routes.append(Route(GroupId(group.id), owned, url, starting, committed, known.get(key, now_s), stall))
     routes.sort(key=lambda route: route.group)
     return AgentSlice(RealmId(realm.id), tuple(routes))

@@ -215,8 +215,8 @@ class AgentGroupInfo(_Body, frozen=True):
     """The agent's own view of a group; `last_appended` is (index, mac).
 
     A leader also tells how many members answer it, itself included, how long its entries have waited without progress,
-    and how long it could not commit (None while it can). An agent of an older version tells none of these. `ended`: its
-    HSM captured the retired entry.
+    and how long it could not commit (None while it can), `lacks_store`: because the store fails. An agent of an older
+    version tells none of these. `ended`: its HSM captured the retired entry.
     """
 
     realm: bytes
@@ -231,6 +231,7 @@ class AgentGroupInfo(_Body, frozen=True):
     commit_age_s: float = 0.0
     stalled_s: float | None = None
     ended: bool = False
+    lacks_store: bool = False
 
 
 class LogBehind(_Body, frozen=True):
@@ -269,7 +270,7 @@ class AgentStatus(_Body, frozen=True):
 
     `instance` is drawn when the process starts, and tells it from one with a copy of its HSM.
     `now_ms` is the agent's wall clock, None from one of an older version. `troubles` are what it tries again and is not
-    ready for, but for what other fields tell. `damages` were met in the store within the last minute.
+    ready for, but for what other fields tell. `damages` were met in the store within the last half minute.
     """
 
     uptime_s: float

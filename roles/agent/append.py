@@ -76,7 +76,7 @@ class _Producer:
 async def _read_tail(agent: Agent, driver: Driver) -> Long | None:
     group = driver.group
     try:
-        last = await retrying(lambda: agent.store.log.read_last(group.realm, group.group))
+        last = await retrying(lambda: agent.store.log.read_last(group.realm, group.group), on_retry=driver.store_failed)
     except RealmError as error:
         agent.log.warning("log tail not read", group=group.group.hex(), error=str(error))
         return driver.step(TailFailed())
@@ -91,7 +91,10 @@ async def _read_proofs(agent: Agent, driver: Driver, effect: ReadProofs) -> Long
             proofs = await agent.store.nodes.read_proofs(group.realm, effect.partition, records)
     except RealmError as error:
         agent.log.warning("proofs not read", group=group.group.hex(), error=str(error))
-        return driver.step(ProofsFailed())
+        follows = driver.step(ProofsFailed())
+        driver.tell_store(error)
+        return follows
+    driver.store_works()
     missing = sum(proof is None for proof in proofs)
     if missing:
         agent.metrics.count("agent.start_app_request.missing_node", missing)
@@ -127,17 +130,22 @@ async def _append(agent: Agent, driver: Driver, effect: Append) -> Long | None:
     async def append() -> AppendOutcome:
         return await agent.store.log.append(group.realm, group.group, effect.entries, effect.intents, effect.delta)
 
+    def on_retry(error: RealmError) -> None:
+        agent.metrics.count("bigtable.append.retry")
+        driver.store_failed(error)
+
     began = trio.current_time()
     try:
         # A cancelled write is always an unknown outcome, so it is never cancelled; retries bound it to 30 s.
         with trio.CancelScope(shield=True):
-            outcome = await retrying(append, on_retry=lambda _: agent.metrics.count("bigtable.append.retry"))
+            outcome = await retrying(append, on_retry=on_retry)
     except StoreAmbiguous as error:
         agent.metrics.count("agent.append.given_up")
         return driver.step(AppendFinished(AppendResult.AMBIGUOUS, str(error)))
     except RealmError as error:
         agent.metrics.count("agent.append.given_up")
         return driver.step(AppendFinished(AppendResult.REFUSED, str(error)))
+    driver.store_works()
     agent.metrics.timing("bigtable.append.time", int((trio.current_time() - began) * 1e9))
     agent.metrics.gauge("bigtable.append.batch.size", len(effect.entries))
     agent.metrics.gauge("bigtable.append.queue.size", driver.leader.queued)

@@ -52,8 +52,9 @@ async def _write(agent: Agent, driver: Driver, effect: WriteOutbox) -> Long | No
     try:
         # As with the append, a cancelled write is an unknown one; the retry profile bounds it to 30 s.
         with trio.CancelScope(shield=True):
-            await record_events(agent, group.realm, effect.events, settled)
+            await record_events(agent, group.realm, effect.events, settled, on_retry=driver.store_failed)
     except RealmError as error:
         agent.metrics.count("agent.outbox.given_up")
         return driver.step(OutboxFailed(str(error)))
+    driver.store_works()
     return driver.step(OutboxWritten())

@@ -12,7 +12,9 @@ from typing import Final, cast, get_args
 
 import trio
 
+from juicebox_hsm.errors import RealmError
 from juicebox_hsm.host.admission import Limiters
+from juicebox_hsm.host.codes import Code
 from juicebox_hsm.host.damage import node_place
 from juicebox_hsm.host.group import GroupState
 from juicebox_hsm.host.leadership.effects import (
@@ -33,7 +35,7 @@ from juicebox_hsm.host.leadership.effects import (
     WaitOver,
     Wake,
 )
-from juicebox_hsm.host.leadership.events import Ended, Event, HandoverAsked, Lane, RetryDue, Turn
+from juicebox_hsm.host.leadership.events import Ended, Event, HandoverAsked, Lane, RetryDue, StoreFailed, Turn
 from juicebox_hsm.host.leadership.machine import Leadership
 from juicebox_hsm.hsm.messages import ResultKind, StepDownOk
 from juicebox_hsm.ids import HsmId
@@ -129,8 +131,23 @@ class Driver:
         """Wait until a member's pusher is woken, or for `seconds`; tell which."""
         return await self._signals[member].wait_at_most(seconds)
 
+    def store_failed(self, error: RealmError) -> None:
+        """Tell the machine that the store refused a write, which is tried again."""
+        self.step(StoreFailed())
+        self.tell_store(error)
+
+    def tell_store(self, error: RealmError) -> None:
+        """Say why nothing is committed, once that is so because of the store."""
+        if self.leader.quorum(trio.current_time()).lacks_store:
+            self._outside.note_trouble(Code.STORE, error, self.group.group)
+
+    def store_works(self) -> None:
+        """Forget that the store refused us."""
+        self._outside.clear_trouble(Code.STORE, self.group.group)
+
     def end(self) -> None:
         """Tell the machine its end, and every lane."""
+        self.store_works()
         self.step(Ended())
         for signal in self._signals.values():
             signal.set()

@@ -6,7 +6,7 @@ Which rows, and when, is the leadership's decision (`juicebox_hsm.host.leadershi
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -43,14 +43,24 @@ REMOVE_ROWS: Final = 5000
 
 
 async def record_events(
-    agent: Agent, realm: RealmId, events: Sequence[NewEvent], settled: Mapping[GroupId, int]
+    agent: Agent,
+    realm: RealmId,
+    events: Sequence[NewEvent],
+    settled: Mapping[GroupId, int],
+    *,
+    on_retry: Callable[[RealmError], None] | None = None,
 ) -> None:
     """Write rows and settled indexes with the store's retry profile; raises `RealmError` when exhausted."""
+
+    def retried(error: RealmError) -> None:
+        agent.metrics.count("agent.outbox.retry")
+        if on_retry is not None:
+            on_retry(error)
 
     async def record() -> dict[str, int]:
         return await agent.store.outbox.record(realm, events, settled)
 
-    tails = await retrying(record, on_retry=lambda _: agent.metrics.count("agent.outbox.retry"))
+    tails = await retrying(record, on_retry=retried)
     for tenant, tail in tails.items():
         if tail > agent.outbox_tails.get(tenant, 0):
             agent.outbox_tails[tenant] = tail

@@ -288,6 +288,7 @@ def _group_infos(agent: Agent) -> list[AgentGroupInfo]:
                 commit_age_s=quorum.commit_age_s,
                 stalled_s=quorum.stalled_s,
                 ended=group.end is not None,
+                lacks_store=quorum.lacks_store,
             )
         )
     return infos

@@ -276,6 +276,7 @@ _BUILDERS: Final[dict[str, Builder]] = {
     ),
     "ProofsRead": lambda _s, plain, _n: on.ProofsRead([LOST if word == "missing" else b"proof" for word in plain]),
     "HsmAnswered": _hsm_answered,
+    "StoreFailed": lambda _s, _p, _n: on.StoreFailed(),
     "AppendFinished": lambda _s, plain, _n: on.AppendFinished(on.AppendResult(plain[0])),
     "TransferMade": _transfer_made,
     "WaitTimedOut": lambda s, plain, _n: on.WaitTimedOut(s.waits[plain[0]]),

@@ -131,7 +131,10 @@ class OfGroup:
 
 @dataclass(frozen=True, slots=True)
 class CannotCommit:
-    """The leader at `url` says that it could not commit for `stalled_s`: `alive` of its group's `members` answer it."""
+    """The leader at `url` says that it could not commit for `stalled_s`: `alive` of its group's `members` answer it.
+
+    `lacks_store`: because the store fails.
+    """
 
     group: GroupKey
     range: OwnedRange | None
@@ -139,6 +142,7 @@ class CannotCommit:
     alive: int
     members: int
     stalled_s: float
+    lacks_store: bool = False
     code: ClassVar[Code] = Code.CANNOT_COMMIT
 
 

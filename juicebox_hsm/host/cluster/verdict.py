@@ -241,7 +241,7 @@ def _group_problems(evidence: Evidence, group: GroupView) -> Iterator[Finding]:
     told = None if leader is None else leader.agent
     if leader is not None and told is not None and told.stalled_s is not None:
         alive, size = told.members_alive or 0, len(group.configuration)
-        yield CannotCommit(group.key, group.owned_range, leader.url, alive, size, told.stalled_s)
+        yield CannotCommit(group.key, group.owned_range, leader.url, alive, size, told.stalled_s, told.lacks_store)
     if _is_too_small(evidence.view, group):
         yield FewMembers(Code.TOO_FEW_MEMBERS, group.key, len(group.configuration))
     if leader is None:

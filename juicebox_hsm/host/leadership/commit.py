@@ -7,6 +7,8 @@ a client has seen.
 
 from __future__ import annotations
 
+from math import inf
+
 from juicebox_hsm.consensus.election import elect
 from juicebox_hsm.consensus.types import Captured, Certificate
 from juicebox_hsm.host.leadership import house, produce, quorum, waits
@@ -91,6 +93,7 @@ def _committed(state: State, reply: CommitOk, now: float) -> Effects:
     if not answers:
         return [*effects, Adopt(reply.role), *_recorded(state)]
     state.committing = Committing.RECORDING
+    state.recording_since_s = now
     state.releasing = tuple(answers)
     state.recording = state.committed if state.house.resolved else None
     events = [client_event(state.group, answer) for answer in answers]
@@ -113,19 +116,22 @@ def raise_committed(state: State, index: int) -> None:
     state.committed = index
 
 
-def outbox_written(state: State, _event: OutboxWritten, _now: float) -> Effects:
+def outbox_written(state: State, _event: OutboxWritten, now: float) -> Effects:
     """Answer. The leadership may have ended meanwhile; its committed requests are answered all the same."""
     answers, state.releasing = state.releasing, ()
+    state.recording_since_s = inf
+    noticed = quorum.store_works(state, now)
     if state.recording is not None:
         state.house.settled = max(state.house.settled, state.recording)
     state.committing = Committing.FREE
     awaited = [answer for answer in answers if not answer.told]
-    return [*([Release(awaited)] if awaited else []), *_recorded(state)]
+    return [*noticed, *([Release(awaited)] if awaited else []), *_recorded(state)]
 
 
 def outbox_failed(state: State, event: OutboxFailed, _now: float) -> Effects:
     """Give the leadership up. `recorded` stays: the intents of this batch become `unknown` under the next one."""
     answers, state.releasing = state.releasing, ()
+    state.recording_since_s = inf
     state.committing = Committing.FREE
     effects: Effects = produce.block(state)
     effects += [Refuse(answer.request, Refusal.NOT_LEADER, consumed=True) for answer in answers if not answer.told]

@@ -158,6 +158,11 @@ class HsmAnswered:
 
 
 @dataclass(frozen=True, slots=True)
+class StoreFailed:
+    """The store refused an append, or rows of events; that is tried again."""
+
+
+@dataclass(frozen=True, slots=True)
 class AppendFinished:
     """What became of an `Append`; `why` are the store's words, passed on and never looked at."""
 
@@ -306,7 +311,7 @@ class Leaving:
 Event = (
     Turn | RoleAdopted | Ended | Inherited | HandoverAsked | SteppedDown
     | RequestArrived | RequestGone | RetryDue | TailRead | TailFailed | ProofsRead | ProofsFailed | HsmAnswered
-    | AppendFinished | OwnShown | TransferMade | WaitTimedOut
+    | StoreFailed | AppendFinished | OwnShown | TransferMade | WaitTimedOut
     | CaptureHeard | CommitAnswered | OutboxWritten | OutboxFailed
     | MemberTurn | PushAnswered | PushFailed
     | PredecessorsQuiet | UnsettledRead | UnknownWritten | RowsListed | SettledWritten | CertificateWritten

@@ -28,16 +28,16 @@ ride together.
 An entry that an HSM made MUST reach the machine in the turn of the event loop in which the reply came, whatever becomes
 of the client: a hole in the log stalls the group until the hole limit ends the leadership.
 
-**Late and twice.** `RequestGone`, `RetryDue`, `WaitTimedOut`, `Wake`-less turns and captures may come late, twice, and
-after the end; older captures than known ones count for nothing. Any other event is told once. Nothing is assumed about
-how long a long effect takes.
+**Late and twice.** `RequestGone`, `RetryDue`, `WaitTimedOut`, `StoreFailed`, `Wake`-less turns and captures may come
+late, twice, and after the end; older captures than known ones count for nothing. Any other event is told once. Nothing
+is assumed about how long a long effect takes.
 
 **An ambiguous append is never treated as failed.** The store reads the tail before it says so, retries within its
 profile, and what is still unknown then ends the leadership by force: whether the entries are in the log is found out by
 the next leadership, which reads the tail.
 
-**Without a majority** clients are not left waiting (`quorum`): who waits is refused, with `consumed` if an entry
-exists, which stays and is recorded but not released if it is committed after all.
+**Without a majority, or a store that works,** clients are not left waiting (`quorum`): who waits is refused, with
+`consumed` if an entry exists, which stays and is recorded but not released if it is committed after all.
 
 **What a crash between two effects means.** The process loses all of this state; nothing in it is needed for safety.
 
@@ -146,6 +146,7 @@ _HANDLERS: Final[Mapping[type, Callable[[State, Any, float], Effects]]] = {
     events.ProofsRead: produce.proofs_read,
     events.ProofsFailed: produce.proofs_failed,
     events.HsmAnswered: produce.hsm_answered,
+    events.StoreFailed: produce.store_failed,
     events.AppendFinished: produce.append_finished,
     events.OwnShown: produce.own_shown,
     events.TransferMade: produce.transfer_made,

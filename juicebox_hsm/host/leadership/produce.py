@@ -7,6 +7,7 @@ throughput comes from. Only after the store acknowledged a batch do its entries 
 
 from __future__ import annotations
 
+from math import inf
 from typing import Final
 
 from juicebox_hsm.consensus.codec import encode_log_entry
@@ -43,6 +44,7 @@ from juicebox_hsm.host.leadership.events import (
     RequestGone,
     RetryDue,
     SteppedDown,
+    StoreFailed,
     TailFailed,
     TailRead,
     TransferMade,
@@ -92,8 +94,8 @@ def arrived(state: State, event: RequestArrived, now: float) -> Effects:
     if not state.accepting:
         return [Refuse(event.request, Refusal.NOT_LEADER)]
     noticed = quorum.look(state, now)
-    if state.stalled_since_s is not None:
-        return [*noticed, Refuse(event.request, Refusal.NO_QUORUM)]
+    if state.stalled_since_s is not None and not quorum.may_try(state, now):
+        return [*noticed, Refuse(event.request, quorum.refusal(state, now))]
     if state.uncommitted > state.limits.uncommitted_max:
         return [*noticed, Refuse(event.request, Refusal.BUSY)]
     if event.outbox_full:
@@ -112,7 +114,7 @@ def gone(state: State, event: RequestGone, _now: float) -> Effects:
     return []
 
 
-def retry_due(state: State, event: RetryDue, _now: float) -> Effects:
+def retry_due(state: State, event: RetryDue, now: float) -> Effects:
     """Let a request in again after its pause."""
     retry = state.retries.get(event.request)
     if retry is not None and retry.gone:
@@ -121,7 +123,7 @@ def retry_due(state: State, event: RetryDue, _now: float) -> Effects:
     if not state.accepting:
         return [_refuse(state, event.request, Refusal.NOT_LEADER)]
     if state.stalled_since_s is not None:
-        return [_refuse(state, event.request, Refusal.NO_QUORUM)]
+        return [_refuse(state, event.request, quorum.refusal(state, now))]
     return _enter(state, event.request)
 
 
@@ -185,7 +187,7 @@ def _read_proofs(state: State, now: float) -> Effects:
     state.reading_since_s = now
     ends_s = now + state.limits.retry.total_s
     ends_s = min(state.retries[request].deadline_s if request in state.retries else ends_s for request in state.batch)
-    return [ReadProofs(last.partition, tuple(state.batch), ends_s - now)]
+    return [ReadProofs(last.partition, tuple(state.batch), min(ends_s - now, state.limits.stall_s))]
 
 
 def _refuse_batch(state: State, refusal: Refusal, now: float) -> Effects:
@@ -217,7 +219,7 @@ def proofs_read(state: State, event: ProofsRead, now: float) -> Effects:
     """Ask the HSM, one request after the other; those with a missing node try again later."""
     if not state.accepting:
         return _withdraw(state, now)
-    effects: Effects = []
+    effects: Effects = quorum.store_works(state, now)
     for request, proof in zip(state.batch, event.proofs, strict=True):
         if isinstance(proof, Lost):
             effects += _missing(state, request, proof, now)
@@ -230,10 +232,12 @@ def proofs_read(state: State, event: ProofsRead, now: float) -> Effects:
 
 
 def proofs_failed(state: State, _event: ProofsFailed, now: float) -> Effects:
-    """Let the whole batch try again later."""
+    """Let the whole batch try again later, or refuse it when the store has failed for too long."""
     if not state.accepting:
         return _withdraw(state, now)
-    effects: Effects = []
+    effects: Effects = quorum.store_failed(state, now, state.reading_since_s)
+    if state.stalled_since_s is not None:
+        return effects + _refuse_batch(state, quorum.refusal(state, now), now)
     for request in state.batch:
         effects += _again(state, request, now)
     state.batch.clear()
@@ -295,7 +299,7 @@ def hsm_answered(state: State, event: HsmAnswered, now: float) -> Effects:
                 state.retries.pop(request, None)
                 stalled = state.stalled_since_s is not None
                 if stalled:  # since the request was let in
-                    effects.append(Refuse(request, Refusal.NO_QUORUM, consumed=True))
+                    effects.append(Refuse(request, quorum.refusal(state, now), consumed=True))
                 wrote = len(delta) > len(EMPTY_DELTA)
                 state.waiters[entry.entry_mac] = Waiting(request, entry.index, wrote, told=stalled)
                 state.enqueue(Queued(entry, delta, Intent(request.tenant, request.user, request.record_id, event.hint)))
@@ -343,6 +347,7 @@ def _append(state: State, now: float) -> Effects:
     deltas = [queued.delta for queued in state.appending if len(queued.delta) > len(EMPTY_DELTA)]
     delta = EMPTY_DELTA if not deltas else deltas[0] if len(deltas) == 1 else squash(deltas)
     state.producing = Producing.APPENDING
+    state.appending_since_s = now
     return [Append([q.entry for q in state.appending], [q.intent for q in state.appending], delta)]
 
 
@@ -365,6 +370,7 @@ def append_finished(state: State, event: AppendFinished, now: float) -> Effects:
     """Take note of an append: acknowledged entries go on, a conflict or an unknown tail ends the leadership."""
     batch = state.appending
     state.appending = []
+    state.appending_since_s = inf
     state.producing = Producing.FREE
     if event.result is AppendResult.CONFLICT:
         return _lose(state, batch[0].entry.index)
@@ -378,13 +384,18 @@ def append_finished(state: State, event: AppendFinished, now: float) -> Effects:
     state.house.uncompacted.append(LogRow(first.index, is_tombstone=False))
     state.producing = Producing.SHOWING
     entries = [queued.entry for queued in batch]
-    effects: Effects = []
+    effects: Effects = quorum.store_works(state, now)
     if state.members:
         state.recent.extend((entry.index, encode_log_entry(entry)) for entry in entries)
         while len(state.recent) > RECENT_ENTRIES_MAX:
             state.recent.popleft()
         effects += [Wake(member) for member in state.members]
     return [*effects, ShowOwn(entries)]
+
+
+def store_failed(state: State, _event: StoreFailed, now: float) -> Effects:
+    """Take note of a write that is tried again."""
+    return quorum.store_failed(state, now)
 
 
 def own_shown(state: State, _event: OwnShown, now: float) -> Effects:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from collections import deque
 from dataclasses import dataclass, field
+from math import inf
 from typing import Final
 
 from juicebox_hsm.consensus.types import Captured, Certificate, Leader, LogEntry, RoleStatus
@@ -212,7 +213,13 @@ class State:
     waiting_since_s: float | None = None
     """Since when appended entries have waited for a commit without any progress, None while none waits."""
     stalled_since_s: float | None = None
-    """Since when nothing can be committed; None while a majority answers and commits come."""
+    """Since when nothing can be committed; None while the store works, a majority answers and commits come."""
+    store_failing_since_s: float | None = None
+    """Since when the store has refused whatever we asked, None while it works; `store_failed_s` is the last time."""
+    store_failed_s: float = -inf
+    appending_since_s: float = inf
+    recording_since_s: float = inf
+    """When the write under way began, in the future while there is none."""
 
     # members
     members: dict[HsmId, Member] = field(default_factory=dict)
