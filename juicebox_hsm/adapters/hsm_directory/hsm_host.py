@@ -24,6 +24,7 @@ from juicebox_hsm.adapters.hsm_directory.key_bundle import KeyBundle, read_bundl
 from juicebox_hsm.adapters.hsm_directory.nvram import FileNvram, NvramFailed, read_nvram, sync_directory
 from juicebox_hsm.adapters.hsm_directory.unpacked import remove_unpacked_library
 from juicebox_hsm.adapters.observation.metrics import Metrics
+from juicebox_hsm.adapters.process.directory_lock import by_whom
 from juicebox_hsm.consensus.nvram import PersistentState, decode_state
 from juicebox_hsm.errors import LocalError
 from juicebox_hsm.hsm.core import Hsm
@@ -181,7 +182,9 @@ def _lock(directory: Path) -> int:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(lock)
-        raise LocalError(f"{directory}: another process runs this HSM; one directory serves one process") from None
+        raise LocalError(
+            f"{directory}: this HSM is run{by_whom(directory)} already; one directory serves one process"
+        ) from None
     except OSError as error:
         os.close(lock)
         raise LocalError(f"{directory}: cannot be locked ({error.strerror}); use a local file system") from None

@@ -13,6 +13,51 @@ from juicebox_hsm.errors import LocalError
 
 LOCK_FILE: Final = ".lock"
 _PID_BYTES_MAX: Final = 20
+_LOCKS: Final = Path("/proc/locks")
+
+
+def lock_holder(path: Path) -> int | None:
+    """Return the id of a process that holds a lock on a file or directory, None when none is known to.
+
+    The kernel's list names processes of this machine and of our container only; a lock of another one goes unseen.
+    """
+    try:
+        found = path.stat()
+        lines = _LOCKS.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    wanted = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
+    for line in lines:
+        words = line.split()
+        if "->" not in words and len(words) > 5 and words[5] == wanted and int(words[4]) > 0:
+            return int(words[4])
+    return None
+
+
+def by_whom(path: Path) -> str:
+    """Return ` by process N` for a message about a locked file, "" when nobody is known to hold it."""
+    holder = lock_holder(path)
+    return "" if holder is None else f" by process {holder}"
+
+
+@contextmanager
+def writing_into(directory: Path) -> Iterator[None]:
+    """Keep other writers out of a directory that others only read; leaves nothing behind there.
+
+    Raises `LocalError` with the other's process id.
+    """
+    try:
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise LocalError(f"{directory}: {error.strerror}") from None
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise LocalError(f"{directory}: is being written{by_whom(directory)}; try again when it is done") from None
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

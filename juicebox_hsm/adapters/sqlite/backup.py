@@ -15,6 +15,7 @@ from typing import Final
 import apsw
 
 from juicebox_hsm.adapters.hsm_directory.nvram import sync_directory
+from juicebox_hsm.adapters.process.directory_lock import lock_holder
 from juicebox_hsm.adapters.sqlite.check_logs import group_bounds
 from juicebox_hsm.adapters.sqlite.digest import append_digest
 from juicebox_hsm.adapters.sqlite.reads import fetch, fetch_one
@@ -105,6 +106,16 @@ def read_tails(backup: Path) -> list[LogTail]:
     return tails
 
 
+def check_unused(target: Path) -> None:
+    """Raise `LocalError` if a process has the store open: SQLite keeps a lock on its shared memory meanwhile."""
+    holder = lock_holder(target.with_name(f"{target.name}-shm"))
+    if holder is not None:
+        raise LocalError(
+            f"sqlite:{target}: is in use by process {holder}; stop all services that use it, and start them again "
+            "when the restore is done"
+        )
+
+
 def check_empty(target: Path) -> None:
     """Raise `LocalError` unless `target` is no file yet, or a store without realms."""
     if not target.exists():
@@ -122,13 +133,14 @@ def check_empty(target: Path) -> None:
 def restore_file(backup: Path, target: Path, progress: Progress) -> None:
     """Put a backup into the empty store `target`. What it says about running services is left out.
 
-    Raises `LocalError` for a store that is not empty. On failure the target is as it was.
+    Raises `LocalError` for a store that is not empty, or in use. On failure the target is as it was.
     """
     check_empty(target)
     lock = FileLock(target.with_name(target.name + ".lock"))
     db: apsw.Connection | None = None
     try:
         with lock, open_snapshot(backup, is_backup=True) as source:
+            check_unused(target)
             check_empty(target)
             prepare_file(target)
             db = connect(target, WRITER_CACHE_KIB)

@@ -28,6 +28,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from juicebox_hsm.adapters.process.directory_lock import writing_into
 from juicebox_hsm.adapters.tls.cluster_tls import CA_FILE, CERT_FILE, KEY_FILE, ROLE_URI_PREFIX
 from juicebox_hsm.errors import LocalError
 from juicebox_hsm.wire.rpc import PeerRole
@@ -52,11 +53,7 @@ def init_ca(directory: Path | str, *, kind: CaKind = CaKind.CLUSTER, now: dt.dat
     Raises `LocalError` if there is one already, or if the directory cannot be written.
     """
     path = Path(directory)
-    for file in (CA_FILE, CA_KEY_FILE):
-        if (path / file).exists():
-            raise LocalError(
-                f"{path / file}: exists already; a CA is never overwritten, use another directory or remove it yourself"
-            )
+    _refuse_existing(path)
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, kind.value)])
     builder = _builder(name, name, key.public_key(), now, CA_DAYS)
@@ -67,8 +64,18 @@ def init_ca(directory: Path | str, *, kind: CaKind = CaKind.CLUSTER, now: dt.dat
         .sign(key, hashes.SHA256())
     )
     make_directory(path)
-    _write(path / CA_KEY_FILE, _key_pem(key), 0o600)
-    _write(path / CA_FILE, certificate.public_bytes(Encoding.PEM), 0o644)
+    with writing_into(path):
+        _refuse_existing(path)  # made by another run, since it was looked for
+        _write(path / CA_KEY_FILE, _key_pem(key), 0o600)
+        _write(path / CA_FILE, certificate.public_bytes(Encoding.PEM), 0o644)
+
+
+def _refuse_existing(path: Path) -> None:
+    for file in (CA_FILE, CA_KEY_FILE):
+        if (path / file).exists():
+            raise LocalError(
+                f"{path / file}: exists already; a CA is never overwritten, use another directory or remove it yourself"
+            )
 
 
 def issue(
@@ -96,9 +103,10 @@ def issue(
         raise LocalError(f"{path}: is the CA's directory; give the certificate its own, for --cluster-tls")
     ca, certificate, key = _sign(ca_path, CaKind.CLUSTER, name, san, usages, days, now)
     make_directory(path)
-    _write(path / KEY_FILE, _key_pem(key), 0o600)
-    _write(path / CERT_FILE, certificate.public_bytes(Encoding.PEM), 0o644)
-    _write(path / CA_FILE, ca.public_bytes(Encoding.PEM), 0o644)
+    with writing_into(path):  # two at once would leave one's key beside the other's certificate
+        _write(path / KEY_FILE, _key_pem(key), 0o600)
+        _write(path / CERT_FILE, certificate.public_bytes(Encoding.PEM), 0o644)
+        _write(path / CA_FILE, ca.public_bytes(Encoding.PEM), 0o644)
 
 
 def issue_edge(

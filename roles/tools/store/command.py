@@ -191,13 +191,14 @@ def restore(
     Every member HSM of every group must be shown by --hsm-dir or --agent, or declared dead by --unknown-hsm. One that
     captured more than the backup holds would forget guesses: the restore is refused, with group, indexes and HSM.
     """
-    from juicebox_hsm.adapters.sqlite.backup import check_empty, read_tails, restore_file
+    from juicebox_hsm.adapters.sqlite.backup import check_empty, check_unused, read_tails, restore_file
     from roles.tools.store.restore import read_hsm_dirs, restore_problems
 
     path = _sqlite_path(connection)
     who = "" if connection.cluster_tls is None else who_of(load_cluster_tls(connection))
     dead = _hsm_ids(unknown)
     with _expected_errors():
+        check_unused(path)
         check_empty(path)
         _refuse(_damage(file, hsm_dirs, without_digest=without_digest))
         tails = read_tails(file)

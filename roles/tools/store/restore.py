@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from juicebox_hsm.adapters.hsm_directory.hsm_host import read_hsm_dir
+from juicebox_hsm.adapters.process.directory_lock import by_whom
 from juicebox_hsm.adapters.stores.check import LogTail
 from juicebox_hsm.consensus.nvram import PersistentState
 from juicebox_hsm.errors import LocalError
@@ -121,7 +122,9 @@ def _kept_from_starting(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise LocalError(f"--hsm-dir {path}: an agent runs this HSM and may capture more; stop it first") from None
+            raise LocalError(
+                f"--hsm-dir {path}: this HSM is run{by_whom(path)} and may capture more; stop it first"
+            ) from None
         yield
     finally:
         os.close(descriptor)

@@ -10,10 +10,12 @@ import pytest
 
 from juicebox_hsm.adapters.edge.tls import load_edge_context
 from juicebox_hsm.adapters.hsm_directory.key_bundle import read_bundle
-from juicebox_hsm.adapters.process.directory_lock import own_directory
+from juicebox_hsm.adapters.process.directory_lock import own_directory, writing_into
 from juicebox_hsm.adapters.process.regular_file import NOT_REGULAR, open_regular
+from juicebox_hsm.adapters.tls.certificates import init_ca, issue
 from juicebox_hsm.adapters.tls.cluster_tls import ClusterTls
 from juicebox_hsm.errors import LocalError
+from juicebox_hsm.wire.rpc import PeerRole
 from roles.options import read_settings
 
 
@@ -77,3 +79,26 @@ def test_a_directory_has_one_owner(tmp_path: Path) -> None:
         assert refused == [True]
     with own_directory(tmp_path):
         pass
+
+
+def test_a_directory_has_one_writer(tmp_path: Path) -> None:
+    """Who writes beside another is told whom to wait for, and nothing is left behind."""
+    told = f"being written by process {os.getpid()}"
+    with writing_into(tmp_path), pytest.raises(LocalError, match=told), writing_into(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(LocalError, match="No such file"), writing_into(tmp_path / "missing"):
+        pass
+
+
+def test_certificates_are_not_written_side_by_side(tmp_path: Path) -> None:
+    """Neither a CA nor a service's pair is mixed from two runs: the second one changes nothing."""
+    init_ca(tmp_path / "ca")
+    (tmp_path / "out").mkdir()
+    with writing_into(tmp_path / "out"), pytest.raises(LocalError, match="being written"):
+        issue(tmp_path / "ca", PeerRole.AGENT, "a", tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+    (tmp_path / "other").mkdir()
+    with writing_into(tmp_path / "other"), pytest.raises(LocalError, match="being written"):
+        init_ca(tmp_path / "other")
+    assert list((tmp_path / "other").iterdir()) == []

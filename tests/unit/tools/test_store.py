@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import trio
 from click.testing import CliRunner, Result
 
 from juicebox_hsm.adapters.hsm_directory.hsm_host import InProcessHsm, generate_keys, init_hsm_dir, open_hsm_dir
+from juicebox_hsm.adapters.sqlite import schema
 from juicebox_hsm.adapters.sqlite.accounting import DAY_MS
 from juicebox_hsm.adapters.sqlite.backup import read_tails
 from juicebox_hsm.adapters.sqlite.check import check_file
@@ -340,6 +343,23 @@ def test_no_damaged_backup_is_restored(tmp_path: Path) -> None:
         assert not new.exists()
         assert _run("check", "--backup", "--store", f"sqlite:{copy}").exit_code in {1, 5}
     copy.write_bytes(whole)
+    assert "the HSMs can go on" in _ok("restore", copy, "--store", f"sqlite:{new}", "--hsm-dir", hsm_dir)
+
+
+def test_no_store_in_use_is_restored_into(tmp_path: Path) -> None:
+    """Services that were started on an empty store are left alone, and named."""
+    file, hsm_dir, copy, new = (tmp_path / name for name in ("realm.db", "hsm", "copy", "new.db"))
+    generate_keys(tmp_path / "keys.json", "test")
+    init_hsm_dir(tmp_path / "keys.json", hsm_dir)
+    trio.run(_one_hsm_realm, file, hsm_dir)
+    _ok("backup", copy, "--store", f"sqlite:{file}")
+    _ok("init", "--store", f"sqlite:{new}")
+    with closing(schema.connect(new, 100)) as user:
+        assert user.execute("SELECT count(*) FROM realms").get == 0
+        result = _run("restore", copy, "--store", f"sqlite:{new}", "--hsm-dir", hsm_dir)
+        assert result.exit_code == 1
+        assert f"is in use by process {os.getpid()}" in result.output
+        assert user.execute("SELECT count(*) FROM realms").get == 0
     assert "the HSMs can go on" in _ok("restore", copy, "--store", f"sqlite:{new}", "--hsm-dir", hsm_dir)
 
 
