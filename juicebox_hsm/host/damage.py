@@ -10,7 +10,7 @@ from typing import Final
 from juicebox_hsm.merkle.walk import Lost
 from juicebox_hsm.wire.rpc import StoreDamage
 
-SHOWN_S: Final = 60.0
+SHOWN_S: Final = 30.0
 """How long damage is shown after it was met (own): long enough for a person or a probe to see."""
 KEPT_MAX: Final = 16
 """Places that are remembered: a destroyed store has millions, and the first tell enough."""

@@ -1,4 +1,4 @@
-"""What is damaged in a store is told once in a while, shown for a minute, and never fills memory or the log."""
+"""What is damaged in a store is told once in a while, shown for half a minute, and never fills memory or the log."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def _row(at: int) -> StoreDamage:
 
 
 def test_told_once_in_a_while() -> None:
-    """The same place, however often it is met, is told once a minute; another one at once."""
+    """The same place, however often it is met, is told every half minute; another one at once."""
     damages = Damages()
     assert damages.met(_row(1), 0.0)
     assert not damages.met(_row(1), SHOWN_S - 1)

@@ -340,6 +340,7 @@ def _append(state: State, now: float) -> Effects:
     if state.next_index not in state.queue:
         return _wait_for_hole(state, now)
     state.missing_since_s = None
+    state.appending_since_s = now
     index = state.next_index
     while len(state.appending) < APPEND_BATCH_MAX and index in state.queue:
         state.appending.append(state.queue.pop(index))
@@ -347,7 +348,6 @@ def _append(state: State, now: float) -> Effects:
     deltas = [queued.delta for queued in state.appending if len(queued.delta) > len(EMPTY_DELTA)]
     delta = EMPTY_DELTA if not deltas else deltas[0] if len(deltas) == 1 else squash(deltas)
     state.producing = Producing.APPENDING
-    state.appending_since_s = now
     return [Append([q.entry for q in state.appending], [q.intent for q in state.appending], delta)]
 
 

@@ -8,6 +8,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
 
+from juicebox_hsm.ids import GroupId
 from roles.tools.demo.launch import Cluster
 from roles.tools.demo.processes import OrphanGuard
 
@@ -32,7 +33,7 @@ class Channel(StrEnum):
 
 @dataclass(slots=True)
 class Day:
-    """The realm a state is caused on. `cause` adds what a tool said to `tool_output`, and mended things to `undo`."""
+    """The realm a state is caused on. `cause` adds what a tool said to `tool_output`, and the way back to `undo`."""
 
     cluster: Cluster
     directory: Path
@@ -40,6 +41,12 @@ class Day:
     guard: OrphanGuard
     tool_output: list[str] = field(default_factory=list)
     victims: list[str] = field(default_factory=list)
+    undo: list[Callable[[], Awaitable[None]]] = field(default_factory=list)
+
+    async def serving(self) -> GroupId:
+        """Return the group that has the key space."""
+        view = await self.cluster.wait_leaders()
+        return next(group.id for group in view.groups.values() if group.owned_range is not None)
 
     async def leader(self) -> str:
         """Return the name of the agent that leads the key space."""

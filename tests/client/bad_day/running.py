@@ -15,11 +15,11 @@ from juicebox_hsm.adapters.faults.switch import ENVIRONMENT
 from roles.tools.demo.launch import launch
 from roles.tools.demo.layout import DemoOptions
 from roles.tools.demo.processes import OrphanGuard
-from tests.client.bad_day import cluster_states, store_states
+from tests.client.bad_day import cluster_states, damage_states, store_states
 from tests.client.bad_day.day import BACK_S, Day, Report, State
 from tests.client.bad_day.listening import PAUSE_S, Ears, User, registered
 
-STATES: Final = {state.name: state for state in (*cluster_states.STATES, *store_states.STATES)}
+STATES: Final = {state.name: state for state in (*cluster_states.STATES, *store_states.STATES, *damage_states.STATES)}
 
 
 async def run(state: State) -> Report:
