@@ -18,7 +18,7 @@ from juicebox_hsm.ids import GroupId, HsmId, RealmId
 from juicebox_hsm.ports.errors import HsmGone
 from roles.agent.context import Agent
 from roles.agent.outside import Timings
-from roles.agent.watchdog import suspects, watchdog
+from roles.agent.watchdog import watchdog
 
 REALM, GROUP, HSM = RealmId(b"r" * 16), GroupId(b"g" * 16), HsmId(b"h" * 16)
 
@@ -63,21 +63,6 @@ class WatchedAgent(FewThings):
 
     async def step_down(self, _group: object, *, force: bool, why: str) -> None:
         self.steps += 1
-
-
-def test_suspects() -> None:
-    """Suspect is only a group the HSM leads with more than one entry captured and without leader state here."""
-    agent = WatchedAgent(None)
-    watched = cast("Agent", agent)
-    assert suspects(watched, status_of(Leader(2), 2)) == [(REALM, GROUP)]
-    assert suspects(watched, status_of(Leader(2), 1)) == []
-    assert suspects(watched, status_of(Leader(2), 0)) == []
-    assert suspects(watched, status_of(Witness(), 5)) == []
-    assert suspects(watched, StatusOk(HSM, None, bytes(32))) == []
-    group = GroupState(REALM, GROUP, (HSM,), RoleStatus(Witness(), 0))
-    agent.groups.add(group)
-    group.adopt(RoleStatus(Leader(2), 9))
-    assert suspects(watched, status_of(Leader(2), 2)) == []
 
 
 async def test_the_watchdogs_last_words_are_heard(autojump_clock: trio.testing.MockClock) -> None:
