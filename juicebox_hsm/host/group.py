@@ -15,7 +15,7 @@ from juicebox_hsm.host.leadership.machine import Leadership
 from juicebox_hsm.host.leadership.state import Limits
 from juicebox_hsm.host.witness import Following
 from juicebox_hsm.ids import GroupId, HsmId, RealmId
-from juicebox_hsm.wire.rpc import Refusal
+from juicebox_hsm.wire.rpc import AgentStatus, GroupRole, Refusal
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +96,17 @@ class GroupState:
         return RoleChange(started=self.leader, ended=ended)
 
 
+def is_quiet(status: AgentStatus, realm: RealmId, group: GroupId) -> bool:
+    """Tell whether a member's agent reports that it neither leads the group nor owes anybody an answer for it.
+
+    Until then its last rows may be on their way.
+    """
+    return any(
+        (info.realm, info.group) == (realm, group) and info.role.name is GroupRole.WITNESS and not info.waiting_clients
+        for info in status.groups
+    )
+
+
 def leadership_start(role: Role) -> int | None:
     """Return the first index of the leadership, None for a witness."""
     match role:
@@ -142,6 +153,15 @@ class Groups:
             return found
         known_realm = any(key[0] == realm for key in self._by_key)
         return Refusal.INVALID_GROUP if known_realm else Refusal.INVALID_REALM
+
+    def leading(self, realm: bytes, group: bytes) -> tuple[GroupState, Leadership] | Refusal:
+        """Return the group and its leadership if requests may be made of it, else why not."""
+        found = self.find(realm, group)
+        if isinstance(found, Refusal):
+            return found
+        if found.leader is None or not found.is_leader:
+            return Refusal.NOT_LEADER
+        return found, found.leader
 
     @property
     def realms(self) -> Mapping[RealmId, None]:

@@ -8,8 +8,10 @@ from __future__ import annotations
 from typing import Final
 
 from juicebox_hsm.consensus.types import LogEntry, Partition, TransferringOut
+from juicebox_hsm.errors import check
+from juicebox_hsm.host.leadership.machine import Leadership
 from juicebox_hsm.host.retry import STORE_RETRY
-from juicebox_hsm.hsm.messages import Outcome
+from juicebox_hsm.hsm.messages import NotLeader, Outcome, Response
 from juicebox_hsm.ids import GroupId, OwnedRange, RecordId, next_record_id
 from juicebox_hsm.merkle.walk import Side
 from juicebox_hsm.wire.rpc import Range, Refusal
@@ -19,7 +21,7 @@ QUICK_ATTEMPTS_MAX: Final = 5
 """So many attempts follow each other at once: a proof is stale because an entry was just written, and most often
 the next one is not."""
 
-REFUSALS: Final = {
+_REFUSALS: Final = {
     Outcome.INVALID_REALM: Refusal.INVALID_REALM,
     Outcome.INVALID_GROUP: Refusal.INVALID_GROUP,
     Outcome.UNACCEPTABLE_RANGE: Refusal.UNACCEPTABLE_RANGE,
@@ -44,11 +46,55 @@ def owned_range(asked: Range) -> OwnedRange | None:
     return owned if owned.is_valid else None
 
 
-def stale_pause_s(attempt: int) -> float:
-    """Return the pause after attempt number `attempt` (from 1) that met a stale proof or a missing node."""
-    if attempt < QUICK_ATTEMPTS_MAX:
-        return STALE_PAUSE_S
-    return STORE_RETRY.delay_s(attempt - QUICK_ATTEMPTS_MAX + 1)
+def refusal_of(reply: Response) -> Refusal:
+    """Return what callers are told of the HSM's refusal."""
+    if isinstance(reply, NotLeader):
+        return Refusal.NOT_LEADER
+    refusal = _REFUSALS.get(reply) if isinstance(reply, Outcome) else None
+    check(refusal is not None, "transfer requests are refused as specified")
+    return refusal or Refusal.NO_HSM
+
+
+class StaleAttempts:
+    """The attempts of one request that met stale proofs or missing nodes, bounded like those of the store.
+
+    Moments are in s on a monotonic clock.
+    """
+
+    def __init__(self, began_s: float) -> None:
+        self._made = 0
+        self._began_s = began_s
+
+    def failed(self, now_s: float, *, leads: bool) -> float | Refusal:
+        """Return the pause (s) before the next attempt, or why there is none. `leads`: in the same leadership."""
+        self._made += 1
+        if STORE_RETRY.exhausted(self._made, now_s - self._began_s):
+            return Refusal.NO_STORE
+        if not leads:
+            return Refusal.NOT_LEADER
+        if self._made < QUICK_ATTEMPTS_MAX:
+            return STALE_PAUSE_S
+        return STORE_RETRY.delay_s(self._made - QUICK_ATTEMPTS_MAX + 1)
+
+
+def waits_to_sign(*, leads: bool, in_time: bool) -> Refusal | None:
+    """Tell whether to ask again for a transfer's statement that the HSM is too busy to sign; None to ask."""
+    if not leads:
+        return Refusal.NOT_LEADER
+    return None if in_time else Refusal.COMMIT_TIMEOUT
+
+
+def judge_tail(tail: LogEntry | None, leader: Leadership, *, leads: bool, in_time: bool) -> LogEntry | Refusal | None:
+    """Return the log's tail if `leader`, in office (`leads`), knows it as its last entry; None to read it again.
+
+    A deposed leader cannot pass. An entry that `leader` made may be in the log before its acknowledgement has come.
+    """
+    if tail is None or not leads:
+        return Refusal.NOT_LEADER
+    last = leader.last_appended
+    if last is not None and (last.index, last.entry_mac) == (tail.index, tail.entry_mac):
+        return tail
+    return None if in_time and leader.made(tail) else Refusal.NOT_LEADER
 
 
 def joining_edges(own: Partition | None, incoming: Partition) -> tuple[Side, Side] | None:

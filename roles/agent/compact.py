@@ -12,7 +12,7 @@ from juicebox_hsm.consensus.types import LogEntry
 from juicebox_hsm.errors import RealmError
 from juicebox_hsm.host.codes import Code
 from juicebox_hsm.host.events import is_recordable
-from juicebox_hsm.host.group import GroupState
+from juicebox_hsm.host.group import GroupState, is_quiet
 from juicebox_hsm.host.leadership.effects import (
     CompactRows,
     ListRows,
@@ -39,7 +39,6 @@ from juicebox_hsm.host.leadership.events import (
 )
 from juicebox_hsm.host.log import Intent
 from juicebox_hsm.ids import HsmId
-from juicebox_hsm.wire.rpc import GroupRole
 from roles.agent.outbox import PAGE_EVENTS, note_set_aside, record_events
 
 if TYPE_CHECKING:
@@ -138,15 +137,7 @@ async def _is_witness(agent: Agent, group: GroupState, member: HsmId) -> bool:
     if url is None:
         return False
     status = await agent.peers.status(url)
-    if status is None:
-        return False
-    return any(
-        info.realm == group.realm
-        and info.group == group.group
-        and info.role.name is GroupRole.WITNESS
-        and not info.waiting_clients  # its last rows may be on their way
-        for info in status.groups
-    )
+    return status is not None and is_quiet(status, group.realm, group.group)
 
 
 async def _read_unsettled(agent: Agent, driver: Driver, last: int) -> UnsettledRead:

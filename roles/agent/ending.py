@@ -9,12 +9,13 @@ import trio
 from juicebox_hsm.consensus.types import Certificate, LogEntry
 from juicebox_hsm.errors import RealmError
 from juicebox_hsm.host.codes import Code
-from juicebox_hsm.host.ending import HOUSE_S, has_cleared_up, proof_of_end
+from juicebox_hsm.host.ending import has_cleared_up, proof_of_end
 from juicebox_hsm.host.group import GroupState
+from juicebox_hsm.host.transfer import refusal_of
 from juicebox_hsm.hsm.messages import ForgetGroup, ForgetGroupOk, Outcome, RetireGroup, RetireGroupOk
 from juicebox_hsm.ports.errors import HsmGone
 from juicebox_hsm.wire.rpc import Done, GroupCall, Refusal, Refused
-from roles.agent.transfer import committed, leading, refused_by_hsm
+from roles.agent.transfer import committed
 
 if TYPE_CHECKING:
     from roles.agent.context import Agent
@@ -25,15 +26,15 @@ RESOLVE_DETAIL: Final = "requests of earlier leaderships are not recorded yet"
 
 async def handle_group_retire(agent: Agent, body: GroupCall) -> Done | Refused:
     """End a group that owns nothing; answers when that is committed. Idempotent while the group is known."""
-    found = leading(agent, body.realm, body.group)
-    if isinstance(found, Refused):
-        return found
+    found = agent.groups.leading(body.realm, body.group)
+    if isinstance(found, Refusal):
+        return Refused(found)
     group, leader = found
     if not leader.snapshot(trio.current_time()).resolved:
         return Refused(Refusal.BUSY, detail=RESOLVE_DETAIL)
     reply = await agent.hsm.send(RetireGroup(group.realm, group.group))
     if not isinstance(reply, RetireGroupOk):
-        return refused_by_hsm(reply)
+        return Refused(refusal_of(reply))
     agent.log.warning("group retired", realm=group.realm.hex(), group=group.group.hex(), index=reply.wait_til_committed)
     return await committed(agent, group, reply.wait_til_committed, reply.clock, reply.entry) or Done()
 
@@ -80,7 +81,7 @@ async def _has_left_leadership(agent: Agent, group: GroupState, entry: LogEntry)
     if driver is None:
         return True
     now = trio.current_time()
-    if has_cleared_up(driver.leader.snapshot(now), entry) or now - group.ended_at_s > HOUSE_S:
+    if has_cleared_up(driver.leader.snapshot(now), entry, now - group.ended_at_s):
         await driver.leave(by_others=True)
     return agent.driver_of(group) is None
 

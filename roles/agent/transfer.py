@@ -11,25 +11,25 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from juicebox_hsm.consensus.types import LogEntry, Partition
-from juicebox_hsm.errors import RealmError, check
+from juicebox_hsm.errors import RealmError
 from juicebox_hsm.host.group import GroupState
 from juicebox_hsm.host.leadership.events import CommitWait, TransferMade, WaitTimedOut
 from juicebox_hsm.host.leadership.machine import Leadership
-from juicebox_hsm.host.retry import STORE_RETRY
 from juicebox_hsm.host.transfer import (
-    REFUSALS,
+    StaleAttempts,
     has_arrived,
     is_leaving_at,
     joining_edges,
     judge_owns,
+    judge_tail,
     owned_range,
+    refusal_of,
     split_point,
-    stale_pause_s,
+    waits_to_sign,
 )
 from juicebox_hsm.hsm.messages import (
     CancelPreparedTransfer,
     CompleteTransfer,
-    NotLeader,
     Outcome,
     PrepareTransfer,
     PrepareTransferOk,
@@ -69,25 +69,6 @@ if TYPE_CHECKING:
 COMMIT_POLL_S: Final = 0.01
 
 
-def refused_by_hsm(reply: Response) -> Refused:
-    """Return what callers are told of the HSM's refusal."""
-    if isinstance(reply, NotLeader):
-        return Refused(Refusal.NOT_LEADER)
-    refusal = REFUSALS.get(reply) if isinstance(reply, Outcome) else None
-    check(refusal is not None, "transfer requests are refused as specified")
-    return Refused(refusal if refusal is not None else Refusal.NO_HSM)
-
-
-def leading(agent: Agent, realm: bytes, group: bytes) -> tuple[GroupState, Leadership] | Refused:
-    """Return the group and its leadership if requests may be made of it."""
-    found = agent.groups.find(realm, group)
-    if isinstance(found, Refusal):
-        return Refused(found)
-    if found.leader is None or not found.is_leader:
-        return Refused(Refusal.NOT_LEADER)
-    return found, found.leader
-
-
 async def committed(
     agent: Agent, group: GroupState, index: int, clock: int, entry: LogEntry | None = None, delta: bytes = EMPTY_DELTA
 ) -> Refused | None:
@@ -114,39 +95,21 @@ async def _last_entry(agent: Agent, group: GroupState, leader: Leadership) -> Lo
     return leader.last_appended or await agent.store.log.read_last(group.realm, group.group)
 
 
-class _Attempts:
-    """The attempts of one request that met stale proofs, bounded like those of the store."""
-
-    def __init__(self) -> None:
-        self._made = 0
-        self._began = trio.current_time()
-
-    async def pause(self, group: GroupState, leader: Leadership) -> Refused | None:
-        """Wait before the next attempt; tells why there is none."""
-        self._made += 1
-        if STORE_RETRY.exhausted(self._made, trio.current_time() - self._began):
-            return Refused(Refusal.NO_STORE)
-        if group.leader is not leader:
-            return Refused(Refusal.NOT_LEADER)
-        await trio.sleep(stale_pause_s(self._made))
-        return None
-
-
 # --- destination ----------------------------------------------------------------------------------------
 
 
 async def handle_prepare(agent: Agent, body: TransferPrepare) -> Prepared | Refused:
     """Reserve a range at the destination."""
-    found = leading(agent, body.realm, body.destination)
-    if isinstance(found, Refused):
-        return found
+    found = agent.groups.leading(body.realm, body.destination)
+    if isinstance(found, Refusal):
+        return Refused(found)
     group, _ = found
     wanted = owned_range(body.range)
     if wanted is None:
         return Refused(Refusal.UNACCEPTABLE_RANGE)
     reply = await agent.hsm.send(PrepareTransfer(group.realm, GroupId(body.source), group.group, wanted))
     if not isinstance(reply, PrepareTransferOk):
-        return refused_by_hsm(reply)
+        return Refused(refusal_of(reply))
     refused = await committed(agent, group, reply.wait_til_committed, reply.clock, reply.entry)
     return refused or Prepared(reply.nonce, reply.statement)
 
@@ -162,15 +125,15 @@ async def handle_cancel_prepare(agent: Agent, body: TransferPrepare) -> Done | R
 
 async def handle_transfer_in(agent: Agent, body: TransferInCall) -> Done | Refused:
     """Take a range in."""
-    found = leading(agent, body.realm, body.destination)
-    if isinstance(found, Refused):
-        return found
+    found = agent.groups.leading(body.realm, body.destination)
+    if isinstance(found, Refusal):
+        return Refused(found)
     group, leader = found
     incoming_range = owned_range(body.transferring.range)
     if incoming_range is None:
         return Refused(Refusal.NOT_PREPARED)
     incoming = Partition(incoming_range, body.transferring.root_hash)
-    attempts = _Attempts()
+    attempts = StaleAttempts(trio.current_time())
     while True:
         reply: Response | Refused
         try:
@@ -184,10 +147,11 @@ async def handle_transfer_in(agent: Agent, body: TransferInCall) -> Done | Refus
         if isinstance(reply, TransferInOk):
             return await committed(agent, group, reply.entry.index, reply.clock, reply.entry, reply.delta) or Done()
         if reply is not Outcome.STALE_PROOF:
-            return refused_by_hsm(reply)
-        given_up = await attempts.pause(group, leader)
-        if given_up is not None:
-            return given_up
+            return Refused(refusal_of(reply))
+        pause_s = attempts.failed(trio.current_time(), leads=group.leader is leader)
+        if isinstance(pause_s, Refusal):
+            return Refused(pause_s)
+        await trio.sleep(pause_s)
 
 
 async def _try_in(
@@ -223,14 +187,14 @@ async def _try_in(
 
 async def handle_transfer_out(agent: Agent, body: TransferOutCall) -> TransferredOut | Refused:
     """Give a range away; answers with the signed transfer."""
-    found = leading(agent, body.realm, body.source)
-    if isinstance(found, Refused):
-        return found
+    found = agent.groups.leading(body.realm, body.source)
+    if isinstance(found, Refusal):
+        return Refused(found)
     group, leader = found
     wanted = owned_range(body.range)
     if wanted is None:
         return Refused(Refusal.UNACCEPTABLE_RANGE)
-    attempts = _Attempts()
+    attempts = StaleAttempts(trio.current_time())
     while True:
         try:
             reply = await _try_out(agent, group, leader, body, wanted)
@@ -241,10 +205,11 @@ async def handle_transfer_out(agent: Agent, body: TransferOutCall) -> Transferre
         if isinstance(reply, TransferOutOk):
             break
         if reply is not Outcome.STALE_PROOF:
-            return refused_by_hsm(reply)
-        given_up = await attempts.pause(group, leader)
-        if given_up is not None:
-            return given_up
+            return Refused(refusal_of(reply))
+        pause_s = attempts.failed(trio.current_time(), leads=group.leader is leader)
+        if isinstance(pause_s, Refusal):
+            return Refused(pause_s)
+        await trio.sleep(pause_s)
     refused = await committed(agent, group, reply.wait_til_committed, reply.clock, reply.entry, reply.delta)
     return refused or await _statement(agent, group, leader, body, reply.partition)
 
@@ -282,19 +247,18 @@ async def _statement(
             moved = PartitionInfo(Range(partition.range.start, partition.range.end), partition.root_hash)
             return TransferredOut(moved, reply.at, reply.statement)
         if reply is not Outcome.BUSY:
-            return refused_by_hsm(reply)
-        if group.leader is not leader:
-            return Refused(Refusal.NOT_LEADER)
-        if trio.current_time() >= deadline:
-            return Refused(Refusal.COMMIT_TIMEOUT)
+            return Refused(refusal_of(reply))
+        given_up = waits_to_sign(leads=group.leader is leader, in_time=trio.current_time() < deadline)
+        if given_up is not None:
+            return Refused(given_up)
         await trio.sleep(COMMIT_POLL_S)
 
 
 async def handle_complete(agent: Agent, body: TransferComplete) -> Done | Refused:
     """Forget a transfer that has arrived, and only the one that left at `at`."""
-    found = leading(agent, body.realm, body.source)
-    if isinstance(found, Refused):
-        return found
+    found = agent.groups.leading(body.realm, body.source)
+    if isinstance(found, Refusal):
+        return Refused(found)
     group, leader = found
     wanted = owned_range(body.range)
     if wanted is None:
@@ -313,13 +277,13 @@ async def _plain_entry(
     agent: Agent, realm: bytes, asked: bytes, request: CancelPreparedTransfer | CompleteTransfer
 ) -> Done | Refused:
     """Run a request whose success is one entry without a tree change, and wait for its commit."""
-    found = leading(agent, realm, asked)
-    if isinstance(found, Refused):
-        return found
+    found = agent.groups.leading(realm, asked)
+    if isinstance(found, Refusal):
+        return Refused(found)
     group, _ = found
     reply = await agent.hsm.send(request)
     if not isinstance(reply, TransferEntryOk):
-        return refused_by_hsm(reply)
+        return Refused(refusal_of(reply))
     return await committed(agent, group, reply.entry.index, reply.clock, reply.entry) or Done()
 
 
@@ -327,7 +291,7 @@ async def _plain_entry(
 
 
 async def _fresh_tail(agent: Agent, group: GroupState, leader: Leadership) -> LogEntry | Refused:
-    """Read the log's tail now; it must be this leader's and committed (a deposed leader cannot pass)."""
+    """Read the log's tail now; it must be this leader's and committed."""
     clock = group.role.at
     deadline = trio.current_time() + agent.timings.commit_wait_s
     while True:
@@ -335,22 +299,20 @@ async def _fresh_tail(agent: Agent, group: GroupState, leader: Leadership) -> Lo
             tail = await agent.store.log.read_last(group.realm, group.group)
         except RealmError:
             return Refused(Refusal.NO_STORE)
-        if tail is None or group.leader is not leader:
-            return Refused(Refusal.NOT_LEADER)
-        last = leader.last_appended
-        if last is not None and (last.index, last.entry_mac) == (tail.index, tail.entry_mac):
-            return await committed(agent, group, tail.index, clock) or tail
-        if not leader.made(tail) or trio.current_time() >= deadline:
-            return Refused(Refusal.NOT_LEADER)
-        # our own append landed and its acknowledgement is on the way
+        in_time = trio.current_time() < deadline
+        fresh = judge_tail(tail, leader, leads=group.leader is leader, in_time=in_time)
+        if isinstance(fresh, Refusal):
+            return Refused(fresh)
+        if fresh is not None:
+            return await committed(agent, group, fresh.index, clock) or fresh
         await trio.sleep(COMMIT_POLL_S)
 
 
 async def handle_owns(agent: Agent, body: OwnsCall) -> Done | Refused:
     """Tell whether the group owns a range for certain (agent.md 14)."""
-    found = leading(agent, body.realm, body.group)
-    if isinstance(found, Refused):
-        return found
+    found = agent.groups.leading(body.realm, body.group)
+    if isinstance(found, Refusal):
+        return Refused(found)
     asked = owned_range(body.range)
     tail = await _fresh_tail(agent, *found)
     if isinstance(tail, Refused):
@@ -364,9 +326,9 @@ async def handle_owns(agent: Agent, body: OwnsCall) -> Done | Refused:
 
 async def handle_arrived(agent: Agent, body: ArrivedCall) -> Done | Refused:
     """Tell whether a committed entry of the destination consumed `source` at or above `at` (manager.md 6.3)."""
-    found = leading(agent, body.realm, body.destination)
-    if isinstance(found, Refused):
-        return found
+    found = agent.groups.leading(body.realm, body.destination)
+    if isinstance(found, Refusal):
+        return Refused(found)
     tail = await _fresh_tail(agent, *found)
     if isinstance(tail, Refused):
         return Refused(Refusal.TIMEOUT) if tail.outcome is Refusal.COMMIT_TIMEOUT else tail

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from juicebox_hsm.consensus.types import Captured, LogEntry
-from juicebox_hsm.host.ending import has_cleared_up, proof_of_end
+from juicebox_hsm.host.ending import HOUSE_S, has_cleared_up, proof_of_end
 from juicebox_hsm.host.leadership.machine import Snapshot
 from juicebox_hsm.ids import GroupId, HsmId, RealmId
 
@@ -44,5 +44,11 @@ def test_a_proof_has_a_majority_for_the_very_entry() -> None:
 )
 def test_a_leader_clears_up_first(left: dict[str, int | bool]) -> None:
     """A leader stays while somebody waits, an intent has no row, or more than one row of the log is left."""
-    assert has_cleared_up(CLEAR, END)
-    assert not has_cleared_up(replace(CLEAR, **left), END)  # type: ignore[arg-type]  # fields of the snapshot by name
+    assert has_cleared_up(CLEAR, END, HOUSE_S)
+    assert not has_cleared_up(replace(CLEAR, **left), END, HOUSE_S)  # type: ignore[arg-type]  # fields of the snapshot by name
+
+
+def test_a_leader_of_an_ended_group_has_its_time() -> None:
+    """One that cannot clear up leaves all the same, and not a moment before: the next one begins anew."""
+    assert not has_cleared_up(replace(CLEAR, uncompacted_rows=2), END, HOUSE_S)
+    assert has_cleared_up(replace(CLEAR, uncompacted_rows=2), END, HOUSE_S + 0.1)

@@ -6,8 +6,9 @@ import pytest
 
 from juicebox_hsm.consensus.types import Leader, Role, RoleStatus, SteppingDown, Witness
 from juicebox_hsm.errors import InvariantViolation
-from juicebox_hsm.host.group import Groups, GroupState
-from juicebox_hsm.wire.rpc import Refusal
+from juicebox_hsm.host.group import Groups, GroupState, is_quiet
+from juicebox_hsm.host.leadership.events import RoleAdopted
+from juicebox_hsm.wire.rpc import AgentGroupInfo, AgentStatus, GroupRole, Refusal, RoleInfo
 from tests.host.script import GROUP, REALM, hsm
 
 MEMBERS = (hsm("a"), hsm("b"), hsm("c"))
@@ -84,3 +85,34 @@ def test_groups_name_what_is_wrong() -> None:
     assert groups.find(REALM, b"x" * 16) is Refusal.INVALID_GROUP
     assert groups.find(b"x" * 16, GROUP) is Refusal.INVALID_REALM
     assert list(groups.realms) == [REALM]
+
+
+def test_requests_are_made_of_a_leading_group() -> None:
+    """A group is given with its leadership while requests may be made of it; else the refusal says what is wrong."""
+    groups = Groups()
+    assert groups.leading(REALM, GROUP) is Refusal.INVALID_REALM
+    state = group(Leader(2))
+    groups.add(state)
+    assert groups.leading(REALM, GROUP) == (state, state.leader)
+    assert groups.leading(REALM, b"x" * 16) is Refusal.INVALID_GROUP
+    state.adopt(RoleStatus(SteppingDown(2), 6))
+    assert state.leader is not None
+    state.leader.step(RoleAdopted(state.role), 0.0)
+    assert groups.leading(REALM, GROUP) is Refusal.NOT_LEADER
+    state.adopt(RoleStatus(Witness(), 7))
+    assert groups.leading(REALM, GROUP) is Refusal.NOT_LEADER
+
+
+def test_who_is_quiet() -> None:
+    """A former leader counts as quiet once it is a witness of that very group and owes nobody an answer."""
+    witness, leads = RoleInfo(GroupRole.WITNESS, 1, None), RoleInfo(GroupRole.STEPPING_DOWN, 1, 1)
+
+    def told(realm: bytes, of: bytes, role: RoleInfo, waiting: int = 0) -> bool:
+        info = AgentGroupInfo(realm, of, role, leading=False, waiting_clients=waiting)
+        return is_quiet(AgentStatus(1.0, None, "u", "", [info]), REALM, GROUP)
+
+    assert told(REALM, GROUP, witness)
+    assert not told(REALM, GROUP, witness, waiting=1)
+    assert not told(REALM, GROUP, leads)
+    assert not told(b"x" * 16, GROUP, witness)
+    assert not told(REALM, b"x" * 16, witness)
