@@ -13,6 +13,7 @@ from typing import Final
 from juicebox_hsm.consensus.types import LogEntry
 from juicebox_hsm.errors import check
 from juicebox_hsm.host.leadership.state import UNCOMMITTED_MAX
+from juicebox_hsm.host.retry import FOREVER_S, RetryProfile
 from juicebox_hsm.hsm.messages import NotCaptured, Outcome, Response
 
 TRAILING_CAPTURE_MAX: Final = UNCOMMITTED_MAX
@@ -58,6 +59,16 @@ class Obstacle:
     def may_pass(self) -> bool:
         """Tell whether trying again within the deadline may help."""
         return self.code in _PASSING
+
+
+LEAD_RETRY: Final = RetryProfile(0.002, 0.05, attempts_max=None, total_s=FOREVER_S)
+"""Most obstacles pass within milliseconds; the deadline is the caller's."""
+
+
+def pause_before_again(obstacle: Obstacle, attempt: int, left_s: float) -> float | None:
+    """Return the pause (s) after attempt number `attempt`, None if none is worth while in the `left_s` that remain."""
+    pause_s = LEAD_RETRY.delay_s(attempt)
+    return pause_s if obstacle.may_pass and pause_s < left_s else None
 
 
 def judge_tail(last: LogEntry | None, asked_last: int | None, position: int) -> Obstacle | None:

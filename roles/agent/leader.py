@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from juicebox_hsm.errors import RealmError
-from juicebox_hsm.host.candidacy import Obstacle, ObstacleCode, judge_refusal, judge_tail
+from juicebox_hsm.host.candidacy import Obstacle, ObstacleCode, judge_refusal, judge_tail, pause_before_again
 from juicebox_hsm.host.group import GroupState
 from juicebox_hsm.host.leadership.events import Inherited
 from juicebox_hsm.host.leadership.machine import Leadership
@@ -38,8 +38,6 @@ from roles.agent.replicate import push_to_member
 if TYPE_CHECKING:
     from roles.agent.context import Agent
 
-POLL_FIRST_S = 0.002
-POLL_MAX_S = 0.05
 HAND_OVER_TIMEOUT_S = 10.0
 DRAIN_POLL_S = 0.02
 
@@ -90,16 +88,17 @@ async def handle_become_leader(agent: Agent, body: BecomeLeaderCall) -> Done | R
     if agent.stopping:
         return _refused(Obstacle(ObstacleCode.STOPPING))
     deadline = trio.current_time() + agent.timings.become_leader_s
-    pause_s = POLL_FIRST_S
+    attempt = 0
     while True:
+        attempt += 1
         agent.follower(group).wake.set()
         obstacle = await _try_to_lead(agent, group, body.last)
         if obstacle is None:
             return Done()
-        if not obstacle.may_pass or trio.current_time() + pause_s >= deadline:
+        pause_s = pause_before_again(obstacle, attempt, deadline - trio.current_time())
+        if pause_s is None:
             return _refused(obstacle)
         await trio.sleep(pause_s)
-        pause_s = min(2 * pause_s, POLL_MAX_S)
 
 
 async def _try_to_lead(agent: Agent, group: GroupState, asked_last: int | None) -> Obstacle | None:

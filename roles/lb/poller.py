@@ -15,6 +15,7 @@ from juicebox_hsm.adapters.observation.logging import outside_context
 from juicebox_hsm.adapters.observation.tracing import Traces, active
 from juicebox_hsm.adapters.rpc import RpcError, RpcUnreachable
 from juicebox_hsm.errors import RealmError
+from juicebox_hsm.host.retry import FOREVER_S, RetryProfile
 from juicebox_hsm.host.routing import STALE_S, AgentClaims, RoutingTable, build_table
 from juicebox_hsm.host.services import ServiceKind
 from juicebox_hsm.ports.discovery import Discovery
@@ -67,7 +68,7 @@ class Poller:
         poll_s: float = POLL_S,
     ) -> None:
         """`poll_s` is the mean pause between two looks at an agent that answers."""
-        self._poll_s = poll_s
+        self._pauses = RetryProfile(poll_s, BACKOFF_S_MAX, None, FOREVER_S, POLL_JITTER)
         self._traces = traces
         self._clock = clock
         self.table = RoutingTable()
@@ -156,11 +157,11 @@ class Poller:
             self._publish()
 
     async def _poll_forever(self, agent: _Agent) -> None:
-        pause_s = self._poll_s
+        failed = 0
         with agent.scope:
             while True:
-                await trio.sleep(pause_s * self._rng.uniform(1 - POLL_JITTER, 1 + POLL_JITTER))
-                pause_s = self._poll_s if await self._ask(agent) else min(2 * pause_s, BACKOFF_S_MAX)
+                await trio.sleep(self._pauses.delay_s(failed + 1, self._rng.random()))
+                failed = 0 if await self._ask(agent) else failed + 1
 
     async def _ask(self, agent: _Agent) -> bool:
         """Poll an agent once; False when it did not answer."""

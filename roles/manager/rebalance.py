@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from juicebox_hsm.errors import RealmError
 from juicebox_hsm.host.cluster.balance import (
+    AskToLead,
+    AskToLeave,
     Move,
+    carry_out,
     is_settled,
     is_worthwhile,
+    leaves_a_leader,
     loads,
-    may_have_stepped_down,
     next_move,
 )
 from juicebox_hsm.host.cluster.leases import group_lease
@@ -72,27 +75,27 @@ async def _remember_move(context: ManagerContext, key: GroupKey) -> None:
 
 
 async def _carry_out(context: ManagerContext, view: ClusterView, move: Move) -> Rebalanced | Refused:
-    """Step the old leader down and ask the target; whatever goes wrong in between, ask the old leader back."""
+    """Make the calls that the rules ask for, and return what they conclude."""
     group = view.groups[move.key]
-    old, new = group.member(move.source), group.member(move.destination)
-    if old is None or new is None:
+    members = {member.hsm: member for member in group.members}
+    if not {move.source, move.destination} <= members.keys():
         return Refused(Refusal.STEP_DOWN_FAILED, detail="members changed")
-    last = await step_down(context, group, old)
-    if isinstance(last, Refused):
-        if may_have_stepped_down(last):
-            reason = await appoint(context, group, old, None)
-            outcome = Refusal.LEADERSHIP_TRANSFER_FAILED if reason else Refusal.LEADERSHIP_TRANSFER_ROLLED_BACK
-            return Refused(outcome, detail=last.detail)
+    steps = carry_out(move)
+    step = next(steps)
+    while True:
+        match step:
+            case AskToLeave():
+                answer: int | Refused | str = await step_down(context, group, members[move.source])
+            case AskToLead(hsm, last):
+                answer = await appoint(context, group, members[hsm], last)
+        try:
+            step = steps.send(answer)
+        except StopIteration as end:
+            outcome: Rebalanced | Refused = end.value
+            break
+    if leaves_a_leader(outcome):
         context.state.announced.discard(move.key)
-        return Refused(Refusal.STEP_DOWN_FAILED, detail=last.outcome.value)
-    refusal = await appoint(context, group, new, last)
-    if not refusal:
-        context.state.announced.discard(move.key)
-        return Rebalanced(realm=move.key[0], group=move.key[1], source=move.source, destination=move.destination)
-    if not await appoint(context, group, old, last):
-        context.state.announced.discard(move.key)
-        return Refused(Refusal.LEADERSHIP_TRANSFER_ROLLED_BACK, detail=refusal)
-    return Refused(Refusal.LEADERSHIP_TRANSFER_FAILED, detail=refusal)
+    return outcome
 
 
 async def _appointment_pass(context: ManagerContext, appointer: Appointer) -> None:

@@ -15,20 +15,20 @@ from juicebox_hsm.errors import RealmError
 from juicebox_hsm.host.cluster.leases import ownership_lease
 from juicebox_hsm.host.cluster.progress import TransferProgress, listed
 from juicebox_hsm.host.cluster.transfer import (
-    LEASE_PAUSES,
-    PHASE_A_PAUSES,
-    PHASE_B_PAUSES,
-    RETRIED,
+    LEASE_RETRY,
+    PHASE_A_RETRY,
+    PHASE_B_RETRY,
     Call,
     Calls,
-    Pauses,
     TransferRequest,
     complete,
     leaders_of,
     move_range,
+    pause_before_again,
     source_leader_of,
 )
 from juicebox_hsm.host.cluster.view import ClusterView
+from juicebox_hsm.host.retry import RetryProfile
 from juicebox_hsm.ports.errors import StoreUnavailable
 from juicebox_hsm.wire.methods import Request
 from juicebox_hsm.wire.rpc import Done, Refusal, Refused, TransferStep
@@ -38,28 +38,26 @@ from roles.survey.overview import IDS_TIMEOUT_S, read_overview
 
 DEADLINE_S: Final = 120.0
 STEP_TIMEOUT_S: Final = 65.0  # agents wait up to 60 s for the commit
-LEASE_WAIT_S: Final = 1.0
 
 
 async def run_requested_transfer(context: ManagerContext, request: TransferRequest) -> Done | Refused:
     """Carry out an operator's `transfer`; waits up to 1 s for the realm's ownership lease."""
     if request.source == request.destination:
         return Refused(Refusal.INVALID_GROUP, detail="source and destination are the same group")
-    give_up = trio.current_time() + LEASE_WAIT_S
-    pause_s = LEASE_PAUSES.first_s
+    begun, attempt = trio.current_time(), 0
     while True:
+        attempt += 1
         try:
             async with management_lease(context, ownership_lease(request.realm)):
                 return await run_transfer(context, request)
         except LeaseBusy:
-            if trio.current_time() + pause_s >= give_up:
+            if LEASE_RETRY.exhausted(attempt, trio.current_time() + LEASE_RETRY.delay_s(attempt) - begun):
                 return Refused(Refusal.MANAGER_BUSY)
         except LeaseLost as error:
             return Refused(Refusal.MANAGER_BUSY, detail=str(error))
         except StoreUnavailable as error:
             return Refused(Refusal.NO_STORE, detail=str(error))
-        await trio.sleep(pause_s)
-        pause_s = LEASE_PAUSES.after(pause_s)
+        await trio.sleep(LEASE_RETRY.delay_s(attempt))
 
 
 async def run_transfer(context: ManagerContext, request: TransferRequest) -> Done | Refused:
@@ -72,7 +70,7 @@ async def run_transfer(context: ManagerContext, request: TransferRequest) -> Don
         trio.move_on_after(DEADLINE_S),
     ):
         move = partial(_move_range, context, request, progress)
-        left = await _retried(context, request, progress, move, PHASE_A_PAUSES)
+        left = await _retried(context, request, progress, move, PHASE_A_RETRY)
         outcome = left if isinstance(left, Refused) else await _completed(context, request, left, progress)
     result = "ok" if isinstance(outcome, Done) else outcome.outcome.value
     elapsed_ns = round((trio.current_time() - begun) * 1e9)
@@ -97,7 +95,7 @@ async def _completed(
     """Run phase B, with retries."""
     progress.step = TransferStep.COMPLETE
     phase = partial(_complete, context, request, at, progress)
-    outcome = await _retried(context, request, progress, phase, PHASE_B_PAUSES)
+    outcome = await _retried(context, request, progress, phase, PHASE_B_RETRY)
     return outcome if isinstance(outcome, Refused) else Done()
 
 
@@ -106,20 +104,19 @@ async def _retried(
     request: TransferRequest,
     progress: TransferProgress,
     phase: Callable[[], Awaitable[int | Refused]],
-    pauses: Pauses,
+    profile: RetryProfile,
 ) -> int | Refused:
     """Repeat a phase with growing pauses until it succeeds, fails for good, or the deadline cancels us."""
-    pause_s = pauses.first_s
     progress.attempt = 1
     while True:
         outcome = await phase()
-        if not isinstance(outcome, Refused) or outcome.outcome not in RETRIED:
+        pause_s = pause_before_again(outcome, progress.attempt, profile)
+        if pause_s is None or not isinstance(outcome, Refused):
             return outcome
         context.log.info(
             "transfer step is retried", transfer=str(request), reason=outcome.outcome.value, detail=outcome.detail
         )
         await trio.sleep(pause_s)
-        pause_s = pauses.after(pause_s)
         progress.attempt += 1
 
 

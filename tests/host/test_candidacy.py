@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 
 from juicebox_hsm.errors import InvariantViolation
-from juicebox_hsm.host.candidacy import TRAILING_CAPTURE_MAX, Obstacle, ObstacleCode, judge_refusal, judge_tail
+from juicebox_hsm.host.candidacy import (
+    TRAILING_CAPTURE_MAX,
+    Obstacle,
+    ObstacleCode,
+    judge_refusal,
+    judge_tail,
+    pause_before_again,
+)
 from juicebox_hsm.hsm.messages import NotCaptured, Outcome
 from tests.host.script import entry
 
@@ -35,6 +42,17 @@ def test_what_may_pass() -> None:
     """Only the store, a log that is still growing and a capture close behind are worth another try."""
     passing = {code for code in ObstacleCode if Obstacle(code).may_pass}
     assert passing == {ObstacleCode.LOG_NOT_READ, ObstacleCode.LOG_SHORTER, ObstacleCode.CATCHING_UP}
+
+
+def test_what_may_pass_is_tried_until_the_deadline() -> None:
+    """Pauses grow from 2 ms to 50 ms; a pause that would outlast the deadline is none, nor is one for nothing."""
+    passing, lasting = Obstacle(ObstacleCode.CATCHING_UP), Obstacle(ObstacleCode.FAR_BEHIND)
+    assert [pause_before_again(passing, attempt, 5.0) for attempt in (1, 2, 5, 6, 99)] == [
+        0.002, 0.004, 0.032, 0.05, 0.05,
+    ]  # fmt: skip
+    assert pause_before_again(passing, 99, 0.05) is None
+    assert pause_before_again(passing, 1, -1.0) is None
+    assert pause_before_again(lasting, 1, 5.0) is None
 
 
 def test_what_the_hsm_says() -> None:

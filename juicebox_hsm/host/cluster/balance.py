@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from juicebox_hsm.host.cluster.view import ClusterView, GroupKey, group_work
 from juicebox_hsm.ids import HsmId
-from juicebox_hsm.wire.rpc import Refusal, Refused
+from juicebox_hsm.wire.rpc import Rebalanced, Refusal, Refused
 
 TRAILING_ENTRIES_MAX: Final = 1000
 """A member this many entries behind its leader, or more, cannot take over."""
@@ -124,6 +124,48 @@ def is_settled(moved: bytes | None, now_ms: int) -> bool:
         return True
 
 
-def may_have_stepped_down(refusal: Refused) -> bool:
-    """Tell whether a leader whose step-down failed may be none any more, so that somebody has to be asked to lead."""
-    return refusal.outcome is Refusal.RPC_ERROR
+# --- carrying a move out ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class AskToLeave:
+    """Ask the move's source to step down; answered with its last index, or its refusal."""
+
+
+@dataclass(frozen=True, slots=True)
+class AskToLead:
+    """Ask an HSM to lead from index `last`, if that is known; answered with why it does not, "" when it does."""
+
+    hsm: HsmId
+    last: int | None
+
+
+Steps = Generator[AskToLeave | AskToLead, "int | Refused | str", "Rebalanced | Refused"]
+
+
+def carry_out(move: Move) -> Steps:
+    """Move a leadership; whatever goes wrong in between, ask the old leader back. Returns what came of it.
+
+    A step-down without an answer may have happened, so somebody has to be asked to lead.
+    """
+    left = yield AskToLeave()
+    if isinstance(left, Refused):
+        if left.outcome is not Refusal.RPC_ERROR:
+            return Refused(Refusal.STEP_DOWN_FAILED, detail=left.outcome.value)
+        return _asked_back((yield AskToLead(move.source, None)), left.detail)
+    last = left if isinstance(left, int) else None
+    refusal = yield AskToLead(move.destination, last)
+    if not refusal:
+        return Rebalanced(realm=move.key[0], group=move.key[1], source=move.source, destination=move.destination)
+    return _asked_back((yield AskToLead(move.source, last)), str(refusal))
+
+
+def _asked_back(refusal: object, detail: str) -> Refused:
+    if refusal:
+        return Refused(Refusal.LEADERSHIP_TRANSFER_FAILED, detail=detail)
+    return Refused(Refusal.LEADERSHIP_TRANSFER_ROLLED_BACK, detail=detail)
+
+
+def leaves_a_leader(outcome: Rebalanced | Refused) -> bool:
+    """Tell whether somebody leads the group after a move that was carried out with this outcome."""
+    return isinstance(outcome, Rebalanced) or outcome.outcome is not Refusal.LEADERSHIP_TRANSFER_FAILED

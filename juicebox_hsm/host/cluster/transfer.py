@@ -18,6 +18,7 @@ from typing import Any, Final, Generic
 
 from juicebox_hsm.host.cluster.progress import TransferProgress
 from juicebox_hsm.host.cluster.view import ClusterView, Member, owned_range, wire_range
+from juicebox_hsm.host.retry import FOREVER_S, RetryProfile
 from juicebox_hsm.ids import GroupId, OwnedRange, RealmId, RecordId
 from juicebox_hsm.wire.methods import (
     TRANSFER_ARRIVED,
@@ -131,22 +132,18 @@ class Call(Generic[Request]):
 Calls = Generator[Call[Any], object, "int | Refused"]
 
 
-@dataclass(frozen=True, slots=True)
-class Pauses:
-    """How pauses between attempts grow: from `first_s` by `factor` up to `max_s`."""
-
-    first_s: float
-    factor: float
-    max_s: float
-
-    def after(self, pause_s: float) -> float:
-        """Return the pause that follows one of `pause_s`."""
-        return min(pause_s * self.factor, self.max_s)
+LEASE_RETRY: Final = RetryProfile(0.01, 0.1, attempts_max=None, total_s=1.0)
+"""How long an operator's order waits for the realm's lease."""
+PHASE_A_RETRY: Final = RetryProfile(0.01, 0.5, attempts_max=None, total_s=FOREVER_S, factor=1.1)
+PHASE_B_RETRY: Final = RetryProfile(0.01, 1.0, attempts_max=None, total_s=FOREVER_S)
+"""The deadline over both is the caller's."""
 
 
-LEASE_PAUSES: Final = Pauses(0.01, 2.0, 0.1)
-PHASE_A_PAUSES: Final = Pauses(0.01, 1.1, 0.5)
-PHASE_B_PAUSES: Final = Pauses(0.01, 2.0, 1.0)
+def pause_before_again(outcome: int | Refused, attempt: int, profile: RetryProfile) -> float | None:
+    """Return the pause (s) after attempt number `attempt` of a phase ended with `outcome`; None if that is final."""
+    if isinstance(outcome, Refused) and outcome.outcome in RETRIED:
+        return profile.delay_s(attempt)
+    return None
 
 
 def leaders_of(view: ClusterView, request: TransferRequest) -> Leaders | Refused:

@@ -6,9 +6,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from juicebox_hsm.host.cluster.balance import GroupLoad, HsmLoad, Move, is_worthwhile, loads, next_move
+from juicebox_hsm.host.cluster.balance import (
+    AskToLead,
+    AskToLeave,
+    GroupLoad,
+    HsmLoad,
+    Move,
+    carry_out,
+    is_worthwhile,
+    leaves_a_leader,
+    loads,
+    next_move,
+)
 from juicebox_hsm.host.cluster.view import hsm_work
 from juicebox_hsm.ids import OwnedRange
+from juicebox_hsm.wire.rpc import Rebalanced, Refusal, Refused
 from roles.words import describe_loads
 from tests.host.cluster.agents import FULL, REALM, group, hsm, record, three, view_of
 
@@ -163,3 +175,43 @@ def test_dump_marks_what_moves() -> None:
     assert shown.count("[moving]") == 1
     assert shown.count("[destination]") == 1
     assert f"{hsm(1).hex()} work 50" in shown
+
+
+MOVE = Move((REALM, group(1)), hsm(1), hsm(2))
+
+
+def _carried_out(*answers: int | Refused | str) -> tuple[list[object], Rebalanced | Refused]:
+    """Carry a move out with these answers; returns what was asked, and the outcome."""
+    steps, asked = carry_out(MOVE), list[object]()
+    asked.append(next(steps))
+    for answer in answers[:-1]:
+        asked.append(steps.send(answer))
+    with pytest.raises(StopIteration) as end:
+        steps.send(answers[-1])
+    outcome: Rebalanced | Refused = end.value.value
+    return asked, outcome
+
+
+def test_a_move_asks_the_old_leader_back_when_it_fails() -> None:
+    """The new leader is asked with the old one's last index; whoever does not take it, the old one is asked again."""
+    asked, outcome = _carried_out(7, "")
+    assert asked == [AskToLeave(), AskToLead(hsm(2), 7)]
+    assert outcome == Rebalanced(realm=REALM, group=group(1), source=hsm(1), destination=hsm(2))
+    asked, outcome = _carried_out(7, "busy", "")
+    assert asked == [AskToLeave(), AskToLead(hsm(2), 7), AskToLead(hsm(1), 7)]
+    assert outcome == Refused(Refusal.LEADERSHIP_TRANSFER_ROLLED_BACK, detail="busy")
+    _, lost = _carried_out(7, "busy", "busy, too")
+    assert lost == Refused(Refusal.LEADERSHIP_TRANSFER_FAILED, detail="busy")
+    assert (leaves_a_leader(outcome), leaves_a_leader(lost)) == (True, False)
+
+
+def test_a_step_down_that_may_have_happened_is_undone() -> None:
+    """Without an answer somebody has to be asked to lead; after a refusal the old leader still does."""
+    silent = Refused(Refusal.RPC_ERROR, detail="timeout")
+    asked, outcome = _carried_out(silent, "")
+    assert asked == [AskToLeave(), AskToLead(hsm(1), None)]
+    assert outcome == Refused(Refusal.LEADERSHIP_TRANSFER_ROLLED_BACK, detail="timeout")
+    assert _carried_out(silent, "dead")[1] == Refused(Refusal.LEADERSHIP_TRANSFER_FAILED, detail="timeout")
+    asked, outcome = _carried_out(Refused(Refusal.NOT_LEADER))
+    assert (asked, outcome) == ([AskToLeave()], Refused(Refusal.STEP_DOWN_FAILED, detail="NotLeader"))
+    assert leaves_a_leader(outcome)
