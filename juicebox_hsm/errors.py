@@ -24,6 +24,12 @@ class LocalError(RealmError):
     """We were called or configured wrongly; the message says how to fix it."""
 
 
+class NotYet(LocalError):
+    """What we need is not there, or is somebody else's, and may be right in a moment without anybody's doing."""
+
+    retryable = True
+
+
 class NoStore(LocalError):
     """There is no store where one was named, and the caller is not the one to make it."""
 

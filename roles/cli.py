@@ -14,7 +14,7 @@ from typing import Final, NoReturn
 import click
 
 from juicebox_hsm import __version__
-from juicebox_hsm.errors import LocalError, RealmError
+from juicebox_hsm.errors import LocalError, NotYet, RealmError
 from roles.commands import ROLES, TOOLS
 from roles.lazy import LazyGroup
 from roles.options import ENVIRONMENT_PREFIX, BadSettings
@@ -128,7 +128,8 @@ def main(arguments: list[str] | None = None) -> None:
         _relax_collector()
         _run(command, rest, f"{PROGRAM} --role {role}")
     except LocalError as error:
-        _fail(str(error), 78 if role else 1)
+        passing = isinstance(error, NotYet)
+        _fail(str(error), (69 if passing else 78) if role else 1)
     except RealmError as error:
         _fail(str(error), 69 if role else 4)
     except BrokenPipeError:

@@ -331,7 +331,7 @@ def load_identity(common: CommonOptions, role: PeerRole) -> ClusterTls | None:
     try:
         return ClusterTls.load(common.cluster_tls, role)
     except LocalError as error:
-        raise LocalError(f"--cluster-tls {error}") from None
+        raise type(error)(f"--cluster-tls {error}") from None
 
 
 def check_identity(common: CommonOptions) -> None:

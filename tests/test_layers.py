@@ -226,6 +226,14 @@ def test_no_bare_except() -> None:
                 assert not (isinstance(node, ast.ExceptHandler) and node.type is None), f"{path}:{node.lineno}"
 
 
+def test_threads_come_from_one_place() -> None:
+    """Trio's own way to a worker thread ends a service on a system that has no thread left; ours does not."""
+    for folder in ("juicebox_hsm", "roles"):
+        for path in (ROOT / folder).rglob("*.py"):
+            if path.name != "threads.py":
+                assert "to_thread.run_sync" not in path.read_text(), path
+
+
 def test_modules_stay_small() -> None:
     """A module over 500 lines must say why in its first paragraph ("long because")."""
     for folder in ("juicebox_hsm", "roles"):

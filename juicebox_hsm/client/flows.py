@@ -8,6 +8,7 @@ from typing import Final, Self, TypeVar
 
 import trio
 
+from juicebox_hsm.adapters.process.threads import in_thread_or_here
 from juicebox_hsm.client import recovery
 from juicebox_hsm.client.configuration import Configuration, Realm
 from juicebox_hsm.client.errors import AssertionFailed, ClientError, InvalidPin, NotRegistered, Replaced
@@ -171,7 +172,7 @@ async def _stretch(mode: PinHashingMode, pin: bytes, version: bytes, info: bytes
     """Stretch the PIN; the slow mode in a worker thread, so that other tasks go on."""
     if mode is PinHashingMode.FAST_INSECURE:
         return stretch(mode, pin, version, info)
-    return await trio.to_thread.run_sync(stretch, mode, pin, version, info)
+    return await in_thread_or_here(stretch, mode, pin, version, info)
 
 
 async def _gather(realms: Sequence[Realm], threshold: int, ask: Callable[[Realm], Awaitable[_T]]) -> dict[Realm, _T]:

@@ -21,6 +21,7 @@ from juicebox_hsm.adapters.hsm_directory.hsm_host import InProcessHsm, open_hsm_
 from juicebox_hsm.adapters.observation.logging import configure
 from juicebox_hsm.adapters.observation.metric_names import AGENT
 from juicebox_hsm.adapters.observation.store_metrics import CacheGauges, with_metrics
+from juicebox_hsm.adapters.process.threads import in_thread_or_here
 from juicebox_hsm.adapters.rpc import RpcPool, RpcServer, serve_rpc
 from juicebox_hsm.adapters.stores.node_tuning import CACHE_NODES, LARGE_READ_PERMITS, LARGE_READ_RANGES, NodeTuning
 from juicebox_hsm.adapters.stores.opening import open_store
@@ -128,9 +129,9 @@ async def run_agent(shell: Shell, options: AgentOptions) -> None:
     """Open HSM and store, serve until told to stop, leave in order."""
     url, metrics = options.common.store_url, shell.metrics
     shell.identify(options.common, PeerRole.AGENT)
-    platform = await trio.to_thread.run_sync(open_hsm_dir, options.hsm_dir)
+    platform = await in_thread_or_here(open_hsm_dir, options.hsm_dir)
     try:
-        hsm = await trio.to_thread.run_sync(Hsm, with_nvram_faults(platform, shell.faults))
+        hsm = await in_thread_or_here(Hsm, with_nvram_faults(platform, shell.faults))
         async with (
             open_store(url, node_tuning=options.nodes, metrics=metrics) as opened,
             with_bus(opened, url, options.pubsub, metrics, kept_s=options.event_kept_s) as store,

@@ -19,6 +19,7 @@ from juicebox_hsm.adapters.edge.server import Edge, open_edge_listener
 from juicebox_hsm.adapters.edge.tls import EdgeTls
 from juicebox_hsm.adapters.faults.store import with_faults
 from juicebox_hsm.adapters.observation.store_metrics import with_metrics
+from juicebox_hsm.adapters.process.threads import in_thread_or_here
 from juicebox_hsm.adapters.rpc import RpcPool
 from juicebox_hsm.adapters.stores.opening import open_store
 from juicebox_hsm.adapters.tenants.secrets_file import HeldSecrets
@@ -227,7 +228,7 @@ class LoadBalancer:
         scope.cancel()
 
     async def _reload_edge(self) -> None:
-        leaf = await trio.to_thread.run_sync(self._edge_tls.reload)
+        leaf = await in_thread_or_here(self._edge_tls.reload)
         not_after = leaf.not_after.isoformat()
         self._shell.log.info("edge certificate reloaded", subject=leaf.subject, serial=leaf.serial, not_after=not_after)
 

@@ -25,12 +25,14 @@ import trio
 
 from juicebox_hsm.adapters.observation.logging import get_logger, louder, quieter
 from juicebox_hsm.adapters.process.supervision import (
+    NOT_RESTARTED,
     STOP_SIGNALS,
     ExitCode,
     notify,
     notify_reloading,
     watchdog_interval_s,
 )
+from juicebox_hsm.adapters.process.threads import NoThread, thread_needed
 from roles.options import WORKER_VARIABLE
 
 RESTART_S: Final = 1.0
@@ -49,7 +51,6 @@ LOOK_S: Final = 1.0
 DATAGRAM_BYTES: Final = 4096
 """Largest message of a worker; READY=1 and a line of status take less than 200."""
 
-_NOT_RESTARTED: Final = frozenset({ExitCode.USAGE, ExitCode.CONFIG})
 _VERBOSITY: Final = {signal.SIGUSR1: louder, signal.SIGUSR2: quieter}
 
 _log = get_logger("lb.workers")
@@ -107,12 +108,13 @@ class _Worker:
         return self.is_given_up or (self.is_ready and not self.is_reloading and not self.must_reload)
 
     async def start(self) -> trio.Process:
-        """Start the process. Raises `OSError` when the system has no room for it."""
+        """Start the process. Raises `OSError` and `NoThread` when the system has no room for it."""
         # WATCHDOG_PID names the parent; the period holds for the worker, too.
         environment = {name: value for name, value in os.environ.items() if name != "WATCHDOG_PID"}
         environment["NOTIFY_SOCKET"] = self.address
         environment[WORKER_VARIABLE] = f"{self.number}:{os.getpid()}"
-        self.process = await trio.lowlevel.open_process(worker_command(), env=environment, stdin=subprocess.DEVNULL)
+        with thread_needed():
+            self.process = await trio.lowlevel.open_process(worker_command(), env=environment, stdin=subprocess.DEVNULL)
         self.heard_at = trio.current_time()
         return self.process
 
@@ -168,8 +170,8 @@ class _Parent:
         while not self._stopping.is_set():
             try:
                 process = await worker.start()
-            except OSError as error:
-                _log.error("worker not started, trying again", worker=worker.number, error=error.strerror)
+            except (OSError, NoThread) as error:
+                _log.error("worker not started, trying again", worker=worker.number, error=str(error))
             else:
                 if self._stopping.is_set():
                     process.terminate()  # the signal was passed on while this one was being started
@@ -178,7 +180,7 @@ class _Parent:
                 if self._stopping.is_set():
                     self._codes.append(_code_at_stop(status))
                     return
-                if status in _NOT_RESTARTED:
+                if status in NOT_RESTARTED:
                     self._give_up(worker, status)
                     return
                 _log.error("worker died, starting it again", worker=worker.number, status=status)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging as stdlib
-import ssl
 import sys
 import time
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import trio
 from hypercorn.trio import serve as serve_asgi
 
 from juicebox_hsm import __version__
+from juicebox_hsm.adapters.edge.tls import load_edge_context
 from juicebox_hsm.adapters.observation.containment import ContainedConfig
 from juicebox_hsm.adapters.observation.logging import configure
 from juicebox_hsm.adapters.observation.metric_names import TENANT_LOG
@@ -183,9 +183,7 @@ def _server_config(options: ServeOptions) -> ContainedConfig:
     config.graceful_timeout = GRACE_S
     config.backlog = BACKLOG
     if options.tls is not None:
-        config.certfile, config.keyfile = map(str, options.tls)
-        try:
-            config.create_ssl_context()
-        except (OSError, ssl.SSLError) as error:
-            raise LocalError(f"--tls-cert {options.tls[0]}, --tls-key {options.tls[1]}: {error}") from None
+        cert, key = options.tls
+        load_edge_context(key, cert)
+        config.certfile, config.keyfile = str(cert), str(key)
     return config

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import select
 import shutil
 import signal
@@ -25,7 +26,7 @@ import roles.manager.main
 import roles.tenant_log.main
 import roles.tools.check.command
 from juicebox_hsm.adapters.hsm_directory.hsm_host import generate_keys, init_hsm_dir
-from juicebox_hsm.adapters.process.supervision import ExitCode
+from juicebox_hsm.adapters.process.supervision import NOT_RESTARTED, ExitCode
 from juicebox_hsm.adapters.tls.certificates import CaKind, init_ca, issue, issue_edge
 from roles.options import flag_of
 from roles.tools.demo.layout import PORTS
@@ -344,6 +345,19 @@ def _unit(path: Path) -> dict[str, list[str]]:
     return found
 
 
+def _prevents(unit: dict[str, list[str]]) -> set[int]:
+    return {int(code) for code in unit["RestartPreventExitStatus"][0].split()}
+
+
+@pytest.mark.parametrize("name", ["operator-guide.md", "protocol/operator-tools.md"])
+def test_exit_codes_are_documented(name: str) -> None:
+    """Each document has a row for each code, and says of it what the supervisors do: workers' parent and units."""
+    rows = dict(re.findall(r"^\| (\d+) \| .* \| (yes|no) \|$", (ROOT / "docs" / name).read_text(), re.MULTILINE))
+    told = {int(code): answer for code, answer in rows.items()}
+    expected = {int(code): "no" if code in NOT_RESTARTED | {ExitCode.OK} else "yes" for code in ExitCode}
+    assert told == {code: answer for code, answer in expected.items() if code != ExitCode.FAILED or code in told}
+
+
 def test_there_is_a_unit_for_each_role() -> None:
     """Every role and every tool that runs for ever has its template."""
     assert {path.stem.removeprefix("juicebox-").rstrip("@") for path in UNITS} == {*COMMANDS, *TOOLS}
@@ -375,7 +389,7 @@ def test_units_fit_the_program(path: Path) -> None:
     assert unit["Type"] == ["notify"]
     assert unit["Restart"] == ["always"]
     assert unit["RestartSec"] == ["1"]
-    assert [int(code) for code in unit["RestartPreventExitStatus"][0].split()] == [ExitCode.USAGE, ExitCode.CONFIG]
+    assert _prevents(unit) == NOT_RESTARTED
     assert unit["ExecReload"] == ["/bin/kill -HUP $MAINPID"]
     assert int(unit["TimeoutStopSec"][0]) == 90
     assert 10 <= int(unit["WatchdogSec"][0]) <= 60

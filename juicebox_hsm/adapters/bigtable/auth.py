@@ -16,7 +16,8 @@ from juicebox_hsm.adapters.bigtable.driver import Metadata
 from juicebox_hsm.adapters.observation.logging import get_logger
 from juicebox_hsm.adapters.observation.metrics import Metrics
 from juicebox_hsm.adapters.observation.retry_metrics import Family
-from juicebox_hsm.errors import LocalError
+from juicebox_hsm.adapters.process.threads import in_thread
+from juicebox_hsm.errors import LocalError, NotYet
 from juicebox_hsm.ports.errors import StoreUnavailable
 
 SCOPES: Final = (
@@ -71,7 +72,7 @@ Run = Callable[[Callable[[], None]], Awaitable[None]]
 
 
 async def _in_thread(work: Callable[[], None]) -> None:
-    await trio.to_thread.run_sync(work, abandon_on_cancel=True)
+    await in_thread(work, abandon_on_cancel=True)
 
 
 class ApplicationDefault:
@@ -103,11 +104,14 @@ class ApplicationDefault:
         import google.auth.transport.requests
 
         try:
-            credentials, _ = await trio.to_thread.run_sync(lambda: google.auth.default(scopes=list(scopes)))
+            credentials, _ = await in_thread(lambda: google.auth.default(scopes=list(scopes)))
             found = cls(credentials, google.auth.transport.requests.Request(), metrics=metrics)
             await found.refresh()
         except google.auth.exceptions.GoogleAuthError as error:
-            raise LocalError(
+            # a machine's metadata server, or a file that is mounted, may come up later than we do
+            passing = google.auth.exceptions.TransportError, google.auth.exceptions.DefaultCredentialsError
+            kind = NotYet if isinstance(error, passing) else LocalError
+            raise kind(
                 f"no credentials for {service}: {error}; set GOOGLE_APPLICATION_CREDENTIALS{otherwise}"
             ) from None
         except trio.TooSlowError:

@@ -19,6 +19,8 @@ from typing import Any, Final, Generic, Protocol, TypeVar
 import outcome
 import trio
 
+from juicebox_hsm.adapters.process.threads import in_thread_or_here, thread_needed
+
 START_S: Final = 10.0
 STOP_S: Final = 5.0
 
@@ -83,14 +85,15 @@ class Driver:
     async def start(self) -> None:
         """Start the thread; MUST be called in the Trio run that uses the driver."""
         self._token = trio.lowlevel.current_trio_token()
-        self._thread.start()
-        await trio.to_thread.run_sync(self._started.wait, START_S)
+        with thread_needed():
+            self._thread.start()
+        await in_thread_or_here(self._started.wait, START_S)
 
     async def stop(self) -> None:
         """End the loop and the thread; no call may be under way any more."""
         self._loop.call_soon_threadsafe(self._loop.stop)
         with trio.CancelScope(shield=True):
-            await trio.to_thread.run_sync(self._thread.join, STOP_S)
+            await in_thread_or_here(self._thread.join, STOP_S)
 
     async def run(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Run the coroutine that `make` returns (called on the other thread) and return or raise what it does."""

@@ -6,14 +6,13 @@ import os
 from dataclasses import replace
 from typing import Any, Final
 
-import trio
-
 from juicebox_hsm.adapters.bigtable import keys
 from juicebox_hsm.adapters.bigtable.cluster import SELF_TEST, SETTINGS, SHARED_TABLES
 from juicebox_hsm.adapters.bigtable.codec import AnyValueEquals, DeleteRow, RowExists, SetCell
 from juicebox_hsm.adapters.bigtable.driver import CallFailed, Metadata, Transport
 from juicebox_hsm.adapters.bigtable.retry import BIGTABLE_RETRY, CallAttempts, NoSuchTable
 from juicebox_hsm.adapters.bigtable.table import Endpoint, Table
+from juicebox_hsm.adapters.process.threads import in_thread_or_here
 from juicebox_hsm.errors import LocalError
 from juicebox_hsm.ids import ID_BYTES, RealmId
 from juicebox_hsm.ports.errors import StoreAmbiguous, StoreInvalid, StoreUnavailable
@@ -69,7 +68,7 @@ class BigtableRealms:
 
     async def _create(self, name: str) -> None:
         """Create a table; one that exists is fine, so a creation that stopped half-way can be repeated."""
-        messages = await trio.to_thread.run_sync(_messages)
+        messages = await in_thread_or_here(_messages)
         request = messages.CreateTableRequest.pb()(
             parent=self._endpoint.instance, table_id=name, table={"column_families": _families(name)}
         ).SerializeToString()
@@ -106,7 +105,7 @@ class BigtableRealms:
 
     async def list_realms(self) -> list[RealmId]:
         """Return the realms that have a log table here, sorted."""
-        messages = await trio.to_thread.run_sync(_messages)
+        messages = await in_thread_or_here(_messages)
         found: list[RealmId] = []
         token = ""
         while True:

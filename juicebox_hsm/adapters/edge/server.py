@@ -23,8 +23,8 @@ from juicebox_hsm.adapters.edge.exchange import Handler
 from juicebox_hsm.adapters.edge.h1 import H1Session
 from juicebox_hsm.adapters.edge.limits import BACKLOG, EdgeLimits
 from juicebox_hsm.adapters.edge.tls import EdgeTls
+from juicebox_hsm.adapters.process.passing_trouble import local_error
 from juicebox_hsm.adapters.tls.streams import ByteStream, TlsStream, lean
-from juicebox_hsm.errors import LocalError
 
 ACCEPT_PAUSE_S: Final = 0.1
 """Pause after an accept error such as EMFILE (load-balancer.md 3)."""
@@ -72,7 +72,9 @@ def open_edge_listener(host: str, port: int, *, share_port: bool = False) -> tri
         sock.setblocking(False)
     except OSError as error:
         sock.close()
-        raise LocalError(f"--listen: cannot listen on {host}:{port}: {error.strerror}; give a free address") from None
+        raise local_error(
+            f"--listen: cannot listen on {host}:{port}: {error.strerror}; give a free address", error
+        ) from None
     return trio.SocketListener(trio.socket.from_stdlib_socket(sock))
 
 

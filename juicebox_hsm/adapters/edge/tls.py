@@ -15,8 +15,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 
+from juicebox_hsm.adapters.process.passing_trouble import local_error
 from juicebox_hsm.adapters.process.regular_file import open_regular
-from juicebox_hsm.errors import LocalError
+from juicebox_hsm.errors import LocalError, NotYet
 
 ALPN: Final = ("http/1.1", "h2")
 """Our preference (decision record 0007): HTTP/1.1 costs half of what HTTP/2 does."""
@@ -45,7 +46,9 @@ def _read(path: Path, what: str) -> bytes:
         with open_regular(path) as file:
             data = file.read(PEM_BYTES_MAX + 1)
     except OSError as error:
-        raise LocalError(f"cannot read TLS {what} file {path}: {error.strerror}") from None
+        raise local_error(f"cannot read TLS {what} file {path}: {error.strerror}", error) from None
+    if not data:
+        raise NotYet(f"TLS {what} file {path} is empty; it may be being written")
     if len(data) > PEM_BYTES_MAX:
         raise LocalError(f"TLS {what} file {path} is larger than {PEM_BYTES_MAX} bytes")
     return data
@@ -92,7 +95,7 @@ def load_edge_context(key_file: Path, cert_file: Path) -> tuple[ssl.SSLContext, 
     key = _load_key(key_file, _read(key_file, "key"))
     public, info = _describe(cert_file, _load_leaf(cert_file, _read(cert_file, "certificate")))
     if key.public_key().public_bytes(*_FORM) != public:
-        raise LocalError(f"TLS key file {key_file} does not match the first certificate of {cert_file}")
+        raise NotYet(f"TLS key file {key_file} does not match the first certificate of {cert_file}")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION
@@ -101,7 +104,7 @@ def load_edge_context(key_file: Path, cert_file: Path) -> tuple[ssl.SSLContext, 
         # Never ask a terminal for a password: files may change between our check and this read.
         context.load_cert_chain(cert_file, key_file, password=lambda: b"")
     except (ssl.SSLError, OSError) as error:
-        raise LocalError(f"TLS key {key_file} and certificate {cert_file} cannot be used: {error}") from None
+        raise NotYet(f"TLS key {key_file} and certificate {cert_file} cannot be used: {error}") from None
     return context, info
 
 

@@ -25,8 +25,10 @@ from juicebox_hsm.adapters.hsm_directory.nvram import FileNvram, NvramFailed, re
 from juicebox_hsm.adapters.hsm_directory.unpacked import remove_unpacked_library
 from juicebox_hsm.adapters.observation.metrics import Metrics
 from juicebox_hsm.adapters.process.directory_lock import by_whom
+from juicebox_hsm.adapters.process.passing_trouble import local_error
+from juicebox_hsm.adapters.process.threads import in_thread_or_here
 from juicebox_hsm.consensus.nvram import PersistentState, decode_state
-from juicebox_hsm.errors import LocalError
+from juicebox_hsm.errors import LocalError, NotYet
 from juicebox_hsm.hsm.core import Hsm
 from juicebox_hsm.hsm.keys import RealmKeys
 from juicebox_hsm.hsm.messages import (
@@ -105,7 +107,7 @@ class InProcessHsm:
         async with self._lock:
             began = time.perf_counter_ns()
             self._waits.observe_ns(began - waiting)
-            reply = await trio.to_thread.run_sync(self._hsm.handle, request, limiter=self._writer)
+            reply = await in_thread_or_here(self._hsm.handle, request, limiter=self._writer)
             self._timers[type(request)].observe_ns(time.perf_counter_ns() - began)
             return reply
 
@@ -177,12 +179,12 @@ def _lock(directory: Path) -> int:
     try:
         lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
-        raise LocalError(f"{directory}: {error.strerror}") from None
+        raise local_error(f"{directory}: {error.strerror}", error) from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(lock)
-        raise LocalError(
+        raise NotYet(
             f"{directory}: this HSM is run{by_whom(directory)} already; one directory serves one process"
         ) from None
     except OSError as error:
@@ -230,7 +232,7 @@ def wrapping_key_path(keys_file: Path) -> Path:
 
 def _check_directory(path: Path, flag: str) -> None:
     if problem := directory_problem(path):
-        raise LocalError(f"{flag} {path}: {problem}")
+        raise NotYet(f"{flag} {path}: {problem}")
 
 
 def directory_problem(path: Path) -> str | None:

@@ -22,6 +22,7 @@ from nacl.bindings import (
 from nacl.exceptions import CryptoError
 
 from juicebox_hsm.adapters.hsm_directory.nvram import sync_directory
+from juicebox_hsm.adapters.process.passing_trouble import local_error
 from juicebox_hsm.adapters.process.regular_file import open_regular
 from juicebox_hsm.crypto import Random
 from juicebox_hsm.crypto.redacted import Secret
@@ -115,7 +116,7 @@ def _read_text(path: Path) -> str:
         with open_regular(path) as file:
             return file.read(_FILE_BYTES_MAX).decode("ascii")
     except OSError as error:
-        raise LocalError(f"{path}: {error.strerror}") from None
+        raise local_error(f"{path}: {error.strerror}", error) from None
     except UnicodeDecodeError:
         raise LocalError(f"{path}: not a text file of ours") from None
 

@@ -22,6 +22,7 @@ might have been the newest: the start is refused, for falling back would be the 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import hmac
 import os
@@ -29,8 +30,10 @@ import time
 from pathlib import Path
 from typing import Final
 
+from juicebox_hsm.adapters.process.passing_trouble import local_error
 from juicebox_hsm.consensus.nvram import NVRAM_BYTES_MAX
-from juicebox_hsm.errors import LocalError, RealmError, check
+from juicebox_hsm.errors import LocalError, check
+from juicebox_hsm.ports.errors import HsmGone
 
 MAGIC: Final = b"JBXNVR02"
 SECTOR_BYTES: Final = 512
@@ -50,7 +53,7 @@ _READ_ATTEMPTS: Final = 5
 _READ_PAUSE_S: Final = 0.005
 
 
-class NvramFailed(RealmError):
+class NvramFailed(HsmGone):
     """A write failed: whether it took effect is unknown, so nothing more is written until a restart reads the file."""
 
 
@@ -202,7 +205,9 @@ class FileNvram:
 
 
 def read_nvram(path: Path) -> tuple[int, bytes]:
-    """Return (clock start, payload) without locking; raises `LocalError` when missing or corrupt.
+    """Return (clock start, payload) without locking.
+
+    Raises `LocalError` when missing, corrupt or another user's, and `NvramFailed` when the device cannot be read.
 
     May be called while an HSM runs: a sector read in the middle of its being written is read again.
     """
@@ -212,7 +217,11 @@ def read_nvram(path: Path) -> tuple[int, bytes]:
         try:
             with path.open("rb") as file:
                 content = file.read(_FILE_BYTES + 1)
+        except PermissionError as error:
+            raise local_error(f"{path}: {error.strerror}; run as the user whose HSM it is", error) from None
         except OSError as error:
+            if error.errno != errno.ENOENT:
+                raise NvramFailed(f"{path}: {error.strerror}") from error
             raise LocalError(
                 f"{path}: {error.strerror}; without its NVRAM file this HSM is lost: make another with "
                 "`juicebox-hsm hsm init`"

@@ -21,7 +21,8 @@ from quart_trio.asgi import TrioASGIHTTPConnection
 from juicebox_hsm.adapters.observation.containment import ContainedConfig, contain_connections
 from juicebox_hsm.adapters.observation.metrics import Metrics
 from juicebox_hsm.adapters.observation.process_metrics import process_text
-from juicebox_hsm.errors import LocalError, RealmError
+from juicebox_hsm.adapters.process.passing_trouble import local_error
+from juicebox_hsm.errors import RealmError
 from juicebox_hsm.host.readiness import NoAnswer, Readiness, code_headers
 
 PROBE_S: Final = 2.0  # own: a live answer from the HSM has 1 s (agent.md 4)
@@ -147,7 +148,7 @@ def listen(host: str, port: int, flag: str = "--http-listen") -> socket.socket:
         info = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         listener = socket.socket(info[0], socket.SOCK_STREAM)
     except OSError as error:
-        raise LocalError(f"{flag} {host}:{port}: {error.strerror}") from None
+        raise local_error(f"{flag} {host}:{port}: {error.strerror}", error) from None
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         # Accepted sockets inherit it. Hypercorn shields its writes from cancellation, so only the system can end one.
@@ -157,5 +158,7 @@ def listen(host: str, port: int, flag: str = "--http-listen") -> socket.socket:
         listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
-        raise LocalError(f"{flag}: cannot listen on {host}:{port}: {error.strerror}; give a free address") from None
+        raise local_error(
+            f"{flag}: cannot listen on {host}:{port}: {error.strerror}; give a free address", error
+        ) from None
     return listener

@@ -16,7 +16,7 @@ import os
 import re
 import secrets
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from hashlib import blake2s
 from typing import TYPE_CHECKING, Any, Final
@@ -25,6 +25,7 @@ from urllib.parse import urlsplit
 import trio
 
 from juicebox_hsm.adapters.observation.logging import get_logger
+from juicebox_hsm.adapters.process.threads import NoThread, in_thread, thread_needed
 from juicebox_hsm.errors import LocalError
 
 if TYPE_CHECKING:
@@ -138,8 +139,8 @@ class Traces:
 
     async def close(self) -> None:
         """Send what is left, for at most 2 s."""
-        with trio.CancelScope(shield=True), trio.move_on_after(CLOSE_S):
-            await trio.to_thread.run_sync(self._provider.shutdown, abandon_on_cancel=True)
+        with trio.CancelScope(shield=True), trio.move_on_after(CLOSE_S), suppress(NoThread):
+            await in_thread(self._provider.shutdown, abandon_on_cancel=True)
 
 
 def _draw(rate: float) -> bool:
@@ -200,7 +201,8 @@ def open_traces(service: str, version: str, environment: Mapping[str, str] = os.
             f"or set {OFF_VARIABLE}=true"
         ) from None
     _quieten()
-    return Traces(make_provider(service, version, OTLPSpanExporter(f"{endpoint}/v1/traces", timeout=EXPORT_S)))
+    with thread_needed():
+        return Traces(make_provider(service, version, OTLPSpanExporter(f"{endpoint}/v1/traces", timeout=EXPORT_S)))
 
 
 def make_provider(service: str, version: str, exporter: SpanExporter) -> TracerProvider:

@@ -18,7 +18,7 @@ import trio
 
 from juicebox_hsm.adapters.observation.line_writer import write_in_time
 from juicebox_hsm.adapters.observation.logging import flush, get_logger, louder, quieter
-from juicebox_hsm.errors import InvariantViolation, LocalError, RealmError
+from juicebox_hsm.errors import InvariantViolation, LocalError, NotYet, RealmError
 from juicebox_hsm.ports.errors import HsmGone, StoreUnavailable
 
 STOP_SIGNALS: Final = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGQUIT})
@@ -34,7 +34,7 @@ _log = get_logger("supervision")
 
 
 class ExitCode(enum.IntEnum):
-    """Exit codes of roles and tools (operator-tools.md 10); restart after all but OK, USAGE and CONFIG."""
+    """Exit codes of services (operator-tools.md 10)."""
 
     OK = 0
     FAILED = 1
@@ -43,6 +43,10 @@ class ExitCode(enum.IntEnum):
     INTERNAL = 70
     HSM = 75
     CONFIG = 78
+
+
+NOT_RESTARTED: Final = frozenset({ExitCode.USAGE, ExitCode.CONFIG})
+"""After these a person has to change something first; after all others but OK, starting again may help."""
 
 
 def notify(*states: str) -> bool:
@@ -145,26 +149,27 @@ def run_service(main: Callable[..., Awaitable[T]], *arguments: object, phase: St
         _log.error("store unavailable at start", error=str(error))
         sys.exit(ExitCode.UNAVAILABLE)
     except (Exception, InvariantViolation, BaseExceptionGroup) as error:  # noqa: BLE001 -- the process ends with it
-        code = report_crash(error)
-        starting = phase is not None and not phase.started
-        if starting and code is ExitCode.INTERNAL and all(isinstance(leaf, RealmError) for leaf in _leaves(error)):
-            code = ExitCode.UNAVAILABLE
-        sys.exit(code)
+        sys.exit(report_crash(error, starting=phase is not None and not phase.started))
 
 
-def exit_code_of(error: BaseException) -> ExitCode:
-    """Return the exit code for what ended a role. In a group the gravest counts: broken invariant, HSM, setting."""
+def exit_code_of(error: BaseException, *, starting: bool = False) -> ExitCode:
+    """Return the exit code for what ended a role. In a group the gravest counts: broken invariant, HSM, setting.
+
+    Whoever is still `starting` waits for others: any operational trouble is then "unavailable".
+    """
     found = [type(leaf) for leaf in _leaves(error)]
     if any(issubclass(kind, InvariantViolation) for kind in found):
         return ExitCode.INTERNAL
     if any(issubclass(kind, HsmGone) for kind in found):
         return ExitCode.HSM
     if found and all(issubclass(kind, LocalError) for kind in found):
-        return ExitCode.CONFIG
+        return ExitCode.UNAVAILABLE if all(issubclass(kind, NotYet) for kind in found) else ExitCode.CONFIG
+    if starting and all(issubclass(kind, RealmError) for kind in found):
+        return ExitCode.UNAVAILABLE
     return ExitCode.INTERNAL
 
 
-def report_crash(error: BaseException, *, stream: TextIO | None = None) -> ExitCode:
+def report_crash(error: BaseException, *, stream: TextIO | None = None, starting: bool = False) -> ExitCode:
     """Say on stderr what ended the process and return its exit code.
 
     A `LocalError` is one line `error: ...`. Otherwise: a traceback on a terminal, else one line of JSON `{message,
@@ -172,10 +177,10 @@ def report_crash(error: BaseException, *, stream: TextIO | None = None) -> ExitC
     """
     to_stderr = stream is None
     stream = stream if stream is not None else sys.stderr
-    code = exit_code_of(error)
+    code = exit_code_of(error, starting=starting)
     gravest = _gravest(error, code)
     reason = f"{type(gravest).__name__}: {gravest}"
-    if code is ExitCode.CONFIG:
+    if all(isinstance(leaf, LocalError) for leaf in _leaves(error)):
         text = f"error: {gravest}"
     elif stream.isatty():
         text = "".join(traceback.format_exception(error)).rstrip() + f"\nexit {int(code)}: {reason}"

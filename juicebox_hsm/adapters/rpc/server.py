@@ -23,6 +23,7 @@ import trio
 from juicebox_hsm.adapters.observation.logging import get_logger
 from juicebox_hsm.adapters.observation.metrics import Counter, Gauge, Metrics, Timer
 from juicebox_hsm.adapters.observation.tracing import Span, Traces, active
+from juicebox_hsm.adapters.process.passing_trouble import local_error
 from juicebox_hsm.adapters.rpc import frames
 from juicebox_hsm.adapters.rpc.streams import FramedStream, describe
 from juicebox_hsm.adapters.tls.cluster_tls import ClusterTls, PeerIdentity, peer_identity
@@ -356,8 +357,8 @@ async def serve_rpc(
     try:
         listeners = await trio.open_tcp_listeners(port, host=host, backlog=BACKLOG)
     except OSError as error:
-        raise LocalError(
-            f"--listen: cannot listen on {host}:{port}: {error.strerror or error}; give a free address"
+        raise local_error(
+            f"--listen: cannot listen on {host}:{port}: {error.strerror or error}; give a free address", error
         ) from None
     async with trio.open_nursery() as bodies:
         server = RpcServer(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 
 import apsw
-import trio
 
 from juicebox_hsm.adapters.observation.metrics import Metrics
+from juicebox_hsm.adapters.process.passing_trouble import local_error
+from juicebox_hsm.adapters.process.threads import in_thread
 from juicebox_hsm.adapters.sqlite.accounting import SqliteAccounting
 from juicebox_hsm.adapters.sqlite.audit import SqliteAudit
 from juicebox_hsm.adapters.sqlite.cluster import (
@@ -31,7 +33,7 @@ from juicebox_hsm.adapters.sqlite.stats import SqliteStats
 from juicebox_hsm.adapters.sqlite.writer import FileLock, Writer
 from juicebox_hsm.adapters.stores.embedded_bus import EmbeddedBus
 from juicebox_hsm.adapters.stores.node_tuning import DEFAULT_NODE_TUNING, NodeTuning
-from juicebox_hsm.errors import LocalError, NoStore
+from juicebox_hsm.errors import LocalError, NoStore, NotYet
 from juicebox_hsm.ports.store import Store
 
 
@@ -42,9 +44,9 @@ def _open_files(path: Path, *, must_exist: bool = False) -> tuple[FileLock, apsw
     try:
         lock = FileLock(path.with_name(path.name + ".lock"))
     except FileNotFoundError:
-        raise LocalError(f"sqlite:{path}: the directory {path.parent} does not exist") from None
+        raise NotYet(f"sqlite:{path}: the directory {path.parent} does not exist") from None
     except OSError as error:
-        raise LocalError(f"sqlite:{path}: cannot open the lock file beside it: {error.strerror}") from None
+        raise local_error(f"sqlite:{path}: cannot open the lock file beside it: {error.strerror}", error) from None
     connection: apsw.Connection | None = None
     try:
         with lock:
@@ -58,7 +60,7 @@ def _open_files(path: Path, *, must_exist: bool = False) -> tuple[FileLock, apsw
         lock.close()
         if isinstance(error, apsw.NotADBError):
             raise LocalError(f"sqlite:{path}: is not an SQLite database") from None
-        if isinstance(error, apsw.CantOpenError):
+        if isinstance(error, apsw.CantOpenError) and not os.access(path, os.R_OK | os.W_OK):
             raise LocalError(f"sqlite:{path}: cannot open the file: check its permissions") from None
         if isinstance(error, apsw.Error):
             raise translate(error, path) from error
@@ -78,7 +80,7 @@ async def open_sqlite(
     A missing file is made, unless it `must_exist`. Raises `LocalError` for what the operator must mend and
     `StoreUnavailable` for what may pass. No operation may be started after leaving; those in progress finish.
     """
-    lock, connection, is_new = await trio.to_thread.run_sync(partial(_open_files, path, must_exist=must_exist))
+    lock, connection, is_new = await in_thread(partial(_open_files, path, must_exist=must_exist))
     maintenance = Maintenance()
     writer = Writer(path, connection, lock, maintenance.next, maintenance.wait_s)
     writer.start()

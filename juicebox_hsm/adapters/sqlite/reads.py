@@ -13,10 +13,11 @@ from typing import Any, Final, TypeVar
 import apsw
 import trio
 
+from juicebox_hsm.adapters.process.threads import NoThread, in_thread
 from juicebox_hsm.adapters.sqlite.identity import FileIdentity
 from juicebox_hsm.adapters.sqlite.schema import READER_CACHE_KIB, connect, translate
 from juicebox_hsm.ids import GroupId, RealmId
-from juicebox_hsm.ports.errors import StoreInvalid
+from juicebox_hsm.ports.errors import StoreInvalid, StoreUnavailable
 
 SCANS_MAX: Final = 4
 """Long reads at a time: they are rare, and each holds a connection."""
@@ -85,7 +86,10 @@ class Reads:
     async def scan(self, read: Callable[[apsw.Connection], T]) -> T:
         """Run a long read in a worker thread, in one snapshot if it is one statement."""
         self._identity.check_sometimes()
-        return await trio.to_thread.run_sync(self._scan, read, limiter=self._limiter)
+        try:
+            return await in_thread(self._scan, read, limiter=self._limiter)
+        except NoThread as error:
+            raise StoreUnavailable(f"sqlite:{self.path}: {error}") from None
 
     def _scan(self, read: Callable[[apsw.Connection], T]) -> T:
         try:

@@ -13,6 +13,7 @@ from typing import Final
 
 import apsw
 
+from juicebox_hsm.adapters.process.passing_trouble import local_error
 from juicebox_hsm.errors import LocalError, RealmError
 from juicebox_hsm.ports.errors import StoreDamaged, StoreUnavailable
 from juicebox_hsm.wire.rpc import DamageKind
@@ -132,7 +133,7 @@ def prepare_file(path: Path) -> bool:
     except FileExistsError:
         return False
     except OSError as error:
-        raise LocalError(f"sqlite:{path}: cannot create the file: {error.strerror}") from None
+        raise local_error(f"sqlite:{path}: cannot create the file: {error.strerror}", error) from None
     return True
 
 

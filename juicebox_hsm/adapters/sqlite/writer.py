@@ -26,6 +26,7 @@ import apsw
 import outcome
 import trio
 
+from juicebox_hsm.adapters.process.threads import in_thread_or_here, thread_needed
 from juicebox_hsm.adapters.sqlite.identity import FileIdentity
 from juicebox_hsm.adapters.sqlite.schema import BUSY_TIMEOUT_MS, translate
 from juicebox_hsm.ports.errors import StoreUnavailable
@@ -112,7 +113,8 @@ class Writer:
 
     def start(self) -> None:
         """Start the thread."""
-        self._thread.start()
+        with thread_needed():
+            self._thread.start()
 
     async def run(self, operation: Operation[T]) -> T:
         """Run `operation` in the next transaction; return its result once committed.
@@ -136,7 +138,7 @@ class Writer:
         self._closing = True
         self._queue.put(None)
         with trio.CancelScope(shield=True):
-            await trio.to_thread.run_sync(self._thread.join, CLOSE_S)
+            await in_thread_or_here(self._thread.join, CLOSE_S)
 
     # --- the thread ------------------------------------------------------------------------------
 

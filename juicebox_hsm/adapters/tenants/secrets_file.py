@@ -13,7 +13,9 @@ from typing import Final, Protocol
 
 import trio
 
+from juicebox_hsm.adapters.process.passing_trouble import local_error
 from juicebox_hsm.adapters.process.regular_file import open_regular
+from juicebox_hsm.adapters.process.threads import in_thread_or_here
 from juicebox_hsm.errors import LocalError, RealmError
 from juicebox_hsm.tenant_keys import (
     TENANT_NAME_PREFIX,
@@ -141,7 +143,7 @@ class SecretsFile(HeldSecrets):
 
     async def load(self) -> None:
         """Read the file; raises `LocalError` that names file and entry, and keeps what was there before."""
-        content, mode = await trio.to_thread.run_sync(self._read)
+        content, mode = await in_thread_or_here(self._read)
         if content != self._content or not self._secrets:
             try:
                 secrets = parse_file(content)
@@ -160,7 +162,9 @@ class SecretsFile(HeldSecrets):
                 content = file.read(FILE_BYTES_MAX + 1)
             mode = self.path.stat().st_mode
         except OSError as error:
-            raise LocalError(f"--secrets-file: cannot read secrets file {self.path}: {error.strerror}") from None
+            raise local_error(
+                f"--secrets-file: cannot read secrets file {self.path}: {error.strerror}", error
+            ) from None
         if len(content) > FILE_BYTES_MAX:
             raise LocalError(f"secrets file {self.path} is larger than {FILE_BYTES_MAX} bytes")
         return content, mode

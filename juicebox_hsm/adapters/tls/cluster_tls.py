@@ -15,14 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-import trio
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 
 from juicebox_hsm.adapters.observation.logging import get_logger
+from juicebox_hsm.adapters.process.passing_trouble import local_error
 from juicebox_hsm.adapters.process.regular_file import open_regular
-from juicebox_hsm.errors import LocalError, PeerError
+from juicebox_hsm.adapters.process.threads import in_thread_or_here
+from juicebox_hsm.errors import LocalError, NotYet, PeerError
 from juicebox_hsm.wire.rpc import PeerRole
 
 CA_FILE: Final = "ca.pem"
@@ -121,7 +122,7 @@ def cluster_reloads(tls: ClusterTls | None) -> dict[str, Callable[[], Awaitable[
         return {}
 
     async def reload() -> None:
-        await trio.to_thread.run_sync(tls.reload)
+        await in_thread_or_here(tls.reload)
         _log.info("cluster certificate reloaded", name=tls.identity.name, not_after=tls.not_after.isoformat())
 
     return {"cluster certificate": reload}
@@ -161,7 +162,9 @@ def _read(path: Path) -> bytes:
         with open_regular(path) as file:
             data = file.read(FILE_BYTES_MAX + 1)
     except OSError as error:
-        raise LocalError(f"{path}: {error.strerror}; {_ISSUE}") from None
+        raise local_error(f"{path}: {error.strerror}; {_ISSUE}", error) from None
+    if not data:
+        raise NotYet(f"{path}: is empty; it may be being written")
     if len(data) > FILE_BYTES_MAX:
         raise LocalError(f"{path}: larger than {FILE_BYTES_MAX} bytes; {_ISSUE}")
     return data
@@ -187,21 +190,21 @@ def _read_and_verify(directory: Path) -> _Loaded:
         raise LocalError(f"{key_path}: not an unencrypted PEM private key; {_ISSUE}") from None
     form = (Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     if key.public_key().public_bytes(*form) != leaf.public_key().public_bytes(*form):
-        raise LocalError(f"{cert_path}: {KEY_FILE} does not match; {_ISSUE}")
+        raise NotYet(f"{cert_path}: {KEY_FILE} does not match; {_ISSUE}")
     now = dt.datetime.now(dt.UTC)
     if not leaf.not_valid_before_utc <= now <= leaf.not_valid_after_utc:
-        raise LocalError(
+        raise NotYet(
             f"{cert_path}: valid from {leaf.not_valid_before_utc:%Y-%m-%d} to {leaf.not_valid_after_utc:%Y-%m-%d} "
             f"only; {_ISSUE}"
         )
     if not any(_issued(leaf, ca) for ca in cas):
-        raise LocalError(f"{cert_path}: not issued by a CA in {CA_FILE}; {_ISSUE}")
+        raise NotYet(f"{cert_path}: not issued by a CA in {CA_FILE}; {_ISSUE}")
     identity = _identity(cert_path, leaf)
     try:
         server = _context(ssl.PROTOCOL_TLS_SERVER, ca_pem, cert_path, key_path)
         client = _context(ssl.PROTOCOL_TLS_CLIENT, ca_pem, cert_path, key_path)
     except (ssl.SSLError, OSError) as error:
-        raise LocalError(f"{directory}: cannot be used for TLS: {error}; {_ISSUE}") from None
+        raise NotYet(f"{directory}: cannot be used for TLS: {error}; {_ISSUE}") from None
     return _Loaded(identity, leaf.not_valid_after_utc, server, client)
 
 

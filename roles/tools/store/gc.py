@@ -10,6 +10,7 @@ from typing import Final
 import apsw
 import trio
 
+from juicebox_hsm.adapters.process.threads import in_thread
 from juicebox_hsm.adapters.sqlite.accounting import DAY_MS
 from juicebox_hsm.adapters.sqlite.gc import SLICE_ROWS, START, clean_users
 from juicebox_hsm.adapters.sqlite.reads import fetch_one
@@ -34,7 +35,7 @@ async def collect(path: Path, rate: int, progress: Progress) -> list[str]:
     with open_snapshot(path):
         pass  # a missing or foreign file is refused before anything is opened for writing
     events = await _remove_events(path, rate, progress)
-    users = await trio.to_thread.run_sync(_clean_tables, path, rate, progress)
+    users = await in_thread(_clean_tables, path, rate, progress)
     with open_snapshot(path) as db:
         page_bytes, free, pages = (db.pragma(name) for name in ("page_size", "freelist_count", "page_count"))
     return [

@@ -13,6 +13,7 @@ import pytest
 import trio
 import trio.testing
 
+from juicebox_hsm.adapters.hsm_directory.nvram import NvramFailed
 from juicebox_hsm.adapters.observation import logging
 from juicebox_hsm.adapters.process import supervision
 from juicebox_hsm.adapters.process.supervision import (
@@ -25,7 +26,7 @@ from juicebox_hsm.adapters.process.supervision import (
     report_crash,
     run_service,
 )
-from juicebox_hsm.errors import InvariantViolation, LocalError, RealmError, check
+from juicebox_hsm.errors import InvariantViolation, LocalError, NotYet, RealmError, check
 from juicebox_hsm.ports.errors import HsmGone, StoreUnavailable
 
 
@@ -44,6 +45,11 @@ class Terminal(io.StringIO):
         (OSError("disk"), True, 70),
         (InvariantViolation("x"), False, 70),
         (LocalError("x"), False, 78),
+        (NotYet("x"), False, 69),
+        (NotYet("x"), True, 69),
+        (ExceptionGroup("g", [NotYet("x"), LocalError("y")]), False, 78),
+        (NvramFailed("x"), False, 75),
+        (ExceptionGroup("g", [NvramFailed("x")]), True, 75),
         (HsmGone("x"), True, 75),
         (StoreUnavailable("x"), False, 69),
         (ExceptionGroup("g", [RealmError("x")]), False, 69),

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from juicebox_hsm.adapters.hsm_directory.hsm_host import generate_keys, init_hsm_dir
+from juicebox_hsm.adapters.hsm_directory.hsm_host import generate_keys, init_hsm_dir, open_hsm_dir
 from juicebox_hsm.adapters.tls.certificates import CaKind, init_ca, issue, issue_edge
 from roles.cli import cli, main
 from tests.patience import PROGRAM_S
@@ -30,6 +30,7 @@ LB = (
     "--listen 127.0.0.1:0 --allow-loopback"
 )
 MANAGER = "--role manager --store sqlite:my.db --cluster-tls tls/manager --listen 127.0.0.1:0 --allow-loopback"
+LOG = "tenant-log serve --store sqlite:st.db --secrets-file s.json --port 0"
 CLUSTER = "--store sqlite:st.db --cluster-tls tls/operator"
 
 
@@ -82,6 +83,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (path / "client.json").write_text(json.dumps(CONFIGURATION))
     (path / "directory").mkdir()
     (path / "token").write_text("garbage")
+    (path / "empty").touch()
+    init_hsm_dir(path / "k", path / "locked")
+    issue(path / "ca", "agent", "agent", path / "tls" / "mixed")
+    (path / "tls" / "mixed" / "key.pem").write_bytes((path / "tls" / "agent" / "key.pem").read_bytes())
     return path
 
 
@@ -198,6 +203,13 @@ def test_a_directory_that_cannot_be_used_is_told_once() -> None:
 
 
 @pytest.fixture(scope="module")
+def _predecessor(place: Path) -> Iterator[None]:
+    """Somebody who still has the HSM directory `locked`."""
+    with open_hsm_dir(place / "locked"):
+        yield
+
+
+@pytest.fixture(scope="module")
 def busy() -> Iterator[int]:
     """A port on which somebody listens."""
     with closing(socket.create_server(("127.0.0.1", 0))) as server:
@@ -208,16 +220,30 @@ ROLES = [
     (AGENT.replace(" --store sqlite:my.db", ""), 2, "--store is required"),
     (f"{AGENT} --event-retention 6d", 2, "at least 7d and at most 31d"),
     (f"{AGENT} --event-retention 32d", 2, "at least 7d and at most 31d"),
-    (f"{AGENT} --hsm-dir nodir", 78, "--hsm-dir nodir: no such directory"),
+    (f"{AGENT} --hsm-dir nodir", 69, "--hsm-dir nodir: no such directory"),
+    (f"{AGENT} --hsm-dir locked", 69, "locked: this HSM is run"),
+    (f"{AGENT} --store sqlite:nodir/my.db", 69, "the directory nodir does not exist"),
+    (f"{AGENT} --cluster-tls nodir", 69, "nodir/ca.pem: No such file"),
+    (f"{AGENT} --cluster-tls tls/mixed", 69, "tls/mixed/cert.pem: key.pem does not match"),
+    (f"{AGENT} --listen 192.0.2.1:7 --http-listen 127.0.0.1:0", 69, "cannot listen on 192.0.2.1:7"),
+    (f"{AGENT} --listen nobody.invalid:7 --http-listen 127.0.0.1:0", 69, "cannot listen on nobody.invalid:7"),
     (f"{AGENT} --store sqlite:directory", 78, "directory"),
     (f"{AGENT} --cluster-tls tls/lb", 78, "tls/lb/cert.pem: is for role lb, agent is needed"),
     (f"{AGENT} --config two.toml", 78, "unknown setting 'stroe'"),
-    (f"{AGENT} --listen 127.0.0.1:BUSY --http-listen 127.0.0.1:0", 78, "--listen: cannot listen on 127.0.0.1:BUSY"),
+    (f"{AGENT} --listen 127.0.0.1:BUSY --http-listen 127.0.0.1:0", 69, "--listen: cannot listen on 127.0.0.1:BUSY"),
     (f"{MANAGER} --store sqlite:text.db", 78, "not an SQLite database"),
-    (f"{MANAGER} --http-listen 127.0.0.1:BUSY", 78, "--http-listen: cannot listen on 127.0.0.1:BUSY"),
+    (f"{MANAGER} --http-listen 127.0.0.1:BUSY", 69, "--http-listen: cannot listen on 127.0.0.1:BUSY"),
     (f"{MANAGER} --log-level loud", 78, "'loud' is unknown"),
-    (f"{LB} --listen 127.0.0.1:BUSY --http-listen 127.0.0.1:0", 78, "--listen: cannot listen on 127.0.0.1:BUSY"),
-    (f"{LB} --tls-key other.key", 78, "other.key does not match"),
+    (f"{LB} --listen 127.0.0.1:BUSY --http-listen 127.0.0.1:0", 69, "--listen: cannot listen on 127.0.0.1:BUSY"),
+    (f"{LB} --tls-key other.key", 69, "other.key does not match"),
+    (f"{LB} --tls-key empty", 69, "empty is empty"),
+    (f"{LB} --tls-key nofile", 69, "nofile: No such file"),
+    (f"{LB} --secrets-file nofile", 69, "nofile: No such file"),
+    (f"{LB} --listen nobody.invalid:7 --http-listen 127.0.0.1:0", 69, "cannot listen on nobody.invalid:7"),
+    (f"{MANAGER} --http-listen nobody.invalid:7", 69, "--http-listen nobody.invalid:7"),
+    (f"{LOG} --http-listen 127.0.0.1:BUSY", 69, "--http-listen: cannot listen on 127.0.0.1:BUSY"),
+    (f"{LOG} --tls-key other.key --tls-cert edge.pem", 69, "other.key does not match"),
+    (f"{LOG} --tls-key other.key", 78, "--tls-cert and --tls-key belong together"),
     (f"{LB} --secrets-file bad.json", 78, "bad.json"),
     (f"{LB} --idle-timeout 5", 2, "'5' is not a duration"),
     (f"{LB} --shutdown-timeout 20s", 78, "--shutdown-notice-period 30s is above --shutdown-timeout 20s"),
@@ -225,9 +251,10 @@ ROLES = [
 ]
 
 
+@pytest.mark.usefixtures("_predecessor")
 @pytest.mark.parametrize(("command", "code", "said"), ROLES, ids=[f"{n}" for n in range(len(ROLES))])
 def test_roles(command: str, code: int, said: str, busy: int) -> None:
-    """A service that cannot start says so in one line of stderr, with a code that keeps a supervisor from trying."""
+    """A service that cannot start says in one line of stderr why; its code tells whether starting it again may help."""
     ended = subprocess.run(
         [sys.executable, "-m", "roles", *command.replace("BUSY", str(busy)).split()],
         capture_output=True, text=True, timeout=PROGRAM_S, check=False,
@@ -236,3 +263,21 @@ def test_roles(command: str, code: int, said: str, busy: int) -> None:
     assert said.replace("BUSY", str(busy)) in ended.stderr
     assert ended.returncode == code
     assert len(ended.stderr.splitlines()) == 1, ended.stderr
+
+
+def test_an_hsm_whose_memory_fails_at_start(place: Path) -> None:
+    """NVRAM that cannot be written ends the agent with 75, at start as later, and the report names the same code."""
+    (place / "hsm" / "nvram.new").mkdir()
+    try:
+        ended = subprocess.run(
+            [sys.executable, "-m", "roles", *AGENT.split()],
+            capture_output=True, text=True, timeout=PROGRAM_S, check=False,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
+        )  # fmt: skip
+    finally:
+        (place / "hsm" / "nvram.new").rmdir()
+    report = json.loads(ended.stderr.splitlines()[-1])
+    assert (ended.returncode, report["message"]) == (
+        75,
+        "process ends with code 75: NvramFailed: hsm/nvram: Is a directory",
+    )
