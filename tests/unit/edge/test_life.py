@@ -70,7 +70,8 @@ def test_pkcs1_key(tmp_path: Path) -> None:
     ("which", "content", "message"),
     [
         ("key", None, "cannot read TLS key file"),
-        ("key", b"", "no PEM private key"),
+        ("key", b"", "is empty; it may be being written"),
+        ("key", b"junk", "no PEM private key"),
         ("key", b"-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n", "is not a PKCS#8"),
         ("cert", None, "cannot read TLS certificate file"),
         ("cert", b"junk", "TLS certificate file"),
