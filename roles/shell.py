@@ -30,6 +30,7 @@ from juicebox_hsm.adapters.observation.probes import Judge, Probe, judge_in_time
 from juicebox_hsm.adapters.observation.reason_gauges import ReasonGauges
 from juicebox_hsm.adapters.observation.store_metrics import Answers
 from juicebox_hsm.adapters.observation.tracing import Traces, open_traces
+from juicebox_hsm.adapters.process.file_limit import raise_file_limit
 from juicebox_hsm.adapters.process.memory_guard import forbid_dumps
 from juicebox_hsm.adapters.process.regular_file import others_read
 from juicebox_hsm.adapters.process.supervision import (
@@ -85,6 +86,7 @@ def start(
 
     Raises `LocalError` when traces are asked for and cannot be sent.
     """
+    raise_file_limit()
     guarded = forbid_dumps() if kind.guards_memory else None
     traces = open_traces(kind.tag, __version__) if kind.sends_traces else None
     phase = StartPhase()

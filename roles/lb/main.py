@@ -8,10 +8,11 @@ from typing import Final
 
 import click
 
-from juicebox_hsm.adapters.edge.limits import EdgeLimits, fit_connections
+from juicebox_hsm.adapters.edge.limits import EdgeLimits
 from juicebox_hsm.adapters.observation.logging import configure, get_logger
 from juicebox_hsm.adapters.observation.metric_names import LOAD_BALANCER
 from juicebox_hsm.adapters.observation.tracing import ROOT_RATE
+from juicebox_hsm.adapters.process.file_limit import SERVICE_SHARE, fit_connections, raise_file_limit
 from juicebox_hsm.adapters.process.supervision import ExitCode, run_service
 from juicebox_hsm.errors import LocalError
 from roles.cloud_options import SecretsOptions, secrets_options
@@ -98,8 +99,9 @@ def command(
     configure(common.log_level, in_background=True)
     if problem := shutdown_problem(shutdown_notice_period, shutdown_timeout):
         raise LocalError(problem)
+    raise_file_limit()
     limits = EdgeLimits(
-        connections_max=fit_connections(max_connections),
+        connections_max=fit_connections(max_connections, SERVICE_SHARE),
         handshake_timeout_s=tls_handshake_timeout,
         header_timeout_s=header_timeout,
         body_timeout_s=body_timeout,

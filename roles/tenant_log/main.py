@@ -19,6 +19,7 @@ from juicebox_hsm.adapters.observation.containment import ContainedConfig
 from juicebox_hsm.adapters.observation.logging import configure
 from juicebox_hsm.adapters.observation.metric_names import TENANT_LOG
 from juicebox_hsm.adapters.observation.probes import listen
+from juicebox_hsm.adapters.process.file_limit import SERVICE_SHARE, fit_connections
 from juicebox_hsm.adapters.process.supervision import report_crash
 from juicebox_hsm.adapters.stores.opening import open_store
 from juicebox_hsm.errors import DecodingError, LocalError, RealmError
@@ -174,7 +175,7 @@ async def run(shell: Shell, options: ServeOptions) -> None:
 
 
 def _server_config(options: ServeOptions) -> ContainedConfig:
-    config = ContainedConfig(CONNECTIONS_MAX)
+    config = ContainedConfig(fit_connections(CONNECTIONS_MAX, SERVICE_SHARE))
     config.accesslog = None
     config.errorlog = stdlib.getLogger("hypercorn.error")
     config.include_server_header = False

@@ -5,15 +5,11 @@ Every time is in seconds, every size in bytes. Limits hold per process.
 
 from __future__ import annotations
 
-import resource
 from dataclasses import dataclass
 from typing import Final
 
 BACKLOG: Final = 1024
 """Length of the kernel's accept queue (load-balancer.md 3)."""
-
-FILES_RESERVED: Final = 256
-"""Open files kept back from clients: store, agents, probes, logs (own)."""
 
 EVICTABLE_AFTER_S: Final = 1.0
 """A connection idle this long may be closed to admit another (load-balancer.md 3)."""
@@ -43,17 +39,3 @@ class EdgeLimits:
     h2_resets_max: int = 100
     h2_control_frames_max: int = 300
     h2_flood_window_s: float = 10.0
-
-
-def fit_connections(wanted: int) -> int:
-    """Raise the soft open-file limit to the hard one; return how many connections of `wanted` then fit, at least 1."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-            soft = hard
-        except (OSError, ValueError):  # a sandbox may forbid it: the soft limit then counts
-            pass
-    if soft == resource.RLIM_INFINITY:
-        return wanted
-    return max(1, min(wanted, soft - FILES_RESERVED))

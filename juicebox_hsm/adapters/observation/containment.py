@@ -25,7 +25,7 @@ _log = get_logger("http")
 class ContainedConfig(Config):
     """Hypercorn's settings and a bound on open connections, for one server."""
 
-    def __init__(self, connections_max: int = CONNECTIONS_MAX) -> None:
+    def __init__(self, connections_max: int) -> None:
         super().__init__()
         self.ssl_handshake_timeout = HANDSHAKE_S
         self.connections_max = connections_max
@@ -38,9 +38,11 @@ class ContainedServer(TCPServer):
     """One connection. Whatever goes wrong ends it and nothing else; broken invariants still end the process.
 
     Above the bound of its server, the connection that is idle longest makes room; if none is, the new one is closed.
+    It ends when its client has left: hypercorn lets its timer for idle connections run out first.
     """
 
     scope: trio.CancelScope
+    is_left = False
 
     async def run(self) -> None:
         """Serve the connection."""
@@ -72,7 +74,13 @@ class ContainedServer(TCPServer):
             self.config.idle.pop(self, None)
             if event.idle and not self.scope.cancel_called:
                 self.config.idle[self] = None
-        await super().protocol_send(event)
+        if not (isinstance(event, Updated) and self.is_left):
+            await super().protocol_send(event)
+
+    async def _read_data(self) -> None:
+        await super()._read_data()
+        self.is_left = True
+        await self.idle_task.stop()
 
     async def _run_contained(self) -> None:
         try:

@@ -18,9 +18,10 @@ from quart import Request, Response
 from quart_trio import QuartTrio
 from quart_trio.asgi import TrioASGIHTTPConnection
 
-from juicebox_hsm.adapters.observation.containment import ContainedConfig, contain_connections
+from juicebox_hsm.adapters.observation.containment import CONNECTIONS_MAX, ContainedConfig, contain_connections
 from juicebox_hsm.adapters.observation.metrics import Metrics
 from juicebox_hsm.adapters.observation.process_metrics import process_text
+from juicebox_hsm.adapters.process.file_limit import PROBES_SHARE, fit_connections
 from juicebox_hsm.adapters.process.passing_trouble import local_error
 from juicebox_hsm.errors import RealmError
 from juicebox_hsm.host.readiness import NoAnswer, Readiness, code_headers
@@ -79,7 +80,7 @@ async def serve_probes(
     app = make_app(name, livez=livez, readyz=readyz, show=show, metrics=metrics)
     if app_hook is not None:
         app_hook(app)
-    config = ContainedConfig()
+    config = ContainedConfig(fit_connections(CONNECTIONS_MAX, PROBES_SHARE))
     config.accesslog = None
     config.errorlog = stdlib.getLogger("hypercorn.error")
     config.include_server_header = False

@@ -23,6 +23,7 @@ import trio
 from juicebox_hsm.adapters.observation.logging import get_logger
 from juicebox_hsm.adapters.observation.metrics import Counter, Gauge, Metrics, Timer
 from juicebox_hsm.adapters.observation.tracing import Span, Traces, active
+from juicebox_hsm.adapters.process.file_limit import SERVICE_SHARE, fit_connections
 from juicebox_hsm.adapters.process.passing_trouble import local_error
 from juicebox_hsm.adapters.rpc import frames
 from juicebox_hsm.adapters.rpc.streams import FramedStream, describe
@@ -37,6 +38,8 @@ IN_FLIGHT_MAX: Final = 1024  # agent.md 2: per stream
 BODIES_MAX: Final = 8192  # own: eight full streams; about 10 kB each
 STREAMS_MAX: Final = 1024  # own: every role of a large cluster several times over
 HANDSHAKES_MAX: Final = 128  # own: unproven peers at a time; beyond, the oldest goes, so nobody is locked out
+_HANDSHAKES_SHARE: Final = SERVICE_SHARE / 8
+_STREAMS_SHARE: Final = SERVICE_SHARE - _HANDSHAKES_SHARE
 HANDSHAKE_S: Final = 5.0  # own: TLS handshake and hello together
 BACKLOG: Final = 128
 
@@ -184,6 +187,8 @@ class RpcServer:
         self._fatal = fatal
         self._traces = traces
         self._connections: set[_Connection] = set()
+        self._streams_max = fit_connections(STREAMS_MAX, _STREAMS_SHARE)
+        self._handshakes_max = fit_connections(HANDSHAKES_MAX, _HANDSHAKES_SHARE)
         self._streams = 0
         self._handshakes: dict[trio.CancelScope, None] = {}  # oldest first
         self._next_connection = 0
@@ -242,9 +247,9 @@ class RpcServer:
         self, tcp: trio.SocketStream, stream: ByteStream, role: PeerRole | None, name: str
     ) -> None:
         """Serve a stream if there is room for it. Peers that have proved nothing cannot take that room."""
-        if self._streams >= STREAMS_MAX:
+        if self._streams >= self._streams_max:
             self._broken.add()
-            _log.warning("too many connections", limit=STREAMS_MAX, peer=name)
+            _log.warning("too many connections", limit=self._streams_max, peer=name)
             await trio.aclose_forcefully(tcp)
             return
         self._streams += 1
@@ -255,7 +260,7 @@ class RpcServer:
 
     async def _shake_hands(self, tcp: trio.SocketStream, stream: TlsStream, address: str) -> PeerIdentity | None:
         """Return who the peer proved to be; None if it was refused, which is done. Bounded in time and in number."""
-        if len(self._handshakes) >= HANDSHAKES_MAX:
+        if len(self._handshakes) >= self._handshakes_max:
             oldest = next(iter(self._handshakes))
             del self._handshakes[oldest]
             oldest.cancel()

@@ -233,7 +233,7 @@ async def test_bytes_after_a_refused_upgrade_end_their_connection_only() -> None
 
 async def test_a_crowd_does_not_lock_anybody_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Above the bound the connection idle longest makes room, half a request counts as idle, a working one stays."""
-    monkeypatch.setattr(probes, "ContainedConfig", lambda: ContainedConfig(4))
+    monkeypatch.setattr(probes, "ContainedConfig", lambda _: ContainedConfig(4))
     monkeypatch.setattr(probes, "PROBE_S", 30.0)
     live = Health()
     live.hang = True
@@ -258,7 +258,7 @@ async def test_a_crowd_does_not_lock_anybody_out(monkeypatch: pytest.MonkeyPatch
 
 async def test_beyond_the_bound_all_busy(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a request in progress on every connection a further one is closed at once, and the port goes on after."""
-    monkeypatch.setattr(probes, "ContainedConfig", lambda: ContainedConfig(1))
+    monkeypatch.setattr(probes, "ContainedConfig", lambda _: ContainedConfig(1))
     monkeypatch.setattr(probes, "PROBE_S", 30.0)
     live = Health()
     live.hang = True
@@ -282,3 +282,24 @@ async def test_beyond_the_bound_all_busy(monkeypatch: pytest.MonkeyPatch) -> Non
                 except (OSError, trio.BrokenResourceError, IndexError):
                     continue
                 break
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /livez HTTP/1.1\r\nHo", b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"])
+async def test_who_has_left_takes_no_place(monkeypatch: pytest.MonkeyPatch, sent: bytes) -> None:
+    """A connection ends with its client, wherever that was: silent, in half a head, waiting for an answer."""
+    config = ContainedConfig(100)
+    monkeypatch.setattr(probes, "ContainedConfig", lambda _: config)
+    monkeypatch.setattr(probes, "IDLE_S", 3600)
+    monkeypatch.setattr(probes, "PROBE_S", 3600.0)
+    live = Health()
+    live.hang = bool(sent.endswith(b"\r\n\r\n"))
+    async with serving(live, Health()) as port:
+        for _ in range(20):
+            stream = await trio.open_tcp_stream("127.0.0.1", port)
+            await stream.send_all(sent)
+            if live.hang:
+                await live.entered.wait()
+            await stream.aclose()
+        with trio.fail_after(HANGS_S):
+            while config.connections or live.running:
+                await trio.lowlevel.checkpoint()

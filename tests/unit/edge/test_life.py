@@ -7,7 +7,6 @@ import errno
 import gc
 import shutil
 import ssl
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,7 +23,7 @@ from juicebox_hsm.adapters.edge.connection import Connection, ConnectionTable
 from juicebox_hsm.adapters.edge.exchange import Request, Response
 from juicebox_hsm.adapters.edge.h1 import H1Session
 from juicebox_hsm.adapters.edge.h2 import H2Session
-from juicebox_hsm.adapters.edge.limits import FILES_RESERVED, EdgeLimits, fit_connections
+from juicebox_hsm.adapters.edge.limits import EdgeLimits
 from juicebox_hsm.adapters.edge.server import open_edge_listener
 from juicebox_hsm.adapters.edge.tls import EdgeTls, load_edge_context
 from juicebox_hsm.adapters.tls.streams import TlsStream
@@ -381,19 +380,6 @@ async def test_silent_handshakes_can_be_evicted(
     assert (await H1Client(stream).request("GET", "/")).status == 200
     assert trio.current_time() - began <= 2
     assert await until_hangup(silent[0]) == b""
-
-
-def test_fit_connections(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The soft file limit is raised to the hard one and the cap lowered to what then fits."""
-    import resource
-
-    calls: list[tuple[int, int]] = []
-    monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 4096))
-    setlimit: Callable[[int, tuple[int, int]], None] = lambda _, pair: calls.append(pair)  # noqa: E731
-    monkeypatch.setattr(resource, "setrlimit", setlimit)
-    assert fit_connections(10_000) == 4096 - FILES_RESERVED
-    assert fit_connections(100) == 100
-    assert calls[0] == (4096, 4096)
 
 
 def test_listener_in_use_is_a_clear_error() -> None:
