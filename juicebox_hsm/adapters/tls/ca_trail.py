@@ -11,8 +11,7 @@ import os
 from pathlib import Path
 from typing import Final
 
-import trio
-
+from juicebox_hsm.adapters.process.threads import in_thread_or_here
 from juicebox_hsm.errors import LocalError
 from juicebox_hsm.host.audit import UNREADABLE, AuditEntry, decode, encode
 
@@ -28,11 +27,11 @@ class CaTrail:
 
     async def add(self, entry: AuditEntry) -> None:
         """Add an entry; of one change and phase the first one stands. Returns when it is on the disk."""
-        await trio.to_thread.run_sync(self._add, entry)
+        await in_thread_or_here(self._add, entry)
 
     async def read(self, since_ms: int, entries_max: int) -> list[AuditEntry]:
         """Return the newest entries since then, oldest first; none where nothing was ever recorded."""
-        found = await trio.to_thread.run_sync(self._read)
+        found = await in_thread_or_here(self._read)
         wanted = [entry for entry in found if entry.when_ms >= since_ms or entry.action == UNREADABLE]
         return sorted(wanted, key=lambda entry: entry.when_ms)[-entries_max:]
 

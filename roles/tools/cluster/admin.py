@@ -174,13 +174,12 @@ def ca_issue(directory: Path, role: str, name: str, out: Path, days: int) -> Non
 
 def _recorded_by_ca(directory: Path, action: str, work: Callable[[], None], **arguments: str) -> None:
     """Do something with a CA, and record it in the CA's own directory: it is kept where no store is."""
-    import trio
-
+    from juicebox_hsm.adapters.process.threads import in_thread_or_here
     from juicebox_hsm.adapters.tls.ca_trail import CaTrail
 
     async def main() -> None:
         async with recorded(CaTrail(directory), "", _now_ms, action, **arguments):
-            await trio.to_thread.run_sync(work)
+            await in_thread_or_here(work)
 
     run(main)
 
