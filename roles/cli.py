@@ -15,6 +15,7 @@ import click
 
 from juicebox_hsm import __version__
 from juicebox_hsm.errors import LocalError, NotYet, RealmError
+from juicebox_hsm.host.addresses import is_text, shown
 from roles.commands import ROLES, TOOLS
 from roles.lazy import LazyGroup
 from roles.options import ENVIRONMENT_PREFIX, BadSettings
@@ -23,6 +24,7 @@ COLLECTOR_THRESHOLDS: Final = (10_000, 20, 50)
 """Allocations before a young collection, and collections before an older one; Python's own are 700, 10, 10."""
 
 PROGRAM: Final = "juicebox-hsm"
+_OUR_VARIABLES: Final = (ENVIRONMENT_PREFIX, "DD_", "OTEL_", "JUICEBOX_", "LOGLEVEL", "JB_", "BIGTABLE_", "PUBSUB_")
 TENANT_LOG_SERVE: Final = ["tenant-log", "serve"]
 """The service that is started like a tool."""
 
@@ -110,12 +112,29 @@ def _ignore_signals_while_starting() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def _odd_text(arguments: list[str]) -> str | None:
+    """Return which argument or variable of ours is not UTF-8, None if all are: what is given is shown, logged and sent.
+
+    Python hands such bytes on as text that no message to others can carry.
+    """
+    for text in arguments:
+        if not is_text(text):
+            return f"{shown(text)}: an argument is not UTF-8 text"
+    for name, value in os.environ.items():
+        if name.startswith(_OUR_VARIABLES) and not is_text(value):
+            return f"{name}={shown(value)}: is not UTF-8 text"
+    return None
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the program; ends with `SystemExit`."""
     role, rest = _split_role(sys.argv[1:] if arguments is None else arguments)
-    if role is not None or rest[:2] == TENANT_LOG_SERVE:
+    is_service = role is not None or rest[:2] == TENANT_LOG_SERVE
+    if is_service:
         _ignore_signals_while_starting()
     try:
+        if (problem := _odd_text(sys.argv[1:] if arguments is None else arguments)) is not None:
+            _fail(problem, 78 if is_service else 2)
         if os.environ.get("LOGLEVEL"):
             from juicebox_hsm.adapters.observation.logging import parse_level
 

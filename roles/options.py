@@ -8,7 +8,6 @@ default.
 from __future__ import annotations
 
 import functools
-import ipaddress
 import tomllib
 from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import click
 from juicebox_hsm.adapters.process.regular_file import open_regular
 from juicebox_hsm.adapters.tls.cluster_tls import ClusterTls
 from juicebox_hsm.errors import LocalError
+from juicebox_hsm.host.addresses import Address, parse_address, parse_host, parse_name
 from juicebox_hsm.wire.rpc import PeerRole
 from roles.durations import format_seconds
 from roles.store_options import store_option
@@ -34,48 +34,6 @@ WORKER_VARIABLE: Final = f"{ENVIRONMENT_PREFIX}_LB_WORKER"
 CONFIG_BYTES_MAX: Final = 1 << 20  # own: a file of settings has a few hundred bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Address:
-    """A host and port; IPv6 hosts without brackets."""
-
-    host: str
-    port: int
-
-    def __str__(self) -> str:
-        """Return HOST:PORT with brackets around an IPv6 host."""
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-    @property
-    def is_loopback(self) -> bool:
-        """Tell whether the host is a loopback address or `localhost`."""
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return self.host == "localhost"
-
-    @property
-    def is_unspecified(self) -> bool:
-        """Tell whether the host is 0.0.0.0 or ::."""
-        try:
-            return ipaddress.ip_address(self.host).is_unspecified
-        except ValueError:
-            return False
-
-
-def parse_address(text: str) -> Address:
-    """Parse HOST:PORT or [V6]:PORT; raises ValueError with the reason."""
-    host, separator, port_text = text.rpartition(":")
-    if not separator or not host:
-        raise ValueError(f"{text!r} is not HOST:PORT")
-    if host.startswith("[") and host.endswith("]"):
-        host = host[1:-1]
-    elif ":" in host:
-        raise ValueError(f"{text!r}: write an IPv6 address as [ADDRESS]:PORT")
-    if not port_text.isascii() or not port_text.isdigit() or int(port_text) > 65535:
-        raise ValueError(f"{text!r}: the port must be a number from 0 to 65535")
-    return Address(host, int(port_text))
-
-
 class AddressType(click.ParamType[Address]):
     """A HOST:PORT flag."""
 
@@ -87,6 +45,32 @@ class AddressType(click.ParamType[Address]):
             return value
         try:
             return parse_address(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+class HostType(click.ParamType[str]):
+    """A host without a port."""
+
+    name = "HOST"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Parse, or fail as a usage error."""
+        try:
+            return parse_host(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+class NameType(click.ParamType[str]):
+    """The name of a service."""
+
+    name = "NAME"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Parse, or fail as a usage error."""
+        try:
+            return parse_name(str(value))
         except ValueError as error:
             self.fail(str(error), param, ctx)
 
@@ -282,7 +266,7 @@ def _role_flags(default_listen: str) -> list[Callable[[Any], Any]]:
             type=AddressType(),
             help="Probes and metrics (/livez, /readyz, /metrics); default loopback, listen port + 1000.",
         ),
-        click.option("--name", "-n", help="Name in logs and status; default ROLE + listen address."),
+        click.option("--name", "-n", type=NameType(), help="Name in logs and status; default ROLE + listen address."),
         click.option("--advertise", type=AddressType(), help="Address others reach this service at; default --listen."),
         click.option("--allow-loopback", is_flag=True, help="Do not warn about advertising a loopback address."),
         click.option("--log-level", help="error, warning, info, debug or trace; default $LOGLEVEL or info."),

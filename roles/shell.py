@@ -9,6 +9,7 @@ order in which it stops; nothing here knows what is served.
 from __future__ import annotations
 
 import datetime as dt
+import os
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +22,7 @@ from quart_trio import QuartTrio
 from juicebox_hsm import __version__
 from juicebox_hsm.adapters.faults.switch import FaultSwitch
 from juicebox_hsm.adapters.observation import build_info
-from juicebox_hsm.adapters.observation.dogstatsd import send_metrics
+from juicebox_hsm.adapters.observation.dogstatsd import agent_address, send_metrics
 from juicebox_hsm.adapters.observation.families import Family
 from juicebox_hsm.adapters.observation.logging import get_logger, lines_dropped, report_suppressed
 from juicebox_hsm.adapters.observation.metric_names import ANY_SERVICE
@@ -44,11 +45,12 @@ from juicebox_hsm.adapters.process.supervision import (
 from juicebox_hsm.adapters.tls.certificate_end import report_cluster_end
 from juicebox_hsm.adapters.tls.cluster_tls import KEY_FILE, ClusterTls, certificate_end, cluster_reloads
 from juicebox_hsm.errors import RealmError
+from juicebox_hsm.host.addresses import Address
 from juicebox_hsm.host.services import ServiceKind
 from juicebox_hsm.ports.discovery import Discovery
 from juicebox_hsm.ports.store import Store
 from juicebox_hsm.wire.rpc import PeerRole
-from roles.options import Address, CommonOptions, load_identity
+from roles.options import CommonOptions, load_identity
 from roles.words import readiness_text
 
 REPORT_S: Final = 1.0
@@ -84,8 +86,9 @@ def start(
 ) -> None:
     """Run `main(shell, ...)` as the service called `name`, to its end; ends the process unless it stopped in order.
 
-    Raises `LocalError` when traces are asked for and cannot be sent.
+    Raises `LocalError` when metrics or traces are to be sent where nobody can be.
     """
+    agent_address(os.environ)
     raise_file_limit()
     guarded = forbid_dumps() if kind.guards_memory else None
     traces = open_traces(kind.tag, __version__) if kind.sends_traces else None

@@ -9,10 +9,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any, Final, TypeVar, cast
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import click
 
+from juicebox_hsm.host.addresses import emulator_of
 from roles.durations import DurationType, format_seconds
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -82,7 +83,10 @@ def store_url_of(store_url: str | None, given: Mapping[str, Any]) -> str | None:
     if given.get("bigtable_http_keepalive_while_idle") is False:
         settings["keepalive-while-idle"] = "off"
     if address:
-        emulator = _emulator(address)
+        try:
+            emulator = emulator_of(address, SERVICE_HOST)
+        except ValueError as error:
+            raise ValueError(f"--bigtable-url {error}") from None
         if emulator:
             settings["emulator"] = emulator
     if store_url is None:
@@ -93,22 +97,6 @@ def store_url_of(store_url: str | None, given: Mapping[str, Any]) -> str | None:
         return store_url
     more = "&".join(f"{key}={quote(value, safe=':[]')}" for key, value in settings.items())
     return f"{store_url}{'&' if '?' in store_url else '?'}{more}"
-
-
-def _emulator(address: str) -> str:
-    """Return HOST:PORT of an emulator, "" for Google's service; raises ValueError for anything else."""
-    try:
-        parts = urlsplit(address)
-        port = parts.port
-    except ValueError:
-        parts, port = urlsplit(""), None
-    if parts.scheme == "https" and parts.hostname == SERVICE_HOST:
-        return ""
-    if parts.scheme != "http" or not parts.hostname or port is None:
-        raise ValueError(
-            f"--bigtable-url {address}: expected http://HOST:PORT of an emulator, or https://{SERVICE_HOST}"
-        )
-    return parts.netloc
 
 
 def take_store(values: MutableMapping[str, Any]) -> str:

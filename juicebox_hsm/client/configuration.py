@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urljoin
 
 from juicebox_hsm.crypto.pin import PinHashingMode
 from juicebox_hsm.errors import LocalError
+from juicebox_hsm.host.addresses import is_loopback, parse_url
 from juicebox_hsm.ids import ID_BYTES, RealmId
 
 _PUBLIC_KEY_BYTES: Final = 32
@@ -20,14 +20,6 @@ _HEX: Final = re.compile(r"(?:[0-9a-fA-F]{2})+")
 
 class ConfigurationError(LocalError, ValueError):
     """A configuration is not usable; the message says which rule it breaks."""
-
-
-def _is_loopback(host: str) -> bool:
-    """Tell whether a URL's host is this machine: `localhost` or a loopback address."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +37,10 @@ class Realm:
         if self.public_key is not None and len(self.public_key) != _PUBLIC_KEY_BYTES:
             raise ConfigurationError(f"a realm's public key has {_PUBLIC_KEY_BYTES} bytes, not {len(self.public_key)}")
         try:
-            parts = urlsplit(self.address)
-            usable = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
-        except ValueError:
-            usable = False
-        if not usable:
-            raise ConfigurationError(f"a realm address is an http or https URL, not {self.address!r}")
-        if parts.scheme == "http" and not _is_loopback(parts.hostname or ""):
+            parts = parse_url(self.address, ("https", "http"))
+        except ValueError as error:
+            raise ConfigurationError(f"a realm address is an http or https URL: {error}") from None
+        if parts.scheme == "http" and not is_loopback(parts.host):
             raise ConfigurationError(
                 f"a realm address with http shows tokens, and shares of software realms, to the network: use https "
                 f"({self.address!r}; http is for this machine alone)"

@@ -14,13 +14,14 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol, Self
-from urllib.parse import urlsplit
 
 import h11
 import trio
 
+from juicebox_hsm.adapters.process.dialing import dial
 from juicebox_hsm.adapters.tls.streams import SocketStream, TlsStream, aclose_forcefully
 from juicebox_hsm.errors import RealmError, check
+from juicebox_hsm.host.addresses import parse_url
 
 RESPONSE_BYTES_MAX: Final = 64 * 1024
 """Bodies are cut here; a realm's answers stay below 1 KiB, only a proxy's error pages may be longer."""
@@ -98,7 +99,7 @@ class HttpTransport:
         connections_per_host_max: int = CONNECTIONS_PER_HOST_MAX,
         reuse: bool = True,
         response_bytes_max: int = RESPONSE_BYTES_MAX,
-        connect: Connect = trio.open_tcp_stream,
+        connect: Connect = dial,
         observe: Observe | None = None,
     ) -> None:
         check(connections_per_host_max >= 1, "a transport may open at least one connection")
@@ -146,20 +147,21 @@ class HttpTransport:
         raise TransportError(f"no answer from {authority} within {timeout_s} s")
 
     def _target(self, url: str) -> tuple[_Host, str, str]:
-        """Return (host, request target, authority) of a URL, remembering what was parsed."""
+        """Return (host, request target, authority) of a URL, remembering what was parsed. Raises `TransportError`."""
         known = self._targets.get(url)
         if known is not None:
             return known
-        parts = urlsplit(url)
-        port = parts.port or (443 if parts.scheme == "https" else 80)
-        name = parts.hostname or ""
-        key = (parts.scheme, name, port)
+        try:
+            parts = parse_url(url, ("https", "http"))
+        except ValueError as error:
+            raise TransportError(str(error)) from None
+        key = (parts.scheme, parts.host, parts.port or (443 if parts.scheme == "https" else 80))
         host = self._hosts.get(key)
         if host is None:
             host = _Host(*key, trio.Semaphore(self._connections_per_host_max))
             self._hosts[key] = host
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        known = (host, target, parts.netloc.rpartition("@")[2])
+        known = (host, target, parts.authority)
         self._targets[url] = known
         return known
 

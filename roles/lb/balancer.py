@@ -24,6 +24,7 @@ from juicebox_hsm.adapters.rpc import RpcPool
 from juicebox_hsm.adapters.stores.opening import open_store
 from juicebox_hsm.adapters.tenants.secrets_file import HeldSecrets
 from juicebox_hsm.crypto.redacted import Secret
+from juicebox_hsm.host.addresses import Address
 from juicebox_hsm.host.readiness import Readiness
 from juicebox_hsm.host.services import ServiceKind
 from juicebox_hsm.ports.store import Store
@@ -39,7 +40,7 @@ from roles.lb.readiness import BalancerReadiness
 from roles.lb.routes import SHUTTING_DOWN, Routes, livez_text
 from roles.lb.service import ClientService
 from roles.lb.workers import WorkerPlace
-from roles.options import Address, CommonOptions
+from roles.options import CommonOptions
 from roles.shell import Entry, Shell, ready, stopping
 
 FIRST_TABLE_S: Final = 5.0

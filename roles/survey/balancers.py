@@ -8,13 +8,14 @@ import ssl
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
-from urllib.parse import urlsplit
 
 import h11
 import trio
 from cryptography import x509
 
+from juicebox_hsm.adapters.process.dialing import dial
 from juicebox_hsm.adapters.tls.certificate_end import to_unix_ms
+from juicebox_hsm.host.addresses import parse_url
 from juicebox_hsm.host.cluster.verdict import BalancerReport
 from juicebox_hsm.host.codes import Code, code_of
 from juicebox_hsm.host.readiness import REASONS, WARNINGS
@@ -45,18 +46,17 @@ async def probe_balancer(url: str, timeout_s: float = PROBE_S) -> BalancerReport
     not_after: dt.datetime | None = None
     with trio.move_on_after(timeout_s):
         try:
-            parts = urlsplit(url)
-            host = parts.hostname or ""
-            stream = await trio.open_tcp_stream(host, parts.port or 443)
-            async with trio.SSLStream(stream, _context(), server_hostname=host, https_compatible=True) as tls:
+            parts = parse_url(url, ("https",))
+            stream = await dial(parts.host, parts.port or 443)
+            async with trio.SSLStream(stream, _context(), server_hostname=parts.host, https_compatible=True) as tls:
                 await tls.do_handshake()
                 not_after = _end_of(tls.getpeercert(binary_form=True))
                 connection = h11.Connection(h11.CLIENT)
-                ready = await _get(tls, connection, parts.netloc, "/readyz")
+                ready = await _get(tls, connection, parts.authority, "/readyz")
                 live = ""
                 if connection.our_state is h11.DONE and connection.their_state is h11.DONE:  # else it says goodbye
                     connection.start_next_cycle()
-                    live = (await _get(tls, connection, parts.netloc, "/livez")).text
+                    live = (await _get(tls, connection, parts.authority, "/livez")).text
         except (OSError, trio.BrokenResourceError, ssl.SSLError, h11.ProtocolError, ValueError) as error:
             return BalancerReport(
                 url, error=str(error) or type(error).__name__, certificate_end_ms=to_unix_ms(not_after)
@@ -79,10 +79,9 @@ async def certificate_end(url: str, timeout_s: float = PROBE_S) -> dt.datetime:
     """Return when the certificate behind an https URL ends. Raises OSError with the reason when it cannot be had."""
     with trio.move_on_after(timeout_s):
         try:
-            parts = urlsplit(url)
-            host = parts.hostname or ""
-            stream = await trio.open_tcp_stream(host, parts.port or 443)
-            async with trio.SSLStream(stream, _context(), server_hostname=host, https_compatible=True) as tls:
+            parts = parse_url(url, ("https",))
+            stream = await dial(parts.host, parts.port or 443)
+            async with trio.SSLStream(stream, _context(), server_hostname=parts.host, https_compatible=True) as tls:
                 await tls.do_handshake()
                 end = _end_of(tls.getpeercert(binary_form=True))
         except (trio.BrokenResourceError, ValueError) as error:

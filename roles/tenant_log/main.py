@@ -15,7 +15,7 @@ from hypercorn.trio import serve as serve_asgi
 
 from juicebox_hsm import __version__
 from juicebox_hsm.adapters.edge.tls import load_edge_context
-from juicebox_hsm.adapters.observation.containment import ContainedConfig
+from juicebox_hsm.adapters.observation.containment import ContainedConfig, GoodTargets
 from juicebox_hsm.adapters.observation.logging import configure
 from juicebox_hsm.adapters.observation.metric_names import TENANT_LOG
 from juicebox_hsm.adapters.observation.probes import listen
@@ -23,11 +23,12 @@ from juicebox_hsm.adapters.process.file_limit import SERVICE_SHARE, fit_connecti
 from juicebox_hsm.adapters.process.supervision import report_crash
 from juicebox_hsm.adapters.stores.opening import open_store
 from juicebox_hsm.errors import DecodingError, LocalError, RealmError
+from juicebox_hsm.host.addresses import Address
 from juicebox_hsm.host.codes import Code
 from juicebox_hsm.host.readiness import Plain, Readiness, Reason, Trouble, of_secrets
 from juicebox_hsm.ids import RealmId, parse_id
 from roles.cloud_options import CloudOptions, SecretsOptions, open_secrets, pubsub_options, secrets_options, with_bus
-from roles.options import HTTP_PORT_OFFSET, Address, AddressType, config_option
+from roles.options import HTTP_PORT_OFFSET, AddressType, HostType, NameType, config_option
 from roles.shell import Kind, Shell, ready, start, stopping
 from roles.store_options import store_option
 from roles.tenant_log.service import WAIT_S, Realms, TenantLogService
@@ -77,7 +78,7 @@ class RealmIdType(click.ParamType[RealmId]):
     help="Realm to serve, repeatable; default all realms of the store. Tokens choose by their audience.",
 )  # fmt: skip
 @secrets_options
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--host", type=HostType(), default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
     "--port", default=8080, show_default=True, type=click.IntRange(0, 65535), envvar="PORT", help="Port to listen on."
 )
@@ -86,7 +87,7 @@ class RealmIdType(click.ParamType[RealmId]):
 )
 @click.option("--tls-cert", type=_FILE, help="PEM certificate chain; without it, plain HTTP for a proxy in front.")
 @click.option("--tls-key", type=_FILE, help="PEM private key of --tls-cert.")
-@click.option("--name", "-n", default="tenant-log", show_default=True, help="Name in logs and probes.")
+@click.option("--name", "-n", type=NameType(), default="tenant-log", show_default=True, help="Name in logs and probes.")
 @click.option("--log-level", help="error, warning, info, debug or trace; default $LOGLEVEL or info.")
 @pubsub_options
 def command(
@@ -169,7 +170,7 @@ async def run(shell: Shell, options: ServeOptions) -> None:
                 version=__version__, store=store.description,
             )  # fmt: skip
             ready(f"tenant log on port {port}")
-            await serve_asgi(service.make_app(), config, shutdown_trigger=until_stopped)
+            await serve_asgi(GoodTargets(service.make_app()), config, shutdown_trigger=until_stopped)
             nursery.cancel_scope.cancel()
     shell.log.info("tenant log stopped")
 

@@ -46,6 +46,7 @@ from juicebox_hsm.adapters.observation.metrics import Metrics
 from juicebox_hsm.adapters.stores.embedded_bus import EmbeddedBus
 from juicebox_hsm.adapters.stores.node_tuning import DEFAULT_NODE_TUNING, NodeTuning
 from juicebox_hsm.errors import LocalError
+from juicebox_hsm.host.addresses import parse_address as parse_host_and_port
 from juicebox_hsm.host.retry import RetryProfile
 from juicebox_hsm.ports.store import Store
 
@@ -58,7 +59,6 @@ CLOSING_S: Final = 8.0
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9.:_-]{0,62}")
 _SECONDS: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?)(s|ms)")
 _PROFILE: Final = re.compile(r"[A-Za-z0-9_.-]{1,50}")
-_TARGET: Final = re.compile(r"(\[[0-9a-fA-F:]+\]|[A-Za-z0-9.-]+):[0-9]{1,5}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +113,11 @@ def parse_address(rest: str, variable: str | None) -> Address:
             f"not a store: 'bigtable:{rest}'; expected bigtable:PROJECT/INSTANCE, optionally with ?emulator=HOST:PORT"
             " or ?app-profile=ID"
         )
-    if emulator and not _TARGET.fullmatch(emulator):
-        raise LocalError(f"the Bigtable emulator's address is HOST:PORT, not {emulator!r}")
+    if emulator:
+        try:
+            parse_host_and_port(emulator)
+        except ValueError as error:
+            raise LocalError(f"the Bigtable emulator's address: {error}") from None
     if profile and not _PROFILE.fullmatch(profile):
         raise LocalError(f"not an application profile: {profile!r}")
     return Address(project, instance, emulator, profile, call_s, channel)

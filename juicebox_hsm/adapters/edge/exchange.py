@@ -10,7 +10,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
-from urllib.parse import urlsplit
+
+from juicebox_hsm.host.addresses import path_of_target
 
 Headers = Sequence[tuple[bytes, bytes]]
 
@@ -65,14 +66,8 @@ class Request(ABC):
 
     @property
     def path(self) -> str:
-        """Return the path without query, also for a target in absolute form."""
-        target = self.target.decode("latin-1")
-        if target.startswith("/"):
-            return target.partition("?")[0]
-        try:
-            return urlsplit(target).path
-        except ValueError:  # e.g. a broken IPv6 authority: no route matches the empty path
-            return ""
+        """Return the path without query, also for a target in absolute form; "", which no route has, without one."""
+        return path_of_target(self.target.decode("latin-1")) or ""
 
     def header(self, name: bytes) -> str | None:
         """Return the first value of header `name` (lower case), decoded as latin-1, or None."""

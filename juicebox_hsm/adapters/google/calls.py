@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Final
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import trio
 
@@ -22,6 +22,7 @@ from juicebox_hsm.adapters.clock.retrying import Attempts
 from juicebox_hsm.adapters.observation.metrics import Metrics
 from juicebox_hsm.adapters.observation.retry_metrics import Family
 from juicebox_hsm.errors import LocalError
+from juicebox_hsm.host.addresses import emulator_of
 from juicebox_hsm.host.retry import RetryProfile
 from juicebox_hsm.ports.errors import StoreInvalid, StoreUnavailable
 
@@ -55,15 +56,10 @@ class Access:
 def parse_url(url: str, host: str, flag: str) -> str:
     """Return HOST:PORT of an emulator, "" for the service at `host`. Raises `LocalError` naming the flag."""
     try:
-        parts = urlsplit(url)
-        port = parts.port
-    except ValueError:
-        parts, port = urlsplit(""), None
-    if parts.scheme == "https" and parts.hostname == host:
-        return ""
-    if parts.scheme != "http" or not parts.hostname or port is None:
-        raise LocalError(f"{flag} {url}: expected http://HOST:PORT of an emulator, or https://{host}")
-    return parts.netloc
+        found = emulator_of(url, host)
+    except ValueError as error:
+        raise LocalError(f"{flag} {error}") from None
+    return found
 
 
 class GoogleCalls:

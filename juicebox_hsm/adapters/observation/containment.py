@@ -13,11 +13,16 @@ import trio
 from hypercorn.config import Config
 from hypercorn.events import Event, Updated
 from hypercorn.trio.tcp_server import TCPServer
+from hypercorn.typing import ASGIFramework, ASGIReceiveCallable, ASGISendCallable, Scope
 
 from juicebox_hsm.adapters.observation.logging import get_logger
+from juicebox_hsm.host.addresses import path_of_target
 
 CONNECTIONS_MAX: Final = 128  # own: people, probes and scrapers are few
 HANDSHAKE_S: Final = 10  # own: as at the edge (load-balancer.md 3)
+
+_PROTOCOL_ERROR: Final = 1002
+"""How a WebSocket is closed (RFC 6455 7.4.1)."""
 
 _log = get_logger("http")
 
@@ -95,3 +100,24 @@ class ContainedServer(TCPServer):
 def contain_connections() -> None:
     """Make every hypercorn server of this process use `ContainedServer`; idempotent."""
     hypercorn.trio.run.TCPServer = ContainedServer  # type: ignore[attr-defined]  # it has no setting for this
+
+
+class GoodTargets:
+    """An application that is only asked for targets with a path; what looks for one in others would fail (answer 400).
+
+    `http://[/livez` is such a target, and so is one without any path.
+    """
+
+    def __init__(self, inner: ASGIFramework) -> None:
+        self._inner = inner
+
+    async def __call__(self, scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
+        """Answer, or hand on."""
+        if scope["type"] == "lifespan" or path_of_target(scope["path"]) is not None:
+            await self._inner(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": _PROTOCOL_ERROR, "reason": None})
+        else:
+            headers = [(b"content-length", b"0"), (b"connection", b"close")]
+            await send({"type": "http.response.start", "status": 400, "headers": headers})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -20,6 +20,9 @@ from juicebox_hsm.adapters.observation.exposition import number_text
 from juicebox_hsm.adapters.observation.families import Tags
 from juicebox_hsm.adapters.observation.logging import get_logger
 from juicebox_hsm.adapters.observation.metrics import Distribution, Metrics
+from juicebox_hsm.adapters.process.threads import NoThread, thread_needed
+from juicebox_hsm.errors import LocalError
+from juicebox_hsm.host.addresses import Address, parse_host, parse_port
 
 PERIOD_S: Final = 1.0
 PACKET_BYTES_MAX: Final = 1400  # own: fits any Ethernet
@@ -27,6 +30,8 @@ VALUES_PER_LINE_MAX: Final = 50
 MESSAGE_CHARS_MAX: Final = 500  # own
 RESOLVE_AGAIN_S: Final = 60.0  # own
 PORT: Final = 8125
+HOST_VARIABLE: Final = "DD_AGENT_HOST"
+PORT_VARIABLE: Final = "DD_DOGSTATSD_PORT"
 
 SocketAddress = tuple[str, int] | tuple[str, int, int, int] | tuple[int, bytes]
 AddressInfo = tuple[socket.AddressFamily, socket.SocketKind, int, str, SocketAddress]
@@ -41,14 +46,12 @@ async def send_metrics(metrics: Metrics, tags: Mapping[str, str], environment: M
     What was counted before the cancellation still goes out, so a service cancels this last; sending never waits.
     DD_DOGSTATSD_PORT may name another port than 8125.
     """
-    host = environment.get("DD_AGENT_HOST", "")
-    if not host:
+    agent = agent_address(environment)
+    if agent is None:
         return
-    port_text = environment.get("DD_DOGSTATSD_PORT", "")
-    port = int(port_text) if port_text.isdigit() else PORT
     metrics.enable_samples()
     while True:
-        endpoint = await _connect(host, port)
+        endpoint = await _connect(agent)
         if endpoint is None:
             for _ in drain(metrics, tags):
                 pass  # or old values would be sent as new ones later
@@ -71,11 +74,24 @@ def _send(endpoint: socket.socket, packets: Iterable[bytes]) -> None:
             pass  # nobody listens, or the buffer is full: neither is ours to solve
 
 
-async def _connect(host: str, port: int) -> socket.socket | None:
+def agent_address(environment: Mapping[str, str]) -> Address | None:
+    """Return where metrics go, None without DD_AGENT_HOST; raises `LocalError` naming the variable that is wrong."""
+    host = environment.get(HOST_VARIABLE, "")
+    variable, text = PORT_VARIABLE, environment.get(PORT_VARIABLE, "")
     try:
-        return open_endpoint(await trio.socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM))
-    except OSError as error:
-        _log.warning("cannot send metrics", host=host, error=str(error))
+        port = parse_port(text, 1) if text else PORT
+        variable = HOST_VARIABLE
+        return Address(parse_host(host), port) if host else None
+    except ValueError as error:
+        raise LocalError(f"{variable}: {error}") from None
+
+
+async def _connect(agent: Address) -> socket.socket | None:
+    try:
+        with thread_needed():
+            return open_endpoint(await trio.socket.getaddrinfo(agent.host, agent.port, type=socket.SOCK_DGRAM))
+    except (OSError, NoThread) as error:
+        _log.warning("cannot send metrics", host=agent.host, error=str(error))
         return None
 
 
@@ -141,18 +157,20 @@ def service_check(name: str, tags: Mapping[str, str], *, ok: bool, message: str 
 
 
 def send_once(packets: Iterable[bytes], environment: Mapping[str, str] = os.environ) -> bool:
-    """Send packets to DD_AGENT_HOST, if it is set; False when there is nobody to send to. Failures change nothing."""
-    host = environment.get("DD_AGENT_HOST", "")
-    if not host:
+    """Send packets to DD_AGENT_HOST, if it is set; False when nobody is there, which changes nothing else.
+
+    Raises `LocalError` for an address that can never be one.
+    """
+    agent = agent_address(environment)
+    if agent is None:
         return False
-    port_text = environment.get("DD_DOGSTATSD_PORT", "")
     try:
-        found = socket.getaddrinfo(host, int(port_text) if port_text.isdigit() else PORT, type=socket.SOCK_DGRAM)
+        found = socket.getaddrinfo(agent.host, agent.port, type=socket.SOCK_DGRAM)
         with open_endpoint(found) as endpoint:
             for packet in packets:
                 endpoint.send(packet)
     except OSError as error:
-        _log.warning("cannot send metrics", host=host, error=str(error))
+        _log.warning("cannot send metrics", host=agent.host, error=str(error))
         return False
     return True
 

@@ -18,7 +18,12 @@ from quart import Request, Response
 from quart_trio import QuartTrio
 from quart_trio.asgi import TrioASGIHTTPConnection
 
-from juicebox_hsm.adapters.observation.containment import CONNECTIONS_MAX, ContainedConfig, contain_connections
+from juicebox_hsm.adapters.observation.containment import (
+    CONNECTIONS_MAX,
+    ContainedConfig,
+    GoodTargets,
+    contain_connections,
+)
 from juicebox_hsm.adapters.observation.metrics import Metrics
 from juicebox_hsm.adapters.observation.process_metrics import process_text
 from juicebox_hsm.adapters.process.file_limit import PROBES_SHARE, fit_connections
@@ -91,7 +96,7 @@ async def serve_probes(
     port = int(listener.getsockname()[1])
     config.bind = [f"fd://{listener.detach()}"]
     async with trio.open_nursery() as nursery:
-        await nursery.start(serve, app, config)
+        await nursery.start(serve, GoodTargets(app), config)
         task_status.started(port)
 
 

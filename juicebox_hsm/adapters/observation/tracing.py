@@ -20,13 +20,13 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from hashlib import blake2s
 from typing import TYPE_CHECKING, Any, Final
-from urllib.parse import urlsplit
 
 import trio
 
 from juicebox_hsm.adapters.observation.logging import get_logger
 from juicebox_hsm.adapters.process.threads import NoThread, in_thread, thread_needed
 from juicebox_hsm.errors import LocalError
+from juicebox_hsm.host.addresses import parse_url
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
@@ -178,9 +178,10 @@ def endpoint_of(environment: Mapping[str, str]) -> str:
         endpoint = environment.get(variable, "")
         if not endpoint:
             continue
-        parts = urlsplit(endpoint)
-        if parts.scheme not in {"http", "https"} or not parts.hostname:
-            raise LocalError(f"{variable}={endpoint}: expected http://HOST:4318, a collector of OTLP over HTTP")
+        try:
+            parse_url(endpoint, ("http", "https"))
+        except ValueError as error:
+            raise LocalError(f"{variable}: {error}; expected http://HOST:4318, a collector of OTLP over HTTP") from None
         return endpoint.rstrip("/")
     return ""
 

@@ -11,20 +11,20 @@ import ssl
 import time
 from dataclasses import dataclass
 from typing import Final
-from urllib.parse import urlsplit
 
 import trio
 
 from juicebox_hsm.adapters.observation.logging import get_logger, outside_context
 from juicebox_hsm.adapters.observation.metrics import Metrics, Timer
 from juicebox_hsm.adapters.observation.tracing import current
+from juicebox_hsm.adapters.process.dialing import dial
 from juicebox_hsm.adapters.rpc.client import RpcConnection
 from juicebox_hsm.adapters.rpc.errors import RpcError, RpcFailed, RpcUnreachable
-from juicebox_hsm.adapters.rpc.server import is_loopback
 from juicebox_hsm.adapters.rpc.streams import describe
 from juicebox_hsm.adapters.tls.cluster_tls import ClusterTls, peer_identity
 from juicebox_hsm.adapters.tls.streams import SocketStream, TlsStream
 from juicebox_hsm.errors import PeerError
+from juicebox_hsm.host.addresses import is_loopback, parse_url, shown
 from juicebox_hsm.host.retry import RetryProfile
 from juicebox_hsm.wire.methods import Method, Reply, Request
 from juicebox_hsm.wire.rpc import PeerRole
@@ -236,7 +236,7 @@ class RpcPool:
         tcp: trio.SocketStream | None = None
         try:
             with trio.fail_after(CONNECT_S):
-                tcp = await trio.open_tcp_stream(host, port)
+                tcp = await dial(host, port)
                 if self._tls is None:
                     return RpcConnection(SocketStream(tcp), peer=peer.url, role=None, build=self._build)
                 stream = TlsStream(SocketStream(tcp), self._tls.client_context, server_side=False)
@@ -245,8 +245,7 @@ class RpcPool:
             if identity.role not in SERVERS:
                 raise PeerError(f"peer's certificate is for role {identity.role.value}, which serves no RPC")
             return RpcConnection(stream, peer=peer.url, role=identity.role, build=self._build)
-        except (OSError, ValueError, trio.BrokenResourceError, ssl.SSLError, PeerError) as error:
-            # ValueError: a host name that cannot be encoded; whatever is in discovery is only an unreachable peer.
+        except (OSError, trio.BrokenResourceError, ssl.SSLError, PeerError) as error:
             peer.reason = describe(error)
         except trio.TooSlowError:
             peer.reason = f"no connection within {CONNECT_S} s"
@@ -258,9 +257,9 @@ class RpcPool:
 
 def _parse(url: str) -> tuple[str, int, bool]:
     """Return host, port and whether TLS is asked for; raises ValueError."""
-    parts = urlsplit(url)
-    if parts.scheme not in {"tls", "tcp"} or not parts.hostname or parts.port is None:
-        raise ValueError("expected tls://HOST:PORT")
-    if parts.scheme == "tcp" and not is_loopback(parts.hostname):
+    found = parse_url(url, ("tls", "tcp"))
+    if found.port is None:
+        raise ValueError(f"{shown(url)}: expected tls://HOST:PORT")
+    if found.scheme == "tcp" and not is_loopback(found.host):
         raise ValueError("tcp:// is for loopback only")
-    return parts.hostname, parts.port, parts.scheme == "tls"
+    return found.host, found.port, found.scheme == "tls"

@@ -25,11 +25,13 @@ from juicebox_hsm.adapters.observation.metrics import Counter, Gauge, Metrics, T
 from juicebox_hsm.adapters.observation.tracing import Span, Traces, active
 from juicebox_hsm.adapters.process.file_limit import SERVICE_SHARE, fit_connections
 from juicebox_hsm.adapters.process.passing_trouble import local_error
+from juicebox_hsm.adapters.process.threads import thread_needed
 from juicebox_hsm.adapters.rpc import frames
 from juicebox_hsm.adapters.rpc.streams import FramedStream, describe
 from juicebox_hsm.adapters.tls.cluster_tls import ClusterTls, PeerIdentity, peer_identity
 from juicebox_hsm.adapters.tls.streams import ByteStream, SocketStream, TlsStream
 from juicebox_hsm.errors import DecodingError, LocalError, PeerError, RealmError
+from juicebox_hsm.host.addresses import is_loopback
 from juicebox_hsm.ports.errors import HsmGone
 from juicebox_hsm.wire.methods import AnyMethod, Method, Reply, Request
 from juicebox_hsm.wire.rpc import PeerRole, RpcCode
@@ -360,7 +362,8 @@ async def serve_rpc(
         raise LocalError(f"--insecure-rpc serves only loopback addresses, not {host}; use --cluster-tls")
     _check_handlers(methods, handlers)
     try:
-        listeners = await trio.open_tcp_listeners(port, host=host, backlog=BACKLOG)
+        with thread_needed():
+            listeners = await trio.open_tcp_listeners(port, host=host, backlog=BACKLOG)
     except OSError as error:
         raise local_error(
             f"--listen: cannot listen on {host}:{port}: {error.strerror or error}; give a free address", error
@@ -390,8 +393,3 @@ def _check_handlers(methods: Mapping[str, AnyMethod], handlers: Mapping[str, Han
     unknown = set(handlers) - set(methods)
     if unknown:
         raise LocalError(f"handlers without a method: {', '.join(sorted(unknown))}")
-
-
-def is_loopback(host: str) -> bool:
-    """Tell whether `host` names this machine's loopback."""
-    return host in {"localhost", "::1"} or host.startswith("127.")

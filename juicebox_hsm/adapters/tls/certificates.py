@@ -31,6 +31,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from juicebox_hsm.adapters.process.directory_lock import writing_into
 from juicebox_hsm.adapters.tls.cluster_tls import CA_FILE, CERT_FILE, KEY_FILE, ROLE_URI_PREFIX
 from juicebox_hsm.errors import LocalError
+from juicebox_hsm.host.addresses import parse_host
 from juicebox_hsm.wire.rpc import PeerRole
 
 CA_KEY_FILE: Final = "ca-key.pem"
@@ -140,9 +141,9 @@ def _host_name(host: str) -> x509.GeneralName:
     except ValueError:
         pass  # then it is a name
     try:
-        return x509.DNSName(host.encode("idna").decode("ascii"))
-    except UnicodeError:
-        raise LocalError(f"{host!r} is neither a host name nor an IP address") from None
+        return x509.DNSName(parse_host(host))
+    except ValueError as error:
+        raise LocalError(str(error)) from None
 
 
 def _sign(

@@ -14,6 +14,8 @@ from typing import Final
 
 import trio
 
+from juicebox_hsm.adapters.process.dialing import dial
+
 CHUNK_BYTES: Final = 64 * 1024
 CONNECT_S: Final = 5.0
 _LOOPBACK_HEX: Final = "0100007F"
@@ -128,7 +130,7 @@ class Network:
             link.scopes.add(scope)
             try:
                 with trio.fail_after(CONNECT_S):
-                    target = await trio.open_tcp_stream("127.0.0.1", port)
+                    target = await dial("127.0.0.1", port)
                 async with target, trio.open_nursery() as nursery:
                     nursery.start_soon(_pump, link, stream, target, nursery.cancel_scope)
                     nursery.start_soon(_pump, link, target, stream, nursery.cancel_scope)

@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from juicebox_hsm import __version__
 from juicebox_hsm.adapters.observation import build_info
-from juicebox_hsm.adapters.observation.dogstatsd import drain, send_once, service_check
+from juicebox_hsm.adapters.observation.dogstatsd import agent_address, drain, send_once, service_check
 from juicebox_hsm.adapters.observation.metrics import Metrics
 from juicebox_hsm.adapters.observation.tracing import Traces, open_traces
 from juicebox_hsm.client import PinHashingMode
@@ -205,6 +205,7 @@ def command(
     Each user gets 2 guesses. All users are tried; the first error is the result. Certificates of the realms are looked
     at first and then every 5 minutes: 5 days or less before their end the check fails. The tenant's key is read once.
     """
+    agent_address(os.environ)  # refused before the first run rather than after it
     metrics = Metrics()
     metrics.enable_samples()
     with roots(certificates) as ca:

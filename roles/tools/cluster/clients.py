@@ -6,11 +6,11 @@ import json
 import time
 from collections.abc import Sequence
 from typing import Any, Final
-from urllib.parse import urlsplit
 
 import click
 
 from juicebox_hsm.errors import RealmError
+from juicebox_hsm.host.addresses import parse_url
 from juicebox_hsm.host.cluster.view import ClusterView
 from juicebox_hsm.host.services import ServiceKind, TenantLimits
 from juicebox_hsm.ids import RealmId, parse_id
@@ -207,12 +207,11 @@ def client_configuration(
 def _check_url(url: str) -> None:
     """Refuse what no client could call."""
     try:
-        parts = urlsplit(url)
-        named = parts.scheme in {"https", "http"} and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port that is no number, a broken IPv6 address
-        named = False
-    if not named:
-        raise ToolFailure(f"{url}: not an address of a realm; expected https://HOST[:PORT]/", ExitCode.USAGE)
+        parse_url(url, ("https", "http"))
+    except ValueError as error:
+        raise ToolFailure(
+            f"not an address of a realm: {error}; expected https://HOST[:PORT]/", ExitCode.USAGE
+        ) from None
 
 
 def _parse_added(text: str) -> dict[str, str]:

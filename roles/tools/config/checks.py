@@ -22,6 +22,7 @@ from juicebox_hsm.adapters.edge.tls import load_edge_context
 from juicebox_hsm.adapters.hsm_directory.hsm_host import KEYS_FILE, NVRAM_FILE, WRAPPING_KEY_FILE, directory_problem
 from juicebox_hsm.adapters.hsm_directory.key_bundle import read_bundle
 from juicebox_hsm.adapters.hsm_directory.nvram import read_nvram
+from juicebox_hsm.adapters.observation.dogstatsd import agent_address
 from juicebox_hsm.adapters.observation.logging import parse_level
 from juicebox_hsm.adapters.observation.tracing import endpoint_of
 from juicebox_hsm.adapters.process.regular_file import others_read
@@ -29,13 +30,13 @@ from juicebox_hsm.adapters.stores.opening import open_store
 from juicebox_hsm.adapters.tls.cluster_tls import CA_FILE, CERT_FILE, KEY_FILE, ROLE_URI_PREFIX, ClusterTls
 from juicebox_hsm.consensus.nvram import decode_state
 from juicebox_hsm.errors import RealmError
+from juicebox_hsm.host.addresses import Address
 from juicebox_hsm.host.certificates import DAYS_WARN
 from roles.cloud_options import pubsub_problem, secrets_problem
 from roles.commands import ROLES, TOOLS
 from roles.options import (
     ENVIRONMENT_PREFIX,
     WORKER_VARIABLE,
-    Address,
     identity_problems,
     shutdown_problem,
     variable_of,
@@ -46,7 +47,6 @@ from roles.tools.secrets_file import findings
 from roles.tools.session import first_leaf
 
 OPEN_S: Final = 10.0
-PORT_MAX: Final = 65_535
 NEAR: Final = 0.85  # own: one or two letters of a variable's name
 _OTHERS: Final = 0o007
 # read by operator commands; by the copies of a balancer; by tests
@@ -102,10 +102,11 @@ def unknown_variables(environment: Mapping[str, str]) -> list[str]:
 
 def metrics_problems(environment: Mapping[str, str]) -> list[str]:
     """Return what is wrong with the address that metrics are sent to."""
-    text = environment.get("DD_DOGSTATSD_PORT", "")
-    if not text or (text.isascii() and text.isdigit() and 1 <= int(text) <= PORT_MAX):
-        return []
-    return [f"DD_DOGSTATSD_PORT={text}: not a port; give a number from 1 to {PORT_MAX}"]
+    try:
+        agent_address(environment)
+    except RealmError as error:
+        return [str(error)]
+    return []
 
 
 def _common_problems(parsed: Parsed) -> list[str]:

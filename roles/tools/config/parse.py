@@ -12,9 +12,10 @@ import click
 from click.core import ParameterSource, iter_params_for_processing
 
 from juicebox_hsm.adapters.observation.logging import LEVEL_VARIABLE
+from juicebox_hsm.host.addresses import Address
 from roles.commands import ROLES
 from roles.durations import DurationType, format_seconds
-from roles.options import Address, BadSettings, CommonOptions, flag_of, take_common
+from roles.options import BadSettings, CommonOptions, flag_of, take_common
 from roles.store_options import take_store
 
 _NOT_SETTINGS: Final = frozenset({"help", "config"})

@@ -7,7 +7,6 @@ import json
 import ssl
 import sys
 import time
-import urllib.parse
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, Final
 
 import click
 
+from juicebox_hsm.host.addresses import parse_url
 from juicebox_hsm.tenant_keys import event_user_id
 from roles.tools.session import ExitCode, ToolFailure
 
@@ -35,9 +35,10 @@ class LogClient:
     """One kept-alive connection to the service. Every call raises `ToolFailure` with the exit code that fits."""
 
     def __init__(self, url: str, token: str, ca_file: Path | None = None) -> None:
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ToolFailure(f"--url {url}: not an http or https address", ExitCode.USAGE)
+        try:
+            parts = parse_url(url, ("http", "https"))
+        except ValueError as error:
+            raise ToolFailure(f"--url {error}", ExitCode.USAGE) from None
         self._url = url
         self._path = parts.path.rstrip("/")
         self._token = token
@@ -47,9 +48,9 @@ class LogClient:
                 context = ssl.create_default_context(cafile=None if ca_file is None else str(ca_file))
             except (OSError, ssl.SSLError) as error:
                 raise ToolFailure(f"--ca {ca_file}: {error}", ExitCode.USAGE) from None
-            self._connection = http.client.HTTPSConnection(parts.hostname, parts.port, timeout=CALL_S, context=context)
+            self._connection = http.client.HTTPSConnection(parts.host, parts.port, timeout=CALL_S, context=context)
         else:
-            self._connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=CALL_S)
+            self._connection = http.client.HTTPConnection(parts.host, parts.port, timeout=CALL_S)
 
     def pull(self, acks: Sequence[str], page_size: int) -> list[Event]:
         """Acknowledge, then return the next events; may take 20 s."""

@@ -303,3 +303,12 @@ async def test_who_has_left_takes_no_place(monkeypatch: pytest.MonkeyPatch, sent
         with trio.fail_after(HANGS_S):
             while config.connections or live.running:
                 await trio.lowlevel.checkpoint()
+
+
+@pytest.mark.parametrize("target", ["http://[/livez", "http://[::1", "?x", "*", "http://host"])
+async def test_targets_without_a_path_are_bad_requests(target: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A stranger's odd target is answered 400 and is no trouble of ours; one in absolute form works."""
+    async with serving(Health(), Health()) as port:
+        assert (await get(port, target))[0] == 400
+        assert (await get(port, "http://host/livez"))[0] == 200
+    assert capsys.readouterr() == ("", "")

@@ -146,14 +146,14 @@ async def test_other_ca(identities: dict[str, ClusterTls], server: str, client: 
     [
         ("tcp://127.0.0.1:9", "tcp:// needs --insecure-rpc"),
         ("tcp://10.0.0.1:9", "loopback only"),
-        ("https://127.0.0.1:9", "expected tls://HOST:PORT"),
+        ("https://127.0.0.1:9", r"expected tls://HOST\[:PORT\]"),
         ("tls://127.0.0.1", "expected tls://HOST:PORT"),
         ("tls://127.0.0.1:99999", "not an address"),
         ("tls://[::1:9", "not an address"),
-        ("", "expected tls://HOST:PORT"),
-        ("tls://a..b:9", "label"),
+        ("", r"expected tls://HOST\[:PORT\]"),
+        ("tls://a..b:9", "neither an IP address"),
         ("tls://a\x00b:9", "tls://a"),
-        (f"tls://{'x' * 64}:9", "label"),
+        (f"tls://{'x' * 64}:9", "neither an IP address"),
         ("tls://\u2603\ud800:9", "tls://"),
     ],
 )

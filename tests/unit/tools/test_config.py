@@ -253,7 +253,7 @@ def test_check_knows_what_the_environment_gets_wrong(tmp_path: Path) -> None:
     result = _run("config", "check", "--role", "manager", "--store", f"sqlite:{tmp_path}/s.db", "--insecure-rpc",
                   "--allow-loopback", "--listen", "127.0.0.1:0", environment=environment)  # fmt: skip
     assert result.exit_code == 78
-    assert result.stdout == "DD_DOGSTATSD_PORT=81250: not a port; give a number from 1 to 65535\n"
+    assert result.stdout == "DD_DOGSTATSD_PORT: '81250': the port must be a number from 1 to 65535\n"
     assert result.stderr.splitlines() == [
         "warning: JUICEBOX_HSM_CLUSTER_TSL: no flag has this name; JUICEBOX_HSM_CLUSTER_TLS is meant?",
         "warning: JUICEBOX_HSM_LISTN: no flag has this name; JUICEBOX_HSM_LISTEN is meant?",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import socket
@@ -116,7 +117,7 @@ TOOLS = [
     ("cluster agents --config bad.toml", 2, "--config bad.toml: not TOML"),
     ("cluster agents --config unknown.toml", 2, "unknown setting 'stroe'"),
     (f"cluster new-realm {CLUSTER} tls://127.0.0.1:1", 4, "Connection refused"),
-    (f"cluster new-realm {CLUSTER} http://agent", 4, "expected tls://HOST:PORT"),
+    (f"cluster new-realm {CLUSTER} http://agent", 4, "expected tls://HOST[:PORT]"),
     (f"cluster transfer {CLUSTER} --realm zz --source aa --destination bb --start 00 --end 7fff", 2, "'zz'"),
     (f"cluster transfer {CLUSTER} --realm aa --source aa --destination bb --start 12 --end 7fff", 2, "'12' is short"),
     (f"cluster rebalance {CLUSTER}", 4, "no cluster manager in discovery"),
@@ -125,7 +126,7 @@ TOOLS = [
     (f"cluster tenant set-capacity {CLUSTER} bad! 5", 2, "'bad!' is not a tenant name"),
     (f"cluster tenant set-capacity {CLUSTER} acme x", 2, "'x'"),
     (f"cluster configuration {CLUSTER} https://x/", 3, "no realm found"),
-    (f"cluster configuration {CLUSTER} not-a-url", 2, "not-a-url: "),
+    (f"cluster configuration {CLUSTER} not-a-url", 2, "'not-a-url': "),
     (f"cluster auth-token {CLUSTER} -t acme -u u -r aa --secrets-file s.json", 2, "tenants test-... only"),
     (f"cluster auth-token {CLUSTER} -t test-x -u u -r {REALM} --secrets-file s.json", 3, "no key tenant-test-x"),
     ("cluster ca init --dir ca", 1, "never overwritten"),
@@ -161,7 +162,12 @@ TOOLS = [
     ("check --configuration @client.json --secrets-file s.json --tls-certificate k", 2, "--tls-certificate k"),
     ("bench client --configuration @client.json", 2, "--secrets-file"),
     ("tenant-log serve --store sqlite:st.db", 2, "--secrets-file"),
-    ("tenant-log tail --url foo --token x", 2, "--url foo"),
+    ("tenant-log tail --url foo --token x", 2, "--url 'foo'"),
+    ("tenant-log tail --url https://x:99999/ --token x", 2, "the port must be a number from 1 to 65535"),
+    ("tenant-log tail --url http://[::1 --token x", 2, "--url 'http://[::1' is not a URL"),
+    ("tenant-log tail --url http://dd..agent/ --token x", 2, "'dd..agent' is neither an IP address nor a host name"),
+    (f"cluster configuration http://[::1 {CLUSTER}", 2, "'http://[::1' is not a URL"),
+    ("secrets add-tenant \udcff --file s.json", 2, "is not UTF-8 text"),
     ("tenant-log tail --url http://127.0.0.1:1 --token x", 4, "Connection refused"),
     ("tenant-log tail --url http://127.0.0.1:1", 2, "--token"),
     ("tenant-log tail --url http://127.0.0.1:1 --token-file nofile", 2, "--token-file nofile"),
@@ -233,6 +239,13 @@ ROLES = [
     (f"{AGENT} --listen 127.0.0.1:BUSY --http-listen 127.0.0.1:0", 69, "--listen: cannot listen on 127.0.0.1:BUSY"),
     (f"{MANAGER} --store sqlite:text.db", 78, "not an SQLite database"),
     (f"{MANAGER} --http-listen 127.0.0.1:BUSY", 69, "--http-listen: cannot listen on 127.0.0.1:BUSY"),
+    (f"{MANAGER} --name \udcff", 78, "'\\udcff': an argument is not UTF-8 text"),
+    (f"{MANAGER} --listen dd..agent:1", 2, "'dd..agent' is neither an IP address nor a host name"),
+    (f"{MANAGER} --http-listen {'a' * 64}:1", 2, "is neither an IP address nor a host name"),
+    (f"{LOG} --host dd..agent", 2, "'dd..agent' is neither an IP address nor a host name"),
+    (f"DD_AGENT_HOST=dd..agent {MANAGER}", 78, "DD_AGENT_HOST: 'dd..agent' is neither"),
+    (f"DD_DOGSTATSD_PORT=81250 {MANAGER}", 78, "DD_DOGSTATSD_PORT: '81250'"),
+    (f"OTEL_EXPORTER_OTLP_ENDPOINT=http://[::1 {AGENT}", 78, "OTEL_EXPORTER_OTLP_ENDPOINT: 'http://[::1' is not"),
     (f"{MANAGER} --log-level loud", 78, "'loud' is unknown"),
     (f"{LB} --listen 127.0.0.1:BUSY --http-listen 127.0.0.1:0", 69, "--listen: cannot listen on 127.0.0.1:BUSY"),
     (f"{LB} --tls-key other.key", 69, "other.key does not match"),
@@ -255,10 +268,12 @@ ROLES = [
 @pytest.mark.parametrize(("command", "code", "said"), ROLES, ids=[f"{n}" for n in range(len(ROLES))])
 def test_roles(command: str, code: int, said: str, busy: int) -> None:
     """A service that cannot start says in one line of stderr why; its code tells whether starting it again may help."""
+    words = command.replace("BUSY", str(busy)).split()
+    given = dict(word.split("=", 1) for word in itertools.takewhile(lambda word: "=" in word, words))
     ended = subprocess.run(
-        [sys.executable, "-m", "roles", *command.replace("BUSY", str(busy)).split()],
+        [sys.executable, "-m", "roles", *words[len(given) :]],
         capture_output=True, text=True, timeout=PROGRAM_S, check=False,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3]), **given},
     )  # fmt: skip
     assert said.replace("BUSY", str(busy)) in ended.stderr
     assert ended.returncode == code
