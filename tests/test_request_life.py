@@ -60,3 +60,43 @@ def test_each_function_is_called_by_the_one_it_stands_under(at: int) -> None:
     if depth:
         _, calling_module, caller, _ = next(line for line in reversed(listed()[:at]) if line[0] < depth)
         assert alias in names_in(source_of(calling_module, caller)), f"{caller} does not call {name}"
+
+
+STEPS_MADE: Final = {
+    "append": ("roles.agent.driver", "Driver.made"),
+    "token": ("roles.lb.service", "ClientService._outcome"),
+    "forward": ("roles.lb.service", "ClientService._outcome"),
+}
+"""Steps that are begun for a function of the list by another: where it has the means."""
+
+
+def bold() -> list[tuple[str, str, str]]:
+    """Return (module, function, word) for each bold word of the list."""
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    section = text.split("The same by function.", 1)[1].split("\n## ", 1)[0]
+    lines = [(match, line) for line in section.splitlines() if (match := _LINE.match(line)) is not None]
+    return [
+        (match["module"], match["name"], word) for match, line in lines for word in re.findall(r"\*\*(.+?)\*\*", line)
+    ]
+
+
+def test_a_trace_has_the_words_of_the_list() -> None:
+    """A word means the same place in a trace and in the list: each is begun there, and no other word is."""
+    begun: set[str] = set()
+    for path in [*(ROOT / "roles" / "agent").glob("*.py"), *(ROOT / "roles" / "lb").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Attribute)
+                and node.func.attr in {"enter", "edge"}
+            ):
+                begun |= {
+                    each.value for each in node.args if isinstance(each, ast.Constant) and isinstance(each.value, str)
+                }
+    listed_words = {word for _, _, word in bold()}
+    assert listed_words - {"app"} == begun, "`app` is the method's name, which the RPC server has"
+    for module, name, word in bold():
+        if word != "app":
+            source = source_of(*STEPS_MADE.get(word, (module, name)))
+            texts = {each.value for each in ast.walk(source) if isinstance(each, ast.Constant)}
+            assert word in texts, f"{name} does not begin {word}"

@@ -7,10 +7,28 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from juicebox_hsm.ids import GroupId, RecordId
+from juicebox_hsm.ids import RECORD_ID_BYTES, GroupId, RecordId
+from juicebox_hsm.tenant_keys import is_event_user_id, is_tenant_name
+from juicebox_hsm.wire.rpc import App
 
 TENANT_BYTES_MAX: Final = 256
 """What a row key takes of a tenant's name. Names that pass at the doors are shorter; this is for what is stored."""
+
+
+SESSION_ID_MAX: Final = 2**32 - 1
+
+
+def is_well_formed(request: App) -> bool:
+    """Tell whether a client's request may reach the HSM at all.
+
+    With its entry goes an intent, with the commit an event: what no row can carry must not become an entry.
+    """
+    return (
+        len(request.record_id) == RECORD_ID_BYTES
+        and 0 <= request.session_id <= SESSION_ID_MAX
+        and is_tenant_name(request.tenant)
+        and is_event_user_id(request.user)
+    )
 
 
 def is_recordable(tenant: str) -> bool:

@@ -6,26 +6,25 @@ made an entry, the entry reaches the queue, is appended, committed and recorded,
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import trio
 
+from juicebox_hsm.adapters.observation.tracing import current
 from juicebox_hsm.errors import DecodingError, check
+from juicebox_hsm.host.events import is_well_formed
 from juicebox_hsm.host.group import GroupState
 from juicebox_hsm.host.leadership.events import ClientRequest, RequestArrived, RequestGone
 from juicebox_hsm.host.leadership.produce import REFUSALS
 from juicebox_hsm.hsm.messages import Handshake, HandshakeOk, NotLeader, Outcome
-from juicebox_hsm.ids import RECORD_ID_BYTES, RecordId
+from juicebox_hsm.ids import RecordId
 from juicebox_hsm.ports.errors import HsmGone
-from juicebox_hsm.tenant_keys import is_event_user_id, is_tenant_name
 from juicebox_hsm.wire.client import HandshakeRequest, decode_noise_request, encode_noise_response
 from juicebox_hsm.wire.rpc import App, AppOk, Refusal, Refused
 from roles.agent.oneshot import Slot
 
 if TYPE_CHECKING:
     from roles.agent.context import Agent
-
-SESSION_ID_MAX: Final = 2**32 - 1
 
 
 async def handle_app(agent: Agent, body: App) -> AppOk | Refused:
@@ -37,10 +36,7 @@ async def handle_app(agent: Agent, body: App) -> AppOk | Refused:
         encrypted = decode_noise_request(body.encrypted)
     except DecodingError:
         return Refused(Refusal.DECODING_ERROR)
-    if len(body.record_id) != RECORD_ID_BYTES or not 0 <= body.session_id <= SESSION_ID_MAX:
-        return Refused(Refusal.DECODING_ERROR)
-    # with the entry goes the intent, with the commit the event: what no row can carry must not reach the HSM
-    if not is_tenant_name(body.tenant) or not is_event_user_id(body.user):
+    if not is_well_formed(body):
         return Refused(Refusal.DECODING_ERROR)
     record = RecordId(body.record_id)
     driver = agent.driver_of(found)
@@ -57,13 +53,20 @@ async def handle_app(agent: Agent, body: App) -> AppOk | Refused:
         agent.metrics.count("agent.app.rate_limited", tenant=body.tenant)
         return Refused(Refusal.RATE_LIMIT_EXCEEDED)
     slot: Slot[AppOk | Refused] = Slot()
-    request = ClientRequest(record, body.session_id, encrypted, body.tenant, body.user, now_ms, slot.fill)
+    traced = current()
+    steps = None if agent.traces is None or traced is None else agent.traces.steps(traced)
+    request = ClientRequest(record, body.session_id, encrypted, body.tenant, body.user, now_ms, slot.fill, steps)
+    if steps is not None:
+        steps.enter("queue")
     driver.step(RequestArrived(request, agent.unpublished.is_full))
     try:
         reply = await slot.wait()
     except trio.Cancelled:
         driver.step(RequestGone(request))
         raise
+    finally:
+        if steps is not None:
+            steps.end()
     if isinstance(reply, Refused):
         _count(agent, reply)
     return reply

@@ -22,7 +22,7 @@ from juicebox_hsm.host.leadership.events import (
     TailRead,
 )
 from juicebox_hsm.host.log import AppendOutcome
-from juicebox_hsm.hsm.messages import AppRequest, Outcome
+from juicebox_hsm.hsm.messages import AppRequest, AppRequestOk, Outcome
 from juicebox_hsm.ports.errors import StoreAmbiguous
 
 if TYPE_CHECKING:
@@ -86,6 +86,9 @@ async def _read_tail(agent: Agent, driver: Driver) -> Long | None:
 async def _read_proofs(agent: Agent, driver: Driver, effect: ReadProofs) -> Long | None:
     group = driver.group
     records = [request.record_id for request in effect.requests]
+    for request in effect.requests:
+        if request.steps is not None:
+            request.steps.enter("proofs")
     try:
         with budget(effect.within_s):
             proofs = await agent.store.nodes.read_proofs(group.realm, effect.partition, records)
@@ -104,6 +107,8 @@ async def _read_proofs(agent: Agent, driver: Driver, effect: ReadProofs) -> Long
 async def _ask(agent: Agent, driver: Driver, effect: AskHsm) -> Long | None:
     """Ask the HSM. No checkpoint from its reply to the queue: a hole in the log would stall the group."""
     group, request = driver.group, effect.request
+    if request.steps is not None:
+        request.steps.enter("hsm")
     reply = await agent.hsm.send(
         AppRequest(
             group.realm,
@@ -120,6 +125,8 @@ async def _ask(agent: Agent, driver: Driver, effect: AskHsm) -> Long | None:
     answered = HsmAnswered(request, reply, agent.outbox_tails.get(request.tenant, 0) + 1)
     # The leadership that made the entry: while we waited for the HSM, another may have begun.
     current = agent.driver_of(group) or driver
+    if isinstance(reply, AppRequestOk):
+        current.made(request, reply.entry.index)
     follows = current.step(answered)
     return follows if current is driver else None
 
@@ -149,6 +156,7 @@ async def _append(agent: Agent, driver: Driver, effect: Append) -> Long | None:
     agent.metrics.timing("bigtable.append.time", int((trio.current_time() - began) * 1e9))
     agent.metrics.gauge("bigtable.append.batch.size", len(effect.entries))
     agent.metrics.gauge("bigtable.append.queue.size", driver.leader.queued)
+    driver.enter("commit", (entry.index for entry in effect.entries))
     if outcome is AppendOutcome.CONFLICT:
         agent.metrics.count("agent.append.conflict")
     return driver.step(AppendFinished(_RESULTS[outcome]))

@@ -48,6 +48,7 @@ async def _ask(agent: Agent, driver: Driver, effect: AskCommit) -> Long | None:
 
 async def _write(agent: Agent, driver: Driver, effect: WriteOutbox) -> Long | None:
     group = driver.group
+    driver.enter("outbox", (event.index for event in effect.events))
     settled = {} if effect.settled is None else {group.group: effect.settled}
     try:
         # As with the append, a cancelled write is an unknown one; the retry profile bounds it to 30 s.

@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable
 import trio
 
 from juicebox_hsm.adapters.observation.logging import bind_context
+from juicebox_hsm.adapters.observation.tracing import Traces
 from juicebox_hsm.consensus.types import RoleStatus, Witness
 from juicebox_hsm.errors import check
 from juicebox_hsm.host.admission import Limiters
@@ -56,8 +57,9 @@ class Agent(Outside):
         log: Log,
         nursery: trio.Nursery,
         run_leadership: LeadershipRunner,
+        traces: Traces | None = None,
     ) -> None:
-        super().__init__(config, hsm, store, rpc, metrics, log, nursery)
+        super().__init__(config, hsm, store, rpc, metrics, log, nursery, traces)
         self._run_leadership = run_leadership
         self.groups = Groups()
         self.followers: dict[tuple[RealmId, GroupId], Follower] = {}

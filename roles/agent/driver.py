@@ -7,7 +7,7 @@ returned to the lane that told the event, which carries it out and tells what ca
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Final, cast, get_args
 
 import trio
@@ -35,7 +35,17 @@ from juicebox_hsm.host.leadership.effects import (
     WaitOver,
     Wake,
 )
-from juicebox_hsm.host.leadership.events import Ended, Event, HandoverAsked, Lane, RetryDue, StoreFailed, Turn
+from juicebox_hsm.host.leadership.events import (
+    ClientRequest,
+    Ended,
+    Event,
+    HandoverAsked,
+    Lane,
+    RetryDue,
+    Steps,
+    StoreFailed,
+    Turn,
+)
 from juicebox_hsm.host.leadership.machine import Leadership
 from juicebox_hsm.hsm.messages import ResultKind, StepDownOk
 from juicebox_hsm.ids import HsmId
@@ -78,6 +88,8 @@ class Driver:
         """Wakes whoever reads the group's log."""
         self.group = group
         self.leader = leader
+        self._traced: dict[int, Steps] = {}
+        """Of requests that are traced and not committed yet: by the index of their entry."""
         self.members = [member for member in group.configuration if member != outside.hsm_id]
         self._signals: dict[Lane | HsmId, Signal] = {lane: Signal() for lane in (*Lane, *self.members)}
         self._deadline_s: float | None = None
@@ -126,6 +138,24 @@ class Driver:
                 effect = await carry_out(self, effect)
             if effect is None:
                 effect = self.step(Turn(lane))
+
+    def made(self, request: ClientRequest, index: int) -> None:
+        """Note that the HSM made the entry `index` of a request, if the request is traced."""
+        if request.steps is not None:
+            self._traced[index] = request.steps
+            request.steps.enter("append")
+
+    def enter(self, step: str, indexes: Iterable[int]) -> None:
+        """Tell traced requests that the step after their append begins for the entries with these indexes."""
+        if self._traced:
+            for steps in filter(None, map(self._traced.get, indexes)):
+                steps.enter(step)
+
+    def released(self, indexes: Iterable[int]) -> None:
+        """Forget entries whose answers go out."""
+        if self._traced:
+            for index in indexes:
+                self._traced.pop(index, None)
 
     async def wait(self, member: HsmId, seconds: float) -> bool:
         """Wait until a member's pusher is woken, or for `seconds`; tell which."""
@@ -191,6 +221,7 @@ class Driver:
 
     def _answer(self, answers: Sequence[Answer]) -> None:
         metrics = self._outside.metrics
+        self.released(answer.index for answer in answers)
         counts: Counter[tuple[str, ResultKind]] = Counter()
         now_ms = self._outside.now_ms()
         metrics.timing("agent.commit.latency", (now_ms - answers[0].request.when_ms) * 1_000_000)

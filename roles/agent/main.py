@@ -214,7 +214,7 @@ def _make_agent(shell: Shell, nursery: trio.Nursery, options: AgentOptions, hsm:
     metrics = shell.metrics
     pool = RpcPool(nursery, shell.tls, build=__version__, metrics=metrics)
     measured = with_metrics(store, metrics, shell.store_answers)
-    return Agent(config, InProcessHsm(hsm, metrics), measured, pool, metrics, shell.log, nursery, lead)
+    return Agent(config, InProcessHsm(hsm, metrics), measured, pool, metrics, shell.log, nursery, lead, shell.traces)
 
 
 async def _cancel_on(event: trio.Event, scope: trio.CancelScope) -> None:

@@ -16,6 +16,7 @@ from typing import Final, Protocol
 
 import trio
 
+from juicebox_hsm.adapters.observation.tracing import Traces
 from juicebox_hsm.adapters.stores.damage import telling
 from juicebox_hsm.consensus.types import RoleStatus
 from juicebox_hsm.errors import RealmError
@@ -112,6 +113,7 @@ class Outside:
         metrics: EventMeter,
         log: Log,
         nursery: trio.Nursery,
+        traces: Traces | None = None,
     ) -> None:
         self.config = config
         self.now_ms = config.now_ms
@@ -122,6 +124,7 @@ class Outside:
         self.rpc = rpc
         self.metrics = metrics
         self.log = log
+        self.traces = traces
         self.nursery = nursery
         """For tasks that may last as long as the agent; what one of them raises ends it."""
         self.started_at = trio.current_time()

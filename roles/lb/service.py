@@ -17,7 +17,7 @@ from typing import Final
 
 from juicebox_hsm.adapters.edge.exchange import BodyTooLarge, Request, Response
 from juicebox_hsm.adapters.observation.logging import bind_context, unbind_context
-from juicebox_hsm.adapters.observation.tracing import Traces, trace_id
+from juicebox_hsm.adapters.observation.tracing import Steps, Traces, trace_id
 from juicebox_hsm.crypto.redacted import Secret
 from juicebox_hsm.errors import DecodingError
 from juicebox_hsm.host.forwarding import Answer
@@ -110,7 +110,10 @@ class ClientService:
             span = self._traces.edge("POST /req", request.header(TRACE_HEADER), self._trace_rate)
         # Not undone when an exception passes: whoever reports it names the request, and the connection ends with it.
         bind_context(request=os.urandom(REQUEST_ID_BYTES).hex() if span is None else trace_id(span.traceparent))
-        answer = await self._outcome(request, tags, None if span is None else span.traceparent)
+        steps = None if self._traces is None or span is None else self._traces.steps(span.traceparent)
+        answer = await self._outcome(request, tags, None if span is None else span.traceparent, steps)
+        if steps is not None:
+            steps.end()
         if isinstance(answer, ClientOutcome):
             result, response = answer.value, OUTCOME_RESPONSES[answer]
         else:
@@ -127,7 +130,9 @@ class ClientService:
         unbind_context("request", "realm")
         return response
 
-    async def _outcome(self, request: Request, tags: dict[str, str], trace: str | None) -> Answer:
+    async def _outcome(self, request: Request, tags: dict[str, str], trace: str | None, steps: Steps | None) -> Answer:
+        if steps is not None:
+            steps.enter("body")
         try:
             body = await request.body(BODY_BYTES_MAX)
         except BodyTooLarge:
@@ -136,6 +141,8 @@ class ClientService:
             message = decode_client_request(body)
         except DecodingError:
             return ClientOutcome.DECODING_ERROR
+        if steps is not None:
+            steps.enter("token")
         token = self._tokens.validate(
             message.auth_token, realm=message.realm, now_s=self._now_s(), keys=self._keys, scope=Scope.USER
         )
@@ -152,6 +159,8 @@ class ClientService:
             return ClientOutcome.UNAVAILABLE
         job = self._job(message, token)
         job.trace = trace
+        if steps is not None:
+            steps.enter("forward")
         answer = await self._forwarder.forward(job)
         if job.group is not None:
             tags["group"] = job.group.hex()

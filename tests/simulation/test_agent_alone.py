@@ -11,14 +11,16 @@ from pathlib import Path
 
 import pytest
 import trio
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from juicebox_hsm.adapters.observation import logging
+from juicebox_hsm.adapters.observation.tracing import Traces, active, make_provider
 from juicebox_hsm.adapters.tls.certificate_end import to_unix_ms
 from juicebox_hsm.client import InvalidPin, NotRegistered
 from juicebox_hsm.host.events import EventKind
 from juicebox_hsm.host.log import AppendOutcome
 from juicebox_hsm.ids import RealmId
-from juicebox_hsm.wire.rpc import Empty
+from juicebox_hsm.wire.rpc import AppOk, Empty
 from tests.simulation.cluster import KEEP_EVENTS, TENANT, simulation
 
 
@@ -35,6 +37,30 @@ async def test_register_recover_delete(tmp_path: Path) -> None:
         await client.delete()
         with pytest.raises(NotRegistered):
             await client.recover(b"1234", b"info")
+
+
+async def test_a_traced_request_tells_its_way(tmp_path: Path) -> None:
+    """A request that its caller traces has a step for each place it passes, in order; others leave nothing behind."""
+    exporter = InMemorySpanExporter()
+    provider = make_provider("agent", "1", exporter)
+    traces = Traces(provider)
+    async with simulation(tmp_path) as sim:
+        group = await sim.new_realm(1)
+        (one,) = sim.agents
+        one.agent.traces = traces
+        assert isinstance(await one.call("app", sim.register1(group, "alice")), AppOk)
+        span = traces.background("app", 1.0)
+        assert span is not None
+        with active(span):
+            assert isinstance(await one.call("app", sim.register1(group, "bob")), AppOk)
+        (driver,) = one.agent.drivers.values()
+        assert not driver._traced, "nothing is kept of requests that are answered"
+    provider.force_flush()
+    names = [finished.name for finished in exporter.get_finished_spans()]
+    assert sorted(names) == sorted(["queue", "proofs", "hsm", "append", "commit", "outbox", "app"])
+    steps = sorted(exporter.get_finished_spans(), key=lambda each: each.start_time or 0)
+    assert [step.name for step in steps[1:]] == ["queue", "proofs", "hsm", "append", "commit", "outbox"]
+    provider.shutdown()
 
 
 async def test_status_tells_the_end_of_the_certificate(tmp_path: Path) -> None:

@@ -97,6 +97,28 @@ class Span:
         self._span.end()
 
 
+class Steps:
+    """What a request goes through, one step after the other: a child of its span for each. `end` the last one."""
+
+    __slots__ = ("_parent", "_span", "_traces")
+
+    def __init__(self, traces: Traces, traceparent: str) -> None:
+        self._traces = traces
+        self._parent = parse_traceparent(traceparent)
+        self._span: Span | None = None
+
+    def enter(self, name: str) -> None:
+        """Begin a step, which ends the one before it."""
+        self.end()
+        self._span = self._traces.child(name, self._parent)
+
+    def end(self) -> None:
+        """End the step under way, if there is one."""
+        span, self._span = self._span, None
+        if span is not None:
+            span.end()
+
+
 class Traces:
     """Makes spans for one service. `close` sends what is left."""
 
@@ -123,6 +145,14 @@ class Traces:
     def background(self, name: str, rate: float = BACKGROUND_RATE) -> Span | None:
         """Begin a trace of work nobody asked for."""
         return self._start(name, None, server=False) if _draw(rate) else None
+
+    def child(self, name: str, parent: Parent | None) -> Span:
+        """Begin a part of a span's work."""
+        return self._start(name, parent, server=False)
+
+    def steps(self, traceparent: str) -> Steps:
+        """Return the steps, none yet, of the span whose trace context this is."""
+        return Steps(self, traceparent)
 
     def _start(self, name: str, parent: Parent | None, *, server: bool) -> Span:
         from opentelemetry import trace

@@ -8,6 +8,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from juicebox_hsm.consensus.types import Captured, LogEntry, RoleStatus
 from juicebox_hsm.host.log import Intent, LogRow
@@ -26,9 +27,20 @@ class Lane(enum.Enum):
     HOUSE = "house"
 
 
+class Steps(Protocol):
+    """Who is told what a request goes through: nobody but a trace."""
+
+    def enter(self, name: str) -> None:
+        """Tell that the step `name` of ARCHITECTURE.md's life of a request begins."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class ClientRequest:
-    """One client request. `when_ms` is its arrival in Unix ms; `reply` is the driver's, the machine never calls it."""
+    """One client request. `when_ms` is its arrival in Unix ms.
+
+    `reply` and `steps`, of a request that is traced, are the driver's; the machine never calls them.
+    """
 
     record_id: RecordId
     session_id: int
@@ -37,6 +49,7 @@ class ClientRequest:
     user: str
     when_ms: int
     reply: Callable[[AppOk | Refused], None]
+    steps: Steps | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -153,6 +153,32 @@ async def test_spans_cross_an_rpc(traces: Traces, nursery: trio.Nursery) -> None
     nursery.cancel_scope.cancel()
 
 
+async def test_steps_follow_each_other() -> None:
+    """A step is a child of the request's span and ends where the next begins; the last one ends with the request."""
+    exporter = InMemorySpanExporter()
+    provider = make_provider("server", "1", exporter)
+    traces = Traces(provider)
+    span = traces.background("request", 1.0)
+    assert span is not None
+    steps = traces.steps(span.traceparent)
+    steps.end()
+    for name in ("proofs", "hsm"):
+        steps.enter(name)
+    steps.end()
+    steps.end()
+    span.end()
+    provider.force_flush()
+    first, second, whole = exporter.get_finished_spans()
+    assert (first.name, second.name, whole.name) == ("proofs", "hsm", "request")
+    assert first.end_time is not None
+    assert second.start_time is not None
+    assert first.end_time <= second.start_time
+    for step in (first, second):
+        assert step.parent is not None
+        assert f"{step.parent.span_id:016x}" == span.traceparent.split("-")[2]
+    provider.shutdown()
+
+
 def test_off_by_default() -> None:
     """Without an address, or with the off switch, there is no tracer, and no library is imported."""
     assert open_traces("x", "1", {}) is None

@@ -103,8 +103,10 @@ async def test_a_sampled_request_is_traced_into_the_agent(nursery: trio.Nursery,
         if given is not None:
             assert given.split("-")[1] == "0af7651916cd43dd8448eb211c80319c"
     provider.shutdown()
-    (span,) = exporter.get_finished_spans()
+    *steps, span = exporter.get_finished_spans()
     assert span.name == "POST /req"
+    assert [step.name for step in steps] == ["body", "token", "forward"]
+    assert {step.parent and step.parent.span_id for step in steps} == {span.context and span.context.span_id}
     assert dict(span.attributes or {})["status_code"] == 200
     assert "mario" not in str(span.attributes)
 
