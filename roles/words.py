@@ -103,6 +103,7 @@ _OWN: Final = {
 }
 _TROUBLES: Final = {
     Code.STORE: "store",
+    Code.STORE_REPLACED: "store",
     Code.REGISTRATION: "registration",
     Code.DISCOVERY: "discovery",
     Code.LOG_NOT_FOLLOWED: "log",

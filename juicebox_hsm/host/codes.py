@@ -60,6 +60,7 @@ class Code(enum.Enum):
     STOPPING = ("stopping", _ADVICE)
     NO_ANSWER = ("no-answer", _PROBLEM)
     STORE = ("store", _PROBLEM)
+    STORE_REPLACED = ("store-replaced", _PROBLEM)
     REGISTRATION = ("registration", _PROBLEM)
     DISCOVERY = ("discovery", _PROBLEM)
     LOG_NOT_FOLLOWED = ("log-not-followed", _PROBLEM)

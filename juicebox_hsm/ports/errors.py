@@ -6,16 +6,35 @@ Every method of a port may raise `StoreUnavailable` (nothing was applied, or the
 from __future__ import annotations
 
 from juicebox_hsm.errors import RealmError
+from juicebox_hsm.host.codes import Code
 from juicebox_hsm.merkle.walk import MissingNode
 from juicebox_hsm.wire.rpc import DamageKind, StoreDamage
 
-__all__ = ["HsmGone", "MissingNode", "StoreAmbiguous", "StoreDamaged", "StoreInvalid", "StoreUnavailable"]
+__all__ = [
+    "HsmGone",
+    "MissingNode",
+    "StoreAmbiguous",
+    "StoreDamaged",
+    "StoreInvalid",
+    "StoreReplaced",
+    "StoreUnavailable",
+    "store_code",
+]
 
 
 class StoreUnavailable(RealmError):
     """The store did not answer or refused for a passing reason; nothing is known to be applied."""
 
     retryable = True
+
+
+class StoreReplaced(StoreUnavailable):
+    """What was opened as the store has no name any more, or another thing has its name. A person must put it right."""
+
+
+def store_code(error: RealmError) -> Code:
+    """Return the code of a reason that the store gave."""
+    return Code.STORE_REPLACED if isinstance(error, StoreReplaced) else Code.STORE
 
 
 class StoreAmbiguous(RealmError):

@@ -23,6 +23,7 @@ from juicebox_hsm.host.readiness import (
     of_outbox,
 )
 from juicebox_hsm.host.services import ServiceKind
+from juicebox_hsm.ports.errors import store_code
 from roles.agent.service import hsm_status
 from roles.shell import Entry
 
@@ -83,7 +84,7 @@ async def readyz(agent: Agent) -> Readiness:
     try:
         await agent.store.discovery.list(ServiceKind.AGENT)
     except RealmError as error:
-        reasons.append(Trouble(Code.STORE, str(error)))
+        reasons.append(Trouble(store_code(error), str(error)))
     warnings = [*of_outbox(agent.unpublished, agent.set_aside), *agent.bus_trouble]
     if agent.clock.off_s:
         warnings.append(OwnClockOff(agent.clock.off_s))

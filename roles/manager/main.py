@@ -22,6 +22,7 @@ from juicebox_hsm.errors import RealmError
 from juicebox_hsm.host.codes import Code
 from juicebox_hsm.host.readiness import Plain, Readiness, Reason, Trouble, of_certificate
 from juicebox_hsm.host.services import ServiceKind
+from juicebox_hsm.ports.errors import store_code
 from juicebox_hsm.wire.methods import MANAGER_METHODS
 from juicebox_hsm.wire.rpc import PeerRole
 from roles.audit import recorded_orders
@@ -137,7 +138,7 @@ async def _serve(
         try:
             await context.store.discovery.list(ServiceKind.MANAGER)
         except RealmError as error:
-            reasons.append(Trouble(Code.STORE, str(error)))
+            reasons.append(Trouble(store_code(error), str(error)))
         warnings = of_certificate(to_unix_ms(shell.certificate_end()), context.now_ms())
         return Readiness(tuple(reasons), warnings)
 

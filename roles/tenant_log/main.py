@@ -27,6 +27,7 @@ from juicebox_hsm.host.addresses import Address
 from juicebox_hsm.host.codes import Code
 from juicebox_hsm.host.readiness import Plain, Readiness, Reason, Trouble, of_secrets
 from juicebox_hsm.ids import RealmId, parse_id
+from juicebox_hsm.ports.errors import store_code
 from roles.cloud_options import CloudOptions, SecretsOptions, open_secrets, pubsub_options, secrets_options, with_bus
 from roles.options import HTTP_PORT_OFFSET, AddressType, HostType, NameType, config_option
 from roles.shell import Kind, Shell, ready, start, stopping
@@ -151,7 +152,7 @@ async def run(shell: Shell, options: ServeOptions) -> None:
             try:
                 await store.realms.list_realms()
             except RealmError as error:
-                reasons.append(Trouble(Code.STORE, str(error)))
+                reasons.append(Trouble(store_code(error), str(error)))
             return Readiness((*reasons, *of_secrets(secrets.age_s(), secrets.refresh_s)))
 
         async def until_stopped() -> None:

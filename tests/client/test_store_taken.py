@@ -30,11 +30,13 @@ async def test_a_store_that_is_moved_away_and_back(tmp_path: Path) -> None:
         store = tmp_path / "store.db"
         services = [*cluster.of_role("agent"), *cluster.of_role("manager")]
 
-        async def all_say(text: str) -> bool:
-            return all([text in await page_of(running.service.http, "/readyz") for running in services])
+        async def all_say(text: str, page: str = "/readyz") -> bool:
+            return all([text in await page_of(running.service.http, page) for running in services])
 
         store.rename(tmp_path / "away")
         await eventually(lambda: all_say("store.db: the file was removed or replaced"), TOLD_S, "told by all")
+        metric = 'service_reason{code="store-replaced",severity="problem"}'
+        await eventually(lambda: all_say(f"{metric} 1", "/metrics"), TOLD_S, "told as metrics by all")
         with pytest.raises(ClientError):
             await client.recover(PIN, INFO)
         assert not store.exists(), "nobody made another one"
@@ -47,3 +49,4 @@ async def test_a_store_that_is_moved_away_and_back(tmp_path: Path) -> None:
                 return False
 
         await eventually(serves, TOLD_S, "serves again")
+        await eventually(lambda: all_say(f"{metric} 0", "/metrics"), TOLD_S, "over in the metrics")

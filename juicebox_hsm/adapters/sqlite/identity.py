@@ -14,7 +14,7 @@ from typing import Final
 
 import apsw
 
-from juicebox_hsm.ports.errors import StoreUnavailable
+from juicebox_hsm.ports.errors import StoreReplaced
 
 LOOK_S: Final = 1.0
 """Between two looks of readers: what they read is no older than that."""
@@ -43,9 +43,9 @@ class FileIdentity:
         self._due_s = 0.0
 
     def check(self) -> None:
-        """Raise `StoreUnavailable` unless the file and its write-ahead log are those that are in use."""
+        """Raise `StoreReplaced` unless the file and its write-ahead log are those that are in use."""
         if self._opened is None or _identity(self._path) != self._opened:
-            raise StoreUnavailable(
+            raise StoreReplaced(
                 f"sqlite:{self._path}: the file was removed or replaced while in use; stop all services that use it,"
                 " put the right file back, and start them again"
             )
@@ -53,7 +53,7 @@ class FileIdentity:
         if self._log is None:
             self._log = log  # made with the first transaction, and kept until the last process closes the store
         elif log != self._log:
-            raise StoreUnavailable(
+            raise StoreReplaced(
                 f"sqlite:{self._log_path}: this part of the store was removed or replaced while in use; put it back, or"
                 " stop all services that use the store and see `store check` before they start again"
             )
@@ -65,11 +65,11 @@ class FileIdentity:
         """
         try:
             self.check()
-        except StoreUnavailable:
+        except StoreReplaced:
             connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
 
     def check_sometimes(self) -> None:
-        """Check unless that was done within the last second. Raises `StoreUnavailable`, then at every call."""
+        """Check unless that was done within the last second. Raises `StoreReplaced`, then at every call."""
         now_s = time.monotonic()
         if now_s >= self._due_s:
             self.check()

@@ -14,7 +14,7 @@ from juicebox_hsm.adapters.sqlite import identity
 from juicebox_hsm.adapters.sqlite.backend import open_sqlite
 from juicebox_hsm.adapters.stores.opening import open_store
 from juicebox_hsm.errors import NoStore
-from juicebox_hsm.ports.errors import StoreUnavailable
+from juicebox_hsm.ports.errors import StoreReplaced
 
 
 def _replace(path: Path) -> None:
@@ -43,11 +43,11 @@ async def test_a_store_that_was_taken_away_refuses(
         await store.settings.put("a", b"1")
         await store.settings.get("a")
         take_away(path)
-        with pytest.raises(StoreUnavailable, match=r"x\.db.* removed or replaced"):
+        with pytest.raises(StoreReplaced, match=r"x\.db.* removed or replaced"):
             await store.settings.put("a", b"2")
-        with pytest.raises(StoreUnavailable, match="removed or replaced"):
+        with pytest.raises(StoreReplaced, match="removed or replaced"):
             await store.settings.get("a")
-        with pytest.raises(StoreUnavailable, match="removed or replaced"):
+        with pytest.raises(StoreReplaced, match="removed or replaced"):
             await store.discovery.list()
 
 
@@ -57,7 +57,7 @@ async def test_a_store_that_is_put_back_serves_again(tmp_path: Path) -> None:
     async with open_sqlite(path) as store:
         await store.settings.put("a", b"1")
         path.rename(tmp_path / "away")
-        with pytest.raises(StoreUnavailable):
+        with pytest.raises(StoreReplaced):
             await store.settings.put("a", b"2")
         (tmp_path / "away").rename(path)
         await store.settings.put("a", b"3")
