@@ -16,7 +16,7 @@ def _program(path: Path, body: str) -> None:
 
 
 def test_missing_programs_are_said_and_the_tests_run_all_the_same(tmp_path: Path) -> None:
-    """Where neither browser nor emulators can be installed a line each says how, and the tests run with CI set."""
+    """Where nothing can be installed a line each says how to get what is missing, and the tests run with CI set."""
     shutil.copytree(ROOT / ".ci", tmp_path / ".ci")
     for name in ("setup", "test"):
         _program(tmp_path / "scripts" / name, f'echo "{name} CI=$CI"')
@@ -30,7 +30,11 @@ def test_missing_programs_are_said_and_the_tests_run_all_the_same(tmp_path: Path
         capture_output=True,
         text=True,
         check=False,
-        env={"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin", "CHROMIUM": "no-such-browser"},
+        env={
+            "PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin",
+            "CHROMIUM": "no-such-browser",
+            "PROMETHEUS": "no-such-server",
+        },
     )
     assert result.returncode == 0, result.stderr
     assert "setup CI=true" in result.stdout
@@ -38,6 +42,7 @@ def test_missing_programs_are_said_and_the_tests_run_all_the_same(tmp_path: Path
     said = result.stderr.splitlines()
     assert [line.partition(":")[0] for line in said] == [
         "no browser, which the tests of the status page need",
+        "no Prometheus, which the tests of alerts need",
         "no Bigtable emulator",
         "no Pub/Sub emulator",
     ]
