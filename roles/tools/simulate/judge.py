@@ -18,9 +18,15 @@ from juicebox_hsm.host.events import OutboxEvent
 from juicebox_hsm.host.log import Intent
 from juicebox_hsm.hsm import messages as m
 from juicebox_hsm.hsm.core import Hsm
-from juicebox_hsm.hsm.state import Poisoned
+from juicebox_hsm.hsm.state import GroupState, Poisoned
 from juicebox_hsm.ids import GroupId, RealmId
-from roles.tools.simulate.judge_atomicity import check_refusal, fingerprint, is_refusal
+from roles.tools.simulate.judge_atomicity import (
+    Fingerprint,
+    changed_groups,
+    check_refusal,
+    fingerprint,
+    is_refusal,
+)
 from roles.tools.simulate.judge_commits import Commits
 from roles.tools.simulate.judge_events import EventsJudge
 from roles.tools.simulate.judge_ledger import Ledger, state_of
@@ -56,6 +62,10 @@ class Judge:
         self._lines = LogJudge()
         self._hsms: dict[str, Hsm] = {}
         self._dead: dict[int, Hsm] = {}  # kept, so that no other object gets the same id
+        self._seen: dict[str, Fingerprint] = {}
+        """What each HSM was after its last request; nothing but a request changes one."""
+        self._unseen: set[str] = set()
+        """HSMs of which no request was seen since they came up; asked, never walked."""
         self._calls: list[Call] = []
         self._barriers: list[float] = []
         self._began: list[tuple[float, GroupId]] = []
@@ -80,6 +90,8 @@ class Judge:
     def hsm_started(self, name: str, hsm: Hsm) -> None:
         """Take in that an HSM came up."""
         self._hsms[name] = hsm
+        self._seen[name] = fingerprint(state_of(hsm))
+        self._unseen.add(name)
         self.check(lambda: self.ledger.started(name, hsm))
 
     def hsm_crashed(self, name: str) -> None:
@@ -87,6 +99,7 @@ class Judge:
         dead = self._hsms.pop(name, None)
         if dead is not None:
             self._dead[id(dead)] = dead
+        self._seen.pop(name, None)
         self.ledger.ended(name)
 
     def hsm_wrote(self, name: str, content: bytes) -> None:
@@ -98,7 +111,7 @@ class Judge:
         if id(hsm) in self._dead:
             return hsm.handle(request)
         self._hsms[name] = hsm
-        before = fingerprint(state_of(hsm))
+        before = self._seen[name] if name in self._seen else fingerprint(state_of(hsm))
         try:
             response = hsm.handle(request)
         except Poisoned:
@@ -106,12 +119,19 @@ class Judge:
         except Exception as error:
             self.report("I17", f"HSM {name}: a {type(request).__name__} raised {type(error).__name__}: {error}")
             raise
-        self.check(lambda: self._observe(name, hsm, request, response))
-        if is_refusal(response):
-            self.check(lambda: check_refusal(name, state_of(hsm), before, request, response))
+        state = state_of(hsm)
+        after = self._seen[name] = fingerprint(state)
+        is_new = name in self._unseen
+        self._unseen.discard(name)
+        changed = list(state.groups.values()) if is_new else changed_groups(state, before, after)
+        self.check(lambda: self._observe(name, hsm, request, response, changed))
+        if before != after and is_refusal(response):
+            self.check(lambda: check_refusal(name, state, before, after, request, response))
         return response
 
-    def _observe(self, name: str, hsm: Hsm, request: m.Request, response: m.Response) -> None:
+    def _observe(
+        self, name: str, hsm: Hsm, request: m.Request, response: m.Response, changed: Sequence[GroupState]
+    ) -> None:
         self.ledger.observe(name, hsm, request, response)
         match request, response:
             case m.Commit(), m.CommitOk():
@@ -120,7 +140,7 @@ class Judge:
                 self.logs.captured(name, request.group, *state_of(hsm).captured[request.group])
             case _:
                 pass
-        self.ledger.follow(name, hsm, request)
+        self.ledger.follow(name, hsm, request, changed)
         if self.ledger.begun:
             self._began += [(self._now(), group) for group in self.ledger.begun]
             self.ledger.begun.clear()

@@ -23,11 +23,20 @@ def _of_group(group: GroupState) -> Fingerprint:
     role = group.role
     if isinstance(role, WitnessState):
         return (group.clock, type(role))
-    log = (role.log.first, role.log.last.entry_mac, role.committed)
+    log = (role.log.first, len(role.log), role.log.last.entry_mac, role.committed)
     if isinstance(role, LeaderState):
         root = None if role.tree is None else role.tree.root
         return (group.clock, type(role), *log, role.incoming, root, len(role.sessions))
     return (group.clock, type(role), *log, role.stepdown_at, len(role.abandoned))
+
+
+def changed_groups(state: HsmState, before: Fingerprint, after: Fingerprint) -> list[GroupState]:
+    """Return the groups that are not what they were, for what has not changed has been checked."""
+    old: tuple[object, ...] = before[2]  # type: ignore[assignment]  # tuples, made below
+    new: tuple[object, ...] = after[2]  # type: ignore[assignment]
+    if len(old) != len(new):
+        return list(state.groups.values())
+    return [group for group, was, now in zip(state.groups.values(), old, new, strict=True) if was != now]
 
 
 def is_refusal(response: m.Response) -> bool:
@@ -35,11 +44,10 @@ def is_refusal(response: m.Response) -> bool:
     return isinstance(response, m.Outcome | m.NotLeader | m.NotWitness | m.NotCaptured)
 
 
-def check_refusal(name: str, state: HsmState, before: Fingerprint, request: m.Request, response: m.Response) -> None:
-    """I16: compare an HSM that refused with what it was, but for the exceptions that hsm.md 14 names."""
-    after = fingerprint(state)
-    if before == after:
-        return
+def check_refusal(
+    name: str, state: HsmState, before: Fingerprint, after: Fingerprint, request: m.Request, response: m.Response
+) -> None:
+    """I16: judge what changed in an HSM that refused: only the exceptions that hsm.md 14 names may have."""
     what = f"HSM {name} refused a {type(request).__name__} and changed"
     match request:
         case m.CaptureNext(group=group):

@@ -9,6 +9,7 @@ It reads the HSMs' state, which nothing else outside the core does: what an obse
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 from juicebox_hsm.consensus.nvram import PersistentState, decode_state
@@ -70,6 +71,7 @@ class Ledger:
         self._jumped: dict[tuple[str, GroupId], tuple[int, bytes]] = {}
         self._clocks: dict[tuple[str, GroupId, int], tuple[str, int, int]] = {}
         self._lives: dict[str, int] = {}
+        self._captured: dict[tuple[str, GroupId], tuple[int, bytes]] = {}
         self._transfers = Transfers()
         self._forgotten: set[tuple[str, GroupId]] = set()  # asked, never walked
         self._leaderships = 0
@@ -280,17 +282,20 @@ class Ledger:
 
     # --- roles ----------------------------------------------------------------------------------------
 
-    def follow(self, name: str, hsm: Hsm, request: m.Request) -> None:
+    def follow(self, name: str, hsm: Hsm, request: m.Request, changed: Sequence[GroupState]) -> None:
         """Check roles, logs and captured heads after a request; what it committed is known by now."""
         state = state_of(hsm)
-        for group, own in state.groups.items():
+        for own in changed:
+            group = own.id
             require("I21", (name, group) not in self._forgotten, f"HSM {name} is in {group.hex()} again")
             configuration = self.configurations.setdefault(group, own.configuration)
             require("I6", own.configuration == configuration, f"{group.hex()} has two configurations")
             self._follow_role(name, own, request)
-        for group, (index, mac) in state.captured.items():
-            made = self.entries.get(group, {}).get(mac)
-            require("I9", made is not None and made.index == index, f"HSM {name} captured what no HSM made")
+        for group, head in state.captured.items():
+            if self._captured.get((name, group)) != head:
+                made = self.entries.get(group, {}).get(head[1])
+                require("I9", made is not None and made.index == head[0], f"HSM {name} captured what no HSM made")
+                self._captured[name, group] = head
 
     def _follow_role(self, name: str, own: GroupState, request: m.Request) -> None:
         key = (name, own.id)

@@ -52,10 +52,12 @@ def require(rule: str, condition: object, detail: str | Callable[[], str]) -> No
 class EveryNode:
     """Every tree node that was ever in a delta, by hash, so that trees of any age can be read."""
 
-    __slots__ = ("_nodes", "_record_key")
+    __slots__ = ("_nodes", "_record_key", "_records")
 
     def __init__(self, record_key: bytes) -> None:
         self._nodes: dict[bytes, bytes] = {}
+        self._records: dict[bytes, Record] = {}
+        """What was read of leaves, which are asked for when they are made, committed and replaced."""
         self._record_key = record_key
 
     def put(self, delta: bytes) -> None:
@@ -78,7 +80,12 @@ class EveryNode:
     def record(self, partition: Partition, record: RecordId) -> Record:
         """Read a record with the realm's own key."""
         leaf = self.leaf(partition, record)
-        return NOT_REGISTERED if leaf is None else decode_record(open_sealed(self._record_key, leaf))
+        if leaf is None:
+            return NOT_REGISTERED
+        known = self._records.get(leaf)
+        if known is None:
+            known = self._records[leaf] = decode_record(open_sealed(self._record_key, leaf))
+        return known
 
 
 def written_leaves(delta: bytes) -> list[tuple[bytes, int]]:

@@ -8,6 +8,7 @@ from juicebox_hsm.hsm import messages as m
 from juicebox_hsm.hsm.core import Hsm
 from roles.tools.simulate.judge_commits import Commits
 from roles.tools.simulate.judge_ledger import Ledger as JudgesLedger
+from roles.tools.simulate.judge_ledger import state_of
 from tests.fakes.hsm import Nodes
 from tests.property.hsm import adversary, ledger, schedules
 
@@ -36,7 +37,7 @@ class BothLedgers(ledger.Ledger):
         self.judge.observe(name, hsm, request, response)
         if isinstance(request, m.Commit) and isinstance(response, m.CommitOk):
             self.commits.observe(name, hsm, request, response)
-        self.judge.follow(name, hsm, request)
+        self.judge.follow(name, hsm, request, list(state_of(hsm).groups.values()))
         super().observe(number, hsm, request, response)
 
 
