@@ -12,7 +12,7 @@ import trio
 
 from juicebox_hsm.adapters.observation.logging import outside_context
 from roles.tools.simulate.batch import Job, run_one
-from roles.tools.simulate.scheduling import LIFE, Life, LifeOfParents, VirtualClock, hold_back_frozen, seeded_scheduler
+from roles.tools.simulate.scheduling import LIFE, Life, LifeOfParents, VirtualClock, prepare_runner, seeded_scheduler
 
 ROOT = Path(__file__).parents[2]
 SIMULATE = [sys.executable, "-m", "roles", "simulate"]
@@ -73,7 +73,7 @@ def test_a_frozen_process_takes_no_step(thaws: bool) -> None:
             steps.append("cleanup")
 
     async def main() -> None:
-        hold_back_frozen()
+        prepare_runner()
         async with trio.open_nursery() as nursery:
             life = Life("process")
             life.context.run(nursery.start_soon, work)

@@ -21,7 +21,7 @@ from roles.tools.simulate.store_data import TenantRows
 from roles.tools.simulate.surroundings import Surroundings
 
 PAGE_EVENTS: Final = 20
-WAIT_S: Final = 2.0
+WAIT_S: Final = 5.0
 RETRY_S: Final = 0.5
 FORGETS_RATE: Final = 0.05
 """Share of events that are not acknowledged, so that they come again."""

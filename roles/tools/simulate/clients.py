@@ -36,8 +36,11 @@ GIVE_UP_S: Final = 1.0
 OVERLAP_RATE: Final = 0.1
 EXPIRED_RATE: Final = 0.02
 GUESSES_MAX: Final = 5
-QUIET_PAUSES: Final = 3.0
+QUIET_PAUSES: Final = 2.0
 """How much longer users wait between calls when all is well: the interesting half of a run is the other one."""
+CALLS_ENOUGH: Final = 80
+"""Calls of a run after which its users need not hurry any more once all is well: each makes three more at the end."""
+IDLE_PAUSES: Final = 6.0
 INFO: Final = b"simulated"
 TOKEN_S: Final = 40
 """Tokens live shorter than a run, so that clients come back with new ones and balancers forget old ones."""
@@ -157,7 +160,8 @@ class User:
         """Call for as long as the world is troubled, and more slowly afterwards until it is told to stop."""
         world = self._world
         while True:
-            pause_s = world.profile.user_pause_s * (1.0 if world.is_troubled else QUIET_PAUSES)
+            pauses = QUIET_PAUSES if world.calls_made < CALLS_ENOUGH else IDLE_PAUSES
+            pause_s = world.profile.user_pause_s * (1.0 if world.is_troubled else pauses)
             with trio.move_on_after(self._chance.uniform(0.2, 1.8) * pause_s):
                 await world.closing.wait()
                 return

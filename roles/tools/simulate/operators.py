@@ -28,7 +28,7 @@ from roles.tools.simulate.scheduling import Life
 from roles.tools.simulate.surroundings import Surroundings
 
 WAIT_S: Final = 20.0
-POLL_S: Final = 0.1
+POLL_S: Final = 0.3
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,8 +61,12 @@ MAY_PERSIST: Final = (PersistState, BecomeLeader, NewRealm, JoinRealm, NewGroup,
 STOP_S: Final = 20.0
 FIRST_TABLE_S: Final = 5.0
 REGISTER_RETRY_S: Final = 10.0
-POLL_S: Final = 1.0
-"""Pause between a balancer's looks at an agent: ten times what is shipped, for the sake of speed."""
+POLL_S: Final = 1.5
+"""Pause between a balancer's looks at an agent; 0.1 s as shipped. A refused request makes it look at once, as ever."""
+PASS_S: Final = 4.0
+"""A manager's `--interval`: what is lost is told to it, so passes are for what nobody tells."""
+LATE_RATE: Final = 0.25
+"""Share of an HSM's requests that wait a moment before, or whose answers come noticeably after the fact."""
 
 
 @dataclass(slots=True)
@@ -128,15 +132,16 @@ class SimulatedHsm:
     async def send(self, request: Request) -> Response:
         """Run one request; a caller that is cancelled does not undo what was begun. Raises `HsmGone`."""
         if not isinstance(request, MAY_PERSIST):
-            if not self._lock.locked() and self._chance.random() < 0.7:
-                return self._handle(request)
+            if not self._lock.locked() and self._chance.random() < LATE_RATE:
+                await trio.lowlevel.checkpoint()
             async with self._lock:
                 return self._handle(request)
         async with self._lock:
             with trio.CancelScope(shield=True):
                 await trio.sleep(self._chance.uniform(*self._platform.trouble.persist_s))
                 reply = self._handle(request)
-                await trio.sleep(self._chance.uniform(0.0, 0.0005))
+                if self._chance.random() < LATE_RATE:
+                    await trio.sleep(self._chance.uniform(0.0, 0.002))
             return reply
 
     def _handle(self, request: Request) -> Response:
@@ -393,7 +398,7 @@ class ManagerProcess(Process):
         )
         appointer = Appointer(context)
         nursery.start_soon(
-            partial(run_loops, context, appointer, interval_s=2.0, rebalance_interval_s=world.profile.rebalance_s)
+            partial(run_loops, context, appointer, interval_s=PASS_S, rebalance_interval_s=world.profile.rebalance_s)
         )
         service = ManagerService(context, appointer, nursery)
         server = RpcServer(

@@ -10,14 +10,15 @@ from typing import Final
 class Profile:
     """What a run is made of. Times in virtual seconds; `tricks` are names of `tricks.TRICKS` with their weights.
 
-    `trouble_s`: how long tricks go on; `quiet_s`: how long all is well afterwards before the judge looks.
+    `trouble_s`: how long tricks go on; `quiet_s`: how long all is well afterwards until every user
+    must be served; the judge looks 5 s later.
     `pause_s`: the mean pause between two tricks, before the seed's own factor. `rate`: requests per second and tenant.
     """
 
     name: str
     tricks: dict[str, float] = field(default_factory=dict)
     trouble_s: float = 30.0
-    quiet_s: float = 30.0
+    quiet_s: float = 25.0
     pause_s: float = 1.5
     users: int = 8
     user_pause_s: float = 2.8

@@ -19,7 +19,7 @@ from roles.tools.simulate import tricks
 from roles.tools.simulate.clients import User
 from roles.tools.simulate.keyring import TENANTS
 from roles.tools.simulate.quiet import look_around
-from roles.tools.simulate.scheduling import LifeOfParents, hold_back_frozen, seeded_scheduler, thaw_all
+from roles.tools.simulate.scheduling import LifeOfParents, light_waits, prepare_runner, seeded_scheduler, thaw_all
 from roles.tools.simulate.world import World
 
 START_S: Final = 20.0
@@ -32,13 +32,13 @@ OUTBOX_S: Final = 5.0
 
 def simulate(world: World) -> None:
     """Play a run; what it found is left in the world."""
-    with seeded_scheduler(world.seed):
+    with seeded_scheduler(world.seed), light_waits(world.clock):
         trio.run(_main, world, clock=world.clock, instruments=[LifeOfParents()])
 
 
 async def _main(world: World) -> None:
     """Play the run from beginning to end."""
-    hold_back_frozen()
+    prepare_runner()
     async with trio.open_nursery() as nursery:
         world.nursery = nursery
         try:

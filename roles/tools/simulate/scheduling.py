@@ -25,10 +25,12 @@ from trio._core import _run as trio_run  # see the module's docstring
 
 from juicebox_hsm.errors import check
 
-TICK_S: Final = 0.002
+TICK_S: Final = 0.004
 """Acts are put off to a multiple of this: what is due together runs in one batch, in a random order."""
 IDLE_S: Final = 1.0
 IDLE_MAX: Final = 10
+IO_TURNS: Final = 256
+"""Turns of the scheduler between two looks at sockets: some hundredths of a second."""
 
 
 def _tick(when_s: float) -> float:
@@ -57,7 +59,9 @@ class VirtualClock(trio.abc.Clock):
         self.at(self.now + delay_s, act, *arguments)
 
     async def sleep(self, delay_s: float) -> None:
-        """Sleep, for less than `trio.sleep` costs."""
+        """Do what `trio.sleep` does, without its scope and the `Cancelled` that ends it: half of its cost."""
+        if math.isinf(delay_s):
+            await trio.sleep_forever()
         waiting = [trio.lowlevel.current_task()]
 
         def wake() -> None:
@@ -164,6 +168,31 @@ def seeded_scheduler(seed: int) -> Iterator[None]:
         vars(trio_run).update(before)
 
 
+_acquire: Final = trio.Lock.acquire
+
+
+async def _acquire_lightly(lock: trio.Lock) -> None:
+    """Do what `trio.Lock.acquire` does, without the turn of the scheduler that it costs where nobody holds the lock."""
+    if lock.locked():
+        await _acquire(lock)
+    else:
+        await trio.lowlevel.checkpoint_if_cancelled()
+        lock.acquire_nowait()
+
+
+@contextmanager
+def light_waits(clock: VirtualClock) -> Iterator[None]:
+    """Let whoever calls `trio.sleep` within the block sleep by this clock, and take free locks at once."""
+    before = trio.sleep
+    vars(trio)["sleep"] = clock.sleep
+    type.__setattr__(trio.Lock, "acquire", _acquire_lightly)
+    try:
+        yield
+    finally:
+        vars(trio)["sleep"] = before
+        type.__delattr__(trio.Lock, "acquire")
+
+
 class LifeOfParents(trio.abc.Instrument):
     """Makes every task belong to the process of the task whose nursery it runs in, whoever started it."""
 
@@ -175,10 +204,38 @@ class LifeOfParents(trio.abc.Instrument):
             task.context.run(LIFE.set, life)
 
 
-def hold_back_frozen() -> None:
-    """Make the running scheduler respect `Life.freeze`; call once inside `trio.run`."""
+class _Instruments(dict[str, dict[trio.abc.Instrument, None]]):
+    """Trio's table of instruments as a plain dictionary: it is asked five times for each step of a task."""
+
+    def call(self, hook: str, *arguments: object) -> None:
+        """Call a hook of each instrument that has it."""
+        for instrument in self[hook]:
+            getattr(instrument, hook)(*arguments)
+
+
+class _SeldomIo:
+    """Trio's I/O manager, asked every now and then: a world has no sockets, only Ctrl-C comes this way."""
+
+    def __init__(self, manager: Any) -> None:
+        self._manager = manager
+        self._turns = 0
+
+    def get_events(self, timeout: float) -> Any:
+        """Return what happened."""
+        self._turns += 1
+        return self._manager.get_events(timeout) if timeout > 0 or self._turns % IO_TURNS == 0 else []
+
+    def __getattr__(self, name: str) -> Any:
+        """Return everything else."""
+        return getattr(self._manager, name)
+
+
+def prepare_runner() -> None:
+    """Make the running scheduler respect `Life.freeze` and spare what a world does not need; once in `trio.run`."""
     runner = trio_run.GLOBAL_RUN_CONTEXT.runner
+    runner.io_manager = _SeldomIo(runner.io_manager)  # type: ignore[assignment]
     runner.runq = _RunQueue(runner.runq)
+    runner.instruments = _Instruments(runner.instruments)  # type: ignore[assignment]  # what the runner uses of it
 
 
 def thaw_all() -> None:

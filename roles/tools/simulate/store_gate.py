@@ -22,6 +22,9 @@ CUT_OFF_S: Final = 0.5
 SETTLED_LATE_S: Final = 0.25
 """How much later settled indexes follow their rows where a back end writes them lazily (storage.md 2.7)."""
 
+EITHER_END: Final = 4.0
+"""How much likelier than in between a call takes effect just when it begins, and as likely just when it ends."""
+
 UNSEEN: Final = "the write was not seen to happen"
 
 T = TypeVar("T")
@@ -211,7 +214,11 @@ class Gate:
                 raise StoreUnavailable("the store is cut off") from None
             self.data.counts[f"{name}.refused"] += 1
             raise StoreUnavailable("the store refuses for a moment")
-        before_s = latency_s * self._chance.random() if latency_s else 0.0
+        if not latency_s:
+            await trio.lowlevel.checkpoint()
+            return 0.0, 0.0
+        # the moment of effect: mostly one of the two ends, for each pause costs a turn of the scheduler
+        before_s = latency_s * min(1.0, max(0.0, self._chance.uniform(-EITHER_END, 1 + EITHER_END)))
         return before_s, latency_s - before_s
 
     async def _pause(self, delay_s: float) -> None:
@@ -222,6 +229,6 @@ class Gate:
             with trio.move_on_after(delay_s):
                 await self._ended.wait()
         else:
-            await trio.lowlevel.checkpoint()
+            await trio.lowlevel.checkpoint_if_cancelled()
         if self._ended.is_set():
             raise _Gone
