@@ -13,6 +13,9 @@ not yet tried until the patience ends. There is no pause between tries: backoff 
 The replay rule (9.1): a Noise transport message can be consumed by one HSM once. An agent that may have handed it to
 its HSM never gets it again; whether it may have is said by `consumed` in its refusal, or by `maybe_delivered` when
 there was none. Handshakes that carry a request are idempotent and may go anywhere.
+
+What one agent may have executed no other agent's refusal denies: `RateLimitExceeded` and the like tell the client that
+nothing happened, so from then on they are `Unavailable`.
 """
 
 from __future__ import annotations
@@ -204,10 +207,11 @@ class LeaderSearch:
         outcome = refused.outcome
         final = _FINAL.get(outcome)
         if final is not None:
-            return final
+            return ClientOutcome.UNAVAILABLE if self._consumed else final
         if outcome is Refusal.MISSING_SESSION:
             young = now_s - route.since_s < SETTLED_S
-            return ClientOutcome.UNAVAILABLE if young or self._rivals else ClientOutcome.MISSING_SESSION
+            unsure = young or self._rivals or self._consumed
+            return ClientOutcome.UNAVAILABLE if unsure else ClientOutcome.MISSING_SESSION
         if refused.consumed or not (outcome in _SURELY_UNUSED or outcome in _SAYS_CONSUMED):
             self._consumed.add(route.url)
         return None

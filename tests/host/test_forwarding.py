@@ -178,6 +178,22 @@ def test_handshakes_may_be_repeated(reply: Refused | NoReply) -> None:
     _try(search, _table(A, C), C, AppOk(noise=b"x"))
 
 
+@pytest.mark.parametrize("transport", [True, False])
+@pytest.mark.parametrize("reply", [USED, NoReply(maybe_delivered=True)])
+@pytest.mark.parametrize(
+    "refusal",
+    [Refusal.RATE_LIMIT_EXCEEDED, Refusal.SESSION_ERROR, Refusal.MISSING_SESSION, Refusal.DECODING_ERROR],
+)
+def test_no_refusal_denies_what_another_agent_may_have_done(
+    refusal: Refusal, reply: Refused | NoReply, *, transport: bool
+) -> None:
+    """Once an agent may have executed the request, nobody else's refusal says that it was not executed."""
+    search = _search(transport=transport)
+    _try(search, TWO, A, reply)
+    _try(search, TWO, B, Refused(outcome=refusal))
+    assert search.next_step(TWO, NOW_S) == UNAVAILABLE
+
+
 def test_used_up_after_the_first_pass_is_final() -> None:
     """A transport message that may have been used in the second pass, or while it waited, is given up at once."""
     second = _search()
