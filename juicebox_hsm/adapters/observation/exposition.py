@@ -1,6 +1,6 @@
 """Prometheus text, format 0.0.4: each family with HELP and TYPE, its series under it.
 
-A histogram with labels that has seen no value is left out: most of a service's are such, and each costs ten lines of
+A histogram with labels that has seen no value is left out: most of a service's are such, and each costs eight lines of
 every scrape. Those that are shown have all buckets of their family, so that they can be added up.
 """
 

@@ -14,7 +14,7 @@ from typing import Final
 
 Tags = tuple[tuple[str, str], ...]
 
-DURATIONS: Final = (0.001, 0.005, 0.025, 0.1, 0.5, 2.5, 10.0)
+DURATIONS: Final = (0.001, 0.005, 0.025, 0.1, 1.0)
 """Bounds in s. Each costs a line per series and scrape, so families have no more than somebody looks at (own)."""
 SHORT: Final = (0.0001, 0.0005, 0.0025, 0.01, 0.1)
 """Of what happens inside of the process."""
