@@ -50,6 +50,7 @@ from juicebox_hsm.host.readiness import (
     Readiness,
     Reason,
     SecretsOld,
+    ShownCertificateNotValid,
     Stalled,
     Trouble,
     Unserved,
@@ -208,6 +209,8 @@ def own_sentence(found: Reason) -> str:
             return f"its clock is {clock_off(ahead_s)}{': good tokens may be refused' if refuses else ''}"
         case OwnCertificateEnds(end_ms=end_ms, now_ms=now_ms):
             return f"the cluster certificate {_ends(end_ms, remaining_days(end_ms, now_ms))}"
+        case ShownCertificateNotValid():
+            return not_valid("the certificate that clients see", found.from_ms, found.end_ms, found.now_ms)
         case EventsWait(waiting=waiting):
             return f"{waiting.rows} tenant events wait for publication, the oldest for {waiting.oldest_s:.0f} s"
         case EventsSetAside(count=count):
@@ -287,6 +290,13 @@ def certificate_ends(end_ms: int | None, now_ms: int) -> str:
 def _ends(end_ms: int, days: float) -> str:
     day = f"{moment(end_ms):%Y-%m-%d}"
     return f"ended on {day}" if days <= 0 else f"ends on {day}, in {days:.0f} days"
+
+
+def not_valid(what: str, from_ms: int, end_ms: int, now_ms: int) -> str:
+    """Return why a certificate cannot be used now, "" when it can."""
+    if now_ms < from_ms:
+        return f"{what} is not valid before {moment(from_ms):%Y-%m-%d %H:%M} UTC"
+    return f"{what} ended on {moment(end_ms):%Y-%m-%d %H:%M} UTC" if now_ms > end_ms else ""
 
 
 def transfer(moving: Moving) -> str:

@@ -23,6 +23,19 @@ def is_due(end_ms: int | None, now_ms: int) -> bool:
     return end_ms is not None and remaining_days(end_ms, now_ms) < DAYS_WARN
 
 
+def is_valid(from_ms: int, end_ms: int, now_ms: int) -> bool:
+    """Tell whether a certificate that is valid from `from_ms` to `end_ms` may be used now."""
+    return from_ms <= now_ms <= end_ms
+
+
+def may_replace(present: tuple[int, int], new: tuple[int, int], now_ms: int) -> bool:
+    """Tell whether a certificate may take another's place, by when each is valid (from, end).
+
+    One that is not valid must not take the place of one that is: nobody would connect any more.
+    """
+    return is_valid(*new, now_ms) or not is_valid(*present, now_ms)
+
+
 def moment_ms(told: object) -> int | None:
     """Return the end of a certificate as a peer tells it; None for anything that is no moment, since peers may send
     anything."""

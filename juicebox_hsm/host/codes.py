@@ -71,6 +71,7 @@ class Code(enum.Enum):
     EVENTS_SET_ASIDE = ("events-set-aside", _PROBLEM)
     BUS = ("bus", _PROBLEM)
     SECRETS_STALE = ("secrets-stale", _PROBLEM)
+    CERTIFICATE_NOT_VALID = ("certificate-not-valid", _PROBLEM)
     NO_REALMS = ("no-realms", _PROBLEM)
     RECORD_ID_KEY = ("record-id-key", _PROBLEM)
     RECORD_ID_KEY_UNCHECKED = ("record-id-key-unchecked", _PROBLEM)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
-from juicebox_hsm.host.certificates import is_due
+from juicebox_hsm.host.certificates import is_due, is_valid
 from juicebox_hsm.host.codes import Code
 from juicebox_hsm.host.group import Groups
 from juicebox_hsm.host.outbox import Unpublished
@@ -129,6 +129,16 @@ class OwnCertificateEnds:
 
 
 @dataclass(frozen=True, slots=True)
+class ShownCertificateNotValid:
+    """No client accepts the certificate that we show: it is valid from `from_ms` to `end_ms` (Unix ms) only."""
+
+    from_ms: int
+    end_ms: int
+    now_ms: int
+    code: ClassVar[Code] = Code.CERTIFICATE_NOT_VALID
+
+
+@dataclass(frozen=True, slots=True)
 class EventsWait:
     """So many tenant events wait for publication that somebody should look."""
 
@@ -164,6 +174,7 @@ Reason = (
     | SecretsOld
     | OwnClockOff
     | OwnCertificateEnds
+    | ShownCertificateNotValid
     | EventsWait
     | EventsSetAside
     | NoAnswer
@@ -238,6 +249,11 @@ def of_outbox(waiting: Unpublished, set_aside: int) -> tuple[Reason, ...]:
 def of_certificate(end_ms: int | None, now_ms: int) -> tuple[Reason, ...]:
     """Return the warning of a cluster certificate that ends soon, nothing without one."""
     return (OwnCertificateEnds(end_ms, now_ms),) if end_ms is not None and is_due(end_ms, now_ms) else ()
+
+
+def of_shown_certificate(from_ms: int, end_ms: int, now_ms: int) -> tuple[Reason, ...]:
+    """Return the reason against a service whose clients see a certificate that is not valid now."""
+    return () if is_valid(from_ms, end_ms, now_ms) else (ShownCertificateNotValid(from_ms, end_ms, now_ms),)
 
 
 def of_secrets(age_s: float, refresh_s: float) -> tuple[Reason, ...]:

@@ -136,6 +136,7 @@ class LoadBalancer:
             guard=self._guard,
             secrets_age_s=secrets.age_s,
             cluster_end=shell.certificate_end,
+            edge_valid_ms=lambda: self._edge_tls.leaf.valid_ms,
             clock=self._clock,
             refresh_s=secrets.refresh_s,
         )

@@ -18,6 +18,7 @@ from juicebox_hsm.host.readiness import (
     of_certificate,
     of_routes,
     of_secrets,
+    of_shown_certificate,
 )
 from roles.clock import OwnClock
 from roles.lb.guard import RealmGuard
@@ -25,9 +26,10 @@ from roles.lb.poller import Poller
 
 
 class BalancerReadiness:
-    """Ready is who is live, serves at least one realm in full, and has fresh secrets and a clock that agrees.
+    """Ready is who is live, serves a realm in full, has fresh secrets, a valid certificate, and a clock that agrees.
 
-    `cluster_end` tells when its cluster certificate ends (UTC), None without TLS.
+    `cluster_end` tells when its cluster certificate ends (UTC), None without TLS; `edge_valid_ms` from when until when
+    (Unix ms) clients may accept its edge certificate.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class BalancerReadiness:
         guard: RealmGuard,
         secrets_age_s: Callable[[], float],
         cluster_end: Callable[[], dt.datetime | None],
+        edge_valid_ms: Callable[[], tuple[int, int]],
         clock: OwnClock | None = None,
         refresh_s: float = REFRESH_S,
     ) -> None:
@@ -46,17 +49,20 @@ class BalancerReadiness:
         self._guard = guard
         self._secrets_age_s = secrets_age_s
         self._cluster_end = cluster_end
+        self._edge_valid_ms = edge_valid_ms
         self._clock = clock
         self._refresh_s = refresh_s
 
     def judge(self) -> Readiness:
         """Return why the balancer is not ready, and what somebody has to see to although it serves."""
         reasons: list[Reason] = [] if self._drain.phase is LifePhase.LIVE else [Plain(Code.STOPPING)]
+        now_ms = round(time.time() * 1000)
         reasons += of_secrets(self._secrets_age_s(), self._refresh_s)
+        reasons += of_shown_certificate(*self._edge_valid_ms(), now_ms)
         if self._clock is not None and self._clock.outvoted_s:
             reasons.append(OwnClockOff(self._clock.outvoted_s, refuses=True))
         reasons += of_routes(self._poller.table, self._guard.realms)
-        warnings = of_certificate(to_unix_ms(self._cluster_end()), round(time.time() * 1000))
+        warnings = of_certificate(to_unix_ms(self._cluster_end()), now_ms)
         if self._clock is not None and self._clock.off_s:
             warnings = (*warnings, OwnClockOff(self._clock.off_s))
         return Readiness(tuple(reasons), warnings)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging as stdlib
+import ssl
 import sys
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -14,18 +17,19 @@ import trio
 from hypercorn.trio import serve as serve_asgi
 
 from juicebox_hsm import __version__
-from juicebox_hsm.adapters.edge.tls import load_edge_context
+from juicebox_hsm.adapters.edge.tls import EdgeTls
 from juicebox_hsm.adapters.observation.containment import ContainedConfig, GoodTargets
 from juicebox_hsm.adapters.observation.logging import configure
 from juicebox_hsm.adapters.observation.metric_names import TENANT_LOG
 from juicebox_hsm.adapters.observation.probes import listen
 from juicebox_hsm.adapters.process.file_limit import SERVICE_SHARE, fit_connections
 from juicebox_hsm.adapters.process.supervision import report_crash
+from juicebox_hsm.adapters.process.threads import in_thread_or_here
 from juicebox_hsm.adapters.stores.opening import open_store
 from juicebox_hsm.errors import DecodingError, LocalError, RealmError
 from juicebox_hsm.host.addresses import Address
 from juicebox_hsm.host.codes import Code
-from juicebox_hsm.host.readiness import Plain, Readiness, Reason, Trouble, of_secrets
+from juicebox_hsm.host.readiness import Plain, Readiness, Reason, Trouble, of_secrets, of_shown_certificate
 from juicebox_hsm.ids import RealmId, parse_id
 from juicebox_hsm.ports.errors import store_code
 from roles.cloud_options import CloudOptions, SecretsOptions, open_secrets, pubsub_options, secrets_options, with_bus
@@ -131,7 +135,8 @@ async def run(shell: Shell, options: ServeOptions) -> None:
         shell.look_at(opened)
         if store.bus is None:
             raise LocalError(f"--store {options.store_url}: this store has no tenant event log")
-        config = _server_config(options)
+        tls = None if options.tls is None else EdgeTls(options.tls[1], options.tls[0])
+        config = _server_config(tls)
         listener = listen(options.listen.host, options.listen.port, "--port")
         port = int(listener.getsockname()[1])
         config.bind = [f"fd://{listener.detach()}"]
@@ -153,6 +158,8 @@ async def run(shell: Shell, options: ServeOptions) -> None:
                 await store.realms.list_realms()
             except RealmError as error:
                 reasons.append(Trouble(store_code(error), str(error)))
+            if tls is not None:
+                reasons += of_shown_certificate(*tls.leaf.valid_ms, round(time.time() * 1000))
             return Readiness((*reasons, *of_secrets(secrets.age_s(), secrets.refresh_s)))
 
         async def until_stopped() -> None:
@@ -161,7 +168,10 @@ async def run(shell: Shell, options: ServeOptions) -> None:
             service.stop()
 
         async with trio.open_nursery() as nursery:
-            await shell.catch_signals(nursery, {"secrets": secrets.load})
+            reloads: dict[str, Callable[[], Awaitable[None]]] = {"secrets": secrets.load}
+            if tls is not None:
+                reloads["certificate"] = partial(_reload, tls, shell)
+            await shell.catch_signals(nursery, reloads)
             http_port = await shell.serve_probes(nursery, options.http_listen, livez=livez, readyz=readyz)
             nursery.start_soon(secrets.refresh_forever)
             shell.report(nursery)
@@ -176,8 +186,30 @@ async def run(shell: Shell, options: ServeOptions) -> None:
     shell.log.info("tenant log stopped")
 
 
-def _server_config(options: ServeOptions) -> ContainedConfig:
-    config = ContainedConfig(fit_connections(CONNECTIONS_MAX, SERVICE_SHARE))
+async def _reload(tls: EdgeTls, shell: Shell) -> None:
+    leaf = await in_thread_or_here(tls.reload)
+    shell.log.info("certificate reloaded", serial=leaf.serial, not_after=leaf.not_after.isoformat())
+
+
+class _Config(ContainedConfig):
+    """Hypercorn's settings; with `tls`, each handshake gets the certificate that is in service by then."""
+
+    def __init__(self, tls: EdgeTls | None) -> None:
+        super().__init__(fit_connections(CONNECTIONS_MAX, SERVICE_SHARE))
+        self._tls = tls
+
+    @property
+    def ssl_enabled(self) -> bool:
+        """Tell whether connections begin with a TLS handshake."""
+        return self._tls is not None
+
+    def create_ssl_context(self) -> ssl.SSLContext | None:
+        """Return the context of all handshakes."""
+        return None if self._tls is None else self._tls.following_context()
+
+
+def _server_config(tls: EdgeTls | None) -> ContainedConfig:
+    config = _Config(tls)
     config.accesslog = None
     config.errorlog = stdlib.getLogger("hypercorn.error")
     config.include_server_header = False
@@ -185,8 +217,4 @@ def _server_config(options: ServeOptions) -> ContainedConfig:
     config.read_timeout = round(READ_S)
     config.graceful_timeout = GRACE_S
     config.backlog = BACKLOG
-    if options.tls is not None:
-        cert, key = options.tls
-        load_edge_context(key, cert)
-        config.certfile, config.keyfile = str(cert), str(key)
     return config

@@ -21,6 +21,7 @@ from juicebox_hsm.host.readiness import (
     Readiness,
     Reason,
     SecretsOld,
+    ShownCertificateNotValid,
     Stalled,
     Trouble,
     Troubles,
@@ -30,6 +31,7 @@ from juicebox_hsm.host.readiness import (
     of_outbox,
     of_routes,
     of_secrets,
+    of_shown_certificate,
 )
 from juicebox_hsm.host.routing import AgentSlice, Route, RoutingTable, Stall, build_table
 from juicebox_hsm.host.served_realms import ServedRealms
@@ -65,6 +67,7 @@ def every_reason() -> list[Reason]:
         SecretsOld(601.0),
         OwnClockOff(-7.0, refuses=True),
         OwnCertificateEnds(DAY_MS, 0),
+        ShownCertificateNotValid(DAY_MS, 2 * DAY_MS, 0),
         EventsWait(Unpublished(7, 61.0)),
         EventsSetAside(2),
         NoAnswer(2.0),
@@ -122,6 +125,9 @@ def test_certificates_and_secrets_that_grow_old() -> None:
     assert of_certificate(None, 0) == ()
     assert of_certificate(DAYS_WARN * DAY_MS, 0) == ()
     assert of_certificate(DAYS_WARN * DAY_MS, 1) == (OwnCertificateEnds(DAYS_WARN * DAY_MS, 1),)
+    assert of_shown_certificate(10, 20, 10) == of_shown_certificate(10, 20, 20) == ()
+    for now_ms in (9, 21):
+        assert of_shown_certificate(10, 20, now_ms) == (ShownCertificateNotValid(10, 20, now_ms),)
     assert of_secrets(600.0, 60.0) == ()
     assert of_secrets(600.1, 60.0) == (SecretsOld(600.1),)
 

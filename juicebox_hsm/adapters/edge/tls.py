@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime as dt
 import ssl
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -18,6 +19,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 from juicebox_hsm.adapters.process.passing_trouble import local_error
 from juicebox_hsm.adapters.process.regular_file import open_regular
 from juicebox_hsm.errors import LocalError, NotYet
+from juicebox_hsm.host.certificates import may_replace
 
 ALPN: Final = ("http/1.1", "h2")
 """Our preference (decision record 0007): HTTP/1.1 costs half of what HTTP/2 does."""
@@ -30,15 +32,21 @@ _FORM: Final = (Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
 
 @dataclass(frozen=True, slots=True)
 class LeafInfo:
-    """What an operator wants to know of the certificate in service. `not_after` is in UTC."""
+    """What an operator wants to know of the certificate in service. Its validity is in UTC."""
 
     subject: str
     serial: str
+    not_before: dt.datetime
     not_after: dt.datetime
 
     def remaining_days(self, now: dt.datetime) -> float:
         """Return the days until the certificate expires, negative afterwards."""
         return (self.not_after - now).total_seconds() / 86_400
+
+    @property
+    def valid_ms(self) -> tuple[int, int]:
+        """Return from when until when it is valid, in Unix ms."""
+        return round(self.not_before.timestamp() * 1000), round(self.not_after.timestamp() * 1000)
 
 
 def _read(path: Path, what: str) -> bytes:
@@ -82,7 +90,8 @@ def _describe(path: Path, leaf: x509.Certificate) -> tuple[bytes, LeafInfo]:
     """Return a certificate's public key (DER) and what an operator wants to know of it. Raises `LocalError` only."""
     try:
         public = leaf.public_key().public_bytes(*_FORM)
-        return public, LeafInfo(leaf.subject.rfc4514_string(), f"{leaf.serial_number:x}", leaf.not_valid_after_utc)
+        subject, serial = leaf.subject.rfc4514_string(), f"{leaf.serial_number:x}"
+        return public, LeafInfo(subject, serial, leaf.not_valid_before_utc, leaf.not_valid_after_utc)
     except Exception as error:  # noqa: BLE001  # it is parsed as it is used, with errors of many types
         raise LocalError(f"TLS certificate file {path} cannot be used: {error}") from None
 
@@ -117,7 +126,25 @@ class EdgeTls:
         self.context, self.leaf = load_edge_context(key_file, cert_file)
 
     def reload(self) -> LeafInfo:
-        """Read both files again and put them in service if they verify; else raises `LocalError`, unchanged."""
+        """Read both files again and put them in service if they verify; else raises `LocalError`, unchanged.
+
+        A certificate that is not valid now does not take the place of one that is.
+        """
         context, leaf = load_edge_context(self._key_file, self._cert_file)
+        if not may_replace(self.leaf.valid_ms, leaf.valid_ms, round(time.time() * 1000)):
+            raise NotYet(
+                f"TLS certificate file {self._cert_file}: is valid from {leaf.not_before:%Y-%m-%d %H:%M} to "
+                f"{leaf.not_after:%Y-%m-%d %H:%M} UTC only, and the one in service is valid now"
+            )
         self.context, self.leaf = context, leaf
         return leaf
+
+    def following_context(self) -> ssl.SSLContext:
+        """Return a context for a server that takes one for good: each handshake gets what is in service by then."""
+
+        def follow(handshake: ssl.SSLObject, _server_name: str | None, _context: ssl.SSLContext) -> None:
+            handshake.context = self.context
+
+        context = self.context
+        context.sni_callback = follow
+        return context

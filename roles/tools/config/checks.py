@@ -45,6 +45,7 @@ from roles.options import (
 from roles.tools.config.parse import Parsed, path_of
 from roles.tools.secrets_file import findings
 from roles.tools.session import first_leaf
+from roles.words import not_valid
 
 OPEN_S: Final = 10.0
 NEAR: Final = 0.85  # own: one or two letters of a variable's name
@@ -296,9 +297,8 @@ def _edge_problems(key: Path, cert: Path) -> list[str]:
         return [str(error)]
     if others_read(key):
         return [f"--tls-key {key}: readable by others; run chmod 640"]
-    if leaf.remaining_days(dt.datetime.now(dt.UTC)) <= 0:
-        return [f"--tls-cert {cert}: ended on {leaf.not_after:%Y-%m-%d}"]
-    return []
+    problem = not_valid(f"--tls-cert {cert}", *leaf.valid_ms, round(dt.datetime.now(dt.UTC).timestamp() * 1000))
+    return [problem] if problem else []
 
 
 def _secrets_problems(path: Path, record_id_version: int | None) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import ssl
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -67,9 +68,13 @@ class Identity:
         return context
 
 
-def make_identity(folder: Path, name: str = "edge") -> Identity:
+def make_identity(folder: Path, name: str = "edge", *, valid_days: tuple[int, int] = (-1, 365)) -> Identity:
+    """Make a CA, and a key pair of it that is valid from the first day to the second, counted from now."""
     ca = trustme.CA()
-    leaf = ca.issue_cert("localhost")
+    now = dt.datetime.now(dt.UTC)
+    begin, end = (now + dt.timedelta(days=day) for day in valid_days)
+    leaf = ca.issue_cert("localhost", not_before=begin, not_after=end)
+    folder.mkdir(exist_ok=True)
     identity = Identity(ca, folder / f"{name}.key", folder / f"{name}.pem")
     leaf.private_key_pem.write_to_path(identity.key)
     for index, pem in enumerate(leaf.cert_chain_pems):

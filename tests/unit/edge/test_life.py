@@ -126,6 +126,44 @@ async def _serial(edge: EdgeFixture, ca_of: Identity) -> int:
     return int(certificate["serialNumber"], 16)
 
 
+@pytest.mark.parametrize("days", [(-30, -1), (1, 30)], ids=["ended", "not yet valid"])
+def test_no_reload_takes_service_away(tmp_path: Path, days: tuple[int, int]) -> None:
+    """A certificate that no client would accept never replaces one that they do; what is no better may be replaced."""
+    good, bad = make_identity(tmp_path / "good"), make_identity(tmp_path / "bad", valid_days=days)
+    tls = EdgeTls(good.key, good.cert)
+    before = (tls.context, tls.leaf)
+    for source, target in ((bad.key, good.key), (bad.cert, good.cert)):
+        target.write_bytes(source.read_bytes())
+    with pytest.raises(LocalError, match=r"valid from .* only, and the one in service is valid now") as caught:
+        tls.reload()
+    assert str(good.cert) in str(caught.value)
+    assert (tls.context, tls.leaf) == before
+    worse = EdgeTls(bad.key, bad.cert)
+    assert worse.reload().serial == worse.leaf.serial
+
+
+async def test_a_server_with_one_context_follows_reloads(tmp_path: Path) -> None:
+    """A context given away once shows each client what is in service by then, with and without a name asked for."""
+    first, second = make_identity(tmp_path / "1"), make_identity(tmp_path / "2")
+    tls = EdgeTls(first.key, first.cert)
+    context = tls.following_context()
+    for identity in (first, second):
+        first.key.write_bytes(identity.key.read_bytes())
+        first.cert.write_bytes(identity.cert.read_bytes())
+        tls.reload()
+        for name in ("localhost", None):
+            ours, theirs = trio.testing.memory_stream_pair()
+            client_context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+            client_context.check_hostname, client_context.verify_mode = False, ssl.CERT_NONE
+            server = trio.SSLStream(ours, context, server_side=True)
+            client = trio.SSLStream(theirs, client_context, server_hostname=name)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(server.do_handshake)
+                nursery.start_soon(client.do_handshake)
+            shown = client.getpeercert(binary_form=True)
+            assert shown == ssl.PEM_cert_to_DER_cert(identity.cert.read_text())
+
+
 async def test_reload_swaps_for_new_connections_only(tmp_path: Path, nursery: trio.Nursery) -> None:
     """After a reload new connections see the new certificate; an idle and a busy one opened before go on."""
     release = trio.Event()

@@ -9,6 +9,7 @@ import trio
 
 from juicebox_hsm.adapters.edge.drain import DrainController
 from juicebox_hsm.adapters.edge.exchange import Request, Response
+from juicebox_hsm.host.certificates import MOMENT_MS_MAX
 from juicebox_hsm.host.codes import Code
 from juicebox_hsm.host.readiness import OwnClockOff, Plain, Readiness, Reason
 from juicebox_hsm.ids import GroupId, RealmId
@@ -116,6 +117,7 @@ async def test_the_end_of_the_cluster_certificate_is_a_warning() -> None:
         guard=balancer.guard,
         secrets_age_s=lambda: 0.0,
         cluster_end=lambda: end,
+        edge_valid_ms=lambda: (0, MOMENT_MS_MAX),
     )
     assert _told(readiness.judge().warnings) == [f"the cluster certificate ends on {end:%Y-%m-%d}, in 3 days"]
     end -= dt.timedelta(days=4)
@@ -148,6 +150,7 @@ async def test_readiness(nursery: trio.Nursery, autojump_clock: object) -> None:
         guard=balancer.guard,
         secrets_age_s=lambda: age_s,
         cluster_end=lambda: None,
+        edge_valid_ms=lambda: (0, MOMENT_MS_MAX),
     )
     await balancer.start(nursery, settle=False)
     assert _told(readiness.judge().reasons) == ["no realms"]
@@ -176,6 +179,7 @@ async def test_a_group_that_cannot_commit_is_named(nursery: trio.Nursery, autoju
         guard=balancer.guard,
         secrets_age_s=lambda: 0.0,
         cluster_end=lambda: None,
+        edge_valid_ms=lambda: (0, MOMENT_MS_MAX),
     )
     await balancer.start(nursery, settle=False)
     assert readiness.judge().is_ready
@@ -206,6 +210,7 @@ async def test_a_refused_realm_is_not_ready(nursery: trio.Nursery, autojump_cloc
         guard=balancer.guard,
         secrets_age_s=lambda: 0.0,
         cluster_end=lambda: None,
+        edge_valid_ms=lambda: (0, MOMENT_MS_MAX),
     )
     await balancer.start(nursery, settle=False)
     assert _told(readiness.judge().reasons) == [f"realm {other.hex()}: used with another record-id key"]
