@@ -32,7 +32,7 @@ from juicebox_hsm.client import PinHashingMode
 from juicebox_hsm.tenant_keys import is_test_tenant
 from roles.cloud_options import SecretsOptions, optional_secrets_options
 from roles.durations import DurationType
-from roles.tools.check.run import Certificates, Checker, Report, Settings
+from roles.tools.check.run import PER_S, Certificates, Checker, Report, Settings
 from roles.tools.session import ExitCode, ToolFailure, end, run
 from roles.tools.target import ENVIRONMENT, Target, target_from_client_json, target_with_key
 from roles.tools.tenant_key import latest_key
@@ -179,6 +179,13 @@ async def _loop(
 @click.option(
     "--http-timeout", type=DurationType(), default="5s", show_default=True, help="Longest time of one request."
 )
+@click.option(
+    "--rate",
+    type=click.FloatRange(0.1, 10_000.0),
+    default=PER_S,
+    show_default=True,
+    help="Requests a second to each realm, at most. Agents let in 10 of a tenant without a limit of its own.",
+)
 @click.option("--forever", is_flag=True, help="Run again and again, until a stop signal.")
 @click.option(
     "--interval", type=DurationType(), default="30s", show_default=True, help="With --forever: from start to start."
@@ -195,6 +202,7 @@ def command(
     environment_name: str,
     timeout: float,
     http_timeout: float,
+    rate: float,
     interval: float,
     *,
     forever: bool,
@@ -202,14 +210,18 @@ def command(
 ) -> None:
     """Register, recover, compare and delete as a few test users; exit 1 when anything failed in the last run.
 
-    Each user gets 2 guesses. All users are tried; the first error is the result. Certificates of the realms are looked
-    at first and then every 5 minutes: 5 days or less before their end the check fails. The tenant's key is read once.
+    Each user gets 2 guesses, and what a failed one may have left is deleted. All users are tried; the first error is
+    the result. Certificates of the realms are looked at first and then every 5 minutes: 5 days or less before their end
+    the check fails. The tenant's key is read once.
     """
     agent_address(os.environ)  # refused before the first run rather than after it
     metrics = Metrics()
     metrics.enable_samples()
     with roots(certificates) as ca:
-        settings = Settings(user, count, concurrency, timeout, http_timeout)
+        settings = Settings(user, count, concurrency, timeout, http_timeout, rate)
+        if settings.shortest_s > timeout:
+            takes = f"--count {count} at --rate {rate:g} takes {settings.shortest_s:.1f} s"
+            raise ToolFailure(f"{takes}, longer than --timeout {timeout:g}s", ExitCode.USAGE)
 
         def show(report: Report) -> None:
             _print(report, as_json=as_json)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import datetime as dt
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
 import trio
 
 from juicebox_hsm.adapters.observation.metrics import Metrics
 from juicebox_hsm.adapters.observation.tracing import HEADER, Traces, active
-from juicebox_hsm.client import Client, ClientError, HttpTransport
+from juicebox_hsm.client import Client, ClientError, HttpTransport, RateLimitExceeded
 from juicebox_hsm.client.transport import Headers, Observation, Transport
 from juicebox_hsm.host.certificates import DAYS_WARN
 from juicebox_hsm.ids import RealmId
@@ -25,22 +26,39 @@ DAYS_OK: Final = 30.0
 DAYS_FAIL: Final = 5.0
 WHY_S: Final = 2.0
 """Longest wait for what a balancer says of itself after a run that failed."""
+PER_S: Final = 9.0
+"""Requests a second to each realm: agents let in 10 of a tenant that nobody gave a limit (agent.md 11)."""
+REQUESTS: Final = {"register": 2, "recover": 3, "delete": 1}
+"""What each step asks of each realm (client-protocol.md 11 to 13)."""
+LIMITED_S: Final = 1.0
+"""Pause before a step is tried once more when the tenant's limit was used by others, such as a second check (own)."""
+CLEAN_UP_S: Final = 3.0
+"""Longest time for deleting what a user that failed may have left, after its failure or the end of the run (own)."""
 SLOW_NS: Final = 1_000_000_000
-STEPS: Final = ("register", "recover", "delete")
+STEPS: Final = tuple(REQUESTS)
 _TIMING_HEADERS: Final = ("server-timing", "cf-ray")
 _EXEC_TIME: Final = "x-exec-time"
 _DAY: Final = dt.timedelta(days=1)
 
 
+T = TypeVar("T")
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How to check. Times in seconds."""
+    """How to check. Times in seconds; `per_s` requests a second to each realm at most."""
 
     user: str
     count: int
     concurrency: int
     timeout_s: float
     http_timeout_s: float
+    per_s: float = PER_S
+
+    @property
+    def shortest_s(self) -> float:
+        """Return how long a run takes at least, for its pace."""
+        return self.count * sum(REQUESTS.values()) / self.per_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +146,23 @@ class _Limited:
             return await self._inner.post(url, [*headers, (HEADER, span.traceparent)], body, timeout_s)
 
 
+class _Pace:
+    """Spreads steps, so that each realm is asked `per_s` times a second at most, and what is timed is not the waiting.
+
+    Realms count apart, and every step asks each of them equally often.
+    """
+
+    def __init__(self, per_s: float) -> None:
+        self._per_s = per_s
+        self._due = -math.inf
+
+    async def turn(self, step: str) -> None:
+        """Wait until the step may begin."""
+        begin = max(self._due, trio.current_time())
+        self._due = begin + REQUESTS[step] / self._per_s
+        await trio.sleep_until(begin)
+
+
 class _Tally:
     """Times and errors of one run."""
 
@@ -160,6 +195,7 @@ class Checker:
         self._settings = settings
         self._metrics = metrics
         self._log = log
+        self._pace = _Pace(settings.per_s)
 
     async def run(self, certificates: Certificates) -> Report:
         """Do one run; expected trouble is in the report."""
@@ -220,21 +256,50 @@ class Checker:
         def token(realm: RealmId) -> str:
             return self.target.token(user, realm)
 
-        step = STEPS[0]
+        client = Client(self.target.configuration, token, transport=transport)
+        steps: dict[str, Callable[[], Awaitable[bytes | None]]] = {
+            "register": lambda: client.register(pin, secret, info, NUM_GUESSES),
+            "recover": lambda: client.recover(pin, info),
+            "delete": client.delete,
+        }
+        is_gone = False
         try:
-            client = Client(self.target.configuration, token, transport=transport)
+            for step, operation in steps.items():
+                try:
+                    result = await self._do(step, operation, tally)
+                except ClientError as error:
+                    tally.problems.append((number, f"{user}: {step}: {type(error).__name__}: {error}"))
+                    return
+                if step == "recover" and result != secret:
+                    tally.problems.append((number, f"{user}: the recovered secret is not the registered one"))
+            is_gone = True
+        finally:
+            if not is_gone:
+                await self._clean_up(client, user)
+
+    async def _do(self, step: str, operation: Callable[[], Awaitable[T]], tally: _Tally) -> T:
+        """Carry out a step in its turn. Raises `ClientError`."""
+        await self._pace.turn(step)
+        try:
             with self._timed(step, tally):
-                await client.register(pin, secret, info, NUM_GUESSES)
-            step = STEPS[1]
-            with self._timed(step, tally):
-                recovered = await client.recover(pin, info)
-            if recovered != secret:
-                tally.problems.append((number, f"{user}: the recovered secret is not the registered one"))
-            step = STEPS[2]
-            with self._timed(step, tally):
+                return await operation()
+        except RateLimitExceeded:
+            await trio.sleep(LIMITED_S)
+        await self._pace.turn(step)
+        with self._timed(step, tally):
+            return await operation()
+
+    async def _clean_up(self, client: Client, user: str) -> None:
+        """Delete what a user that failed may have left, also when the run was cut short; in limited time."""
+        problem = f"no answer within {CLEAN_UP_S:g} s"
+        with trio.move_on_after(CLEAN_UP_S, shield=True):
+            await self._pace.turn("delete")
+            try:
                 await client.delete()
-        except ClientError as error:
-            tally.problems.append((number, f"{user}: {step}: {type(error).__name__}: {error}"))
+                return
+            except ClientError as error:
+                problem = f"{type(error).__name__}: {error}"
+        self._log(f"warning: {user}: a record may be left, as it cannot be deleted: {problem}")
 
     def _timed(self, step: str, tally: _Tally) -> _Timed:
         return _Timed(step, tally, self._metrics)

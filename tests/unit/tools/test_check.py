@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import datetime as dt
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import trio
 from click.testing import CliRunner
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
@@ -15,13 +17,13 @@ from trio.testing import MockClock
 from juicebox_hsm.adapters.observation.dogstatsd import send_once, service_check
 from juicebox_hsm.adapters.observation.metrics import Metrics
 from juicebox_hsm.adapters.tls.certificates import CaKind, init_ca
-from juicebox_hsm.client import Configuration
+from juicebox_hsm.client import Configuration, RateLimitExceeded, Transient
 from juicebox_hsm.client.transport import Observation
 from juicebox_hsm.ids import RealmId
 from roles.cli import cli
 from roles.tools.check import run as check_run
 from roles.tools.check.command import report_json, roots
-from roles.tools.check.run import Certificates, Checker, Settings
+from roles.tools.check.run import CLEAN_UP_S, REQUESTS, Certificates, Checker, Settings
 from roles.tools.session import ToolFailure
 from roles.tools.target import Target
 
@@ -158,6 +160,100 @@ def test_slow_and_odd_answers_are_told() -> None:
         f"warning: {URL}: status 503 after 0 ms cf-ray=77",
     ]
     assert 'service_checker_http_send_server_exec_time_seconds_count{status_code="200"' in metrics.render()
+
+
+class _Realm:
+    """What a realm saw of the check: operations with their moments, and records that are left."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[float, str]] = []
+        self.records: set[str] = set()
+        self.failing: dict[str, Exception | None] = {}
+        """Operations that fail, or that hang where there is no error."""
+
+    async def ask(self, user: str, step: str) -> None:
+        """Carry out an operation."""
+        await trio.lowlevel.checkpoint()
+        self.seen.append((trio.current_time(), step))
+        if step == "register":
+            self.records.add(user)
+        if step in self.failing:
+            error = self.failing[step]
+            if isinstance(error, RateLimitExceeded):
+                del self.failing[step]
+            if error is None:
+                await trio.sleep_forever()
+            else:
+                raise error
+        if step == "delete":
+            self.records.discard(user)
+
+
+def _with_realm(monkeypatch: pytest.MonkeyPatch) -> _Realm:
+    """Let clients speak to a realm in memory."""
+    realm = _Realm()
+
+    class FakeClient:
+        def __init__(self, _configuration: object, token: Callable[[RealmId], str], *, transport: object) -> None:
+            self._user = token(RealmId(bytes(16)))
+            self._secret = b""
+
+        async def register(self, _pin: bytes, secret: bytes, _info: bytes, _guesses: int) -> None:
+            self._secret = secret
+            await realm.ask(self._user, "register")
+
+        async def recover(self, _pin: bytes, _info: bytes) -> bytes:
+            await realm.ask(self._user, "recover")
+            return self._secret
+
+        async def delete(self) -> None:
+            await realm.ask(self._user, "delete")
+
+    monkeypatch.setattr(check_run, "Client", FakeClient)
+    _ends_in(monkeypatch, 60)
+    return realm
+
+
+@pytest.mark.usefixtures("autojump_clock")
+async def test_a_run_keeps_the_default_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No second of a run, and no two runs in a row, has more requests than agents let in by default."""
+    realm = _with_realm(monkeypatch)
+    settings = Settings("Mario", 5, 4, 10.0, 5.0)
+    checker = Checker(Target(CONFIGURATION, None, _token), settings, Metrics(), print)
+    for _ in range(2):
+        report = await checker.run(Certificates([], print, Metrics()))
+        assert report.ok
+        assert report.steps[1].max_ms < 1000, "waiting for a turn is no time of a step"
+    assert len(realm.seen) == 2 * 5 * 3
+    for at, _ in realm.seen:
+        asked = sum(REQUESTS[step] for moment, step in realm.seen if at <= moment < at + 1.0)
+        assert asked <= 10 + 2, "an account may go into debt by an operation that has begun"
+    assert not realm.records
+
+
+@pytest.mark.usefixtures("autojump_clock")
+async def test_a_limit_that_others_used_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One refusal for the tenant's limit is no failure: a second check may run elsewhere."""
+    realm = _with_realm(monkeypatch)
+    realm.failing = {"recover": RateLimitExceeded("too many")}
+    assert (await _checker([], Metrics()).run(Certificates([], print, Metrics()))).ok
+
+
+@pytest.mark.usefixtures("autojump_clock")
+@pytest.mark.parametrize("step", ["register", "recover", "delete"])
+@pytest.mark.parametrize("error", [Transient("down"), None], ids=["fails", "hangs"])
+async def test_who_fails_leaves_no_records(monkeypatch: pytest.MonkeyPatch, step: str, error: Exception | None) -> None:
+    """Whatever step fails, or hangs until the run is cut short, what was registered is deleted, or told to be left."""
+    realm = _with_realm(monkeypatch)
+    realm.failing = {step: error}
+    lines: list[str] = []
+    began = trio.current_time()
+    report = await _checker(lines, Metrics()).run(Certificates([], print, Metrics()))
+    assert not report.ok
+    assert trio.current_time() - began < 5.0 + CLEAN_UP_S + 1
+    told = {line.split(":")[1].strip() for line in lines if "a record may be left" in line}
+    assert {user.partition("-")[0] for user in realm.records} == told
+    assert bool(told) == (step == "delete")
 
 
 def test_usage(tmp_path: Path) -> None:
