@@ -136,6 +136,8 @@ async def run(shell: Shell, options: ServeOptions) -> None:
         if store.bus is None:
             raise LocalError(f"--store {options.store_url}: this store has no tenant event log")
         tls = None if options.tls is None else EdgeTls(options.tls[1], options.tls[0])
+        if options.tls is not None:
+            shell.warn_of_shared(options.tls[1])
         config = _server_config(tls)
         listener = listen(options.listen.host, options.listen.port, "--port")
         port = int(listener.getsockname()[1])

@@ -325,13 +325,32 @@ async def test_control_floods(identity: Identity, nursery: trio.Nursery, kind: s
     assert _goaway(client) == ErrorCodes.ENHANCE_YOUR_CALM
 
 
-async def test_oversized_header_list(identity: Identity, nursery: trio.Nursery) -> None:
-    """More than 4096 bytes of headers end the connection."""
-    edge = EdgeFixture(identity, nursery)
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [(f"h{index}", "v" * 100) for index in range(40)],
+        [("h", "v" * 9_000)],
+        [(f"h{index}", "v" * 400) for index in range(40)],
+        [("h", "v" * 400)] * 40,
+    ],
+    ids=["many", "one over 8,192 bytes", "over a frame", "named once and then by index"],
+)
+async def test_oversized_header_list(identity: Identity, nursery: trio.Nursery, headers: list[tuple[str, str]]) -> None:
+    """More than 4096 bytes of headers end the connection, sent at once as well; the last form has few bytes itself."""
+    reached = trio.Event()
+
+    async def handler(_: Request) -> Response:
+        reached.set()
+        return Response(200, b"")
+
+    edge = EdgeFixture(identity, nursery, handler)
     client = await _client(edge)
-    await client.begin("GET", "/", *[(f"h{index}", "v" * 100) for index in range(40)])
+    await client.until(h2.events.RemoteSettingsChanged)
+    client.h2.remote_settings.max_header_list_size = 1 << 20
+    await client.begin("GET", "/", *headers)
     await client.until_hangup()
     assert _goaway(client) is not None
+    assert not reached.is_set()
     await trio.testing.wait_all_tasks_blocked()
     assert edge.drain.connections == 0
 
