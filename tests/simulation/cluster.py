@@ -642,9 +642,9 @@ def record_id_of(user: str) -> RecordId:
 
 
 @asynccontextmanager
-async def simulation(path: Path, timings: Timings = QUICK) -> AsyncIterator[Simulation]:
-    """Open a store in `path` and an empty cluster; crashes of agents not looked at fail the test."""
-    async with open_store(f"sqlite:{path / 'realm.db'}") as store:
+async def simulation(path: Path, timings: Timings = QUICK, *, url: str = "") -> AsyncIterator[Simulation]:
+    """Open the store at `url`, by default in `path`, and an empty cluster; unexpected crashes fail the test."""
+    async with open_store(url or f"sqlite:{path / 'realm.db'}") as store:
         await store.realms.create_shared()
         await store.discovery.register(ServiceKind.MANAGER, Simulation.manager_url, 2**42)
         async with trio.open_nursery() as nursery:
