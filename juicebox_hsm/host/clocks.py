@@ -41,6 +41,9 @@ def is_off(reading: Reading, everybody: Collection[Reading]) -> bool:
     return abs(offset_ms(reading, everybody)) > OFF_MS + reading.slack_ms
 
 
+_WITNESSES: Final = 2
+"""Clocks that must agree that a time has come before anything is destroyed for its age (own)."""
+
 VOTES_MIN: Final = 3
 """Fewer clocks cannot say which of them is wrong."""
 
@@ -59,3 +62,15 @@ class Clocks:
         """Return all readings that count at `now_s`, our own first."""
         self._others = {url: heard for url, heard in self._others.items() if now_s - heard[1] <= KEPT_S}
         return [own, *(reading for reading, _ in self._others.values())]
+
+
+def past_ms(own_ms: int, told_ms: Collection[int]) -> int:
+    """Return by what time things may be removed for their age: no later than two clocks have seen it, if there are two.
+
+    `told_ms` are the times that services wrote when they registered last, which they do every minute, our own among
+    them. One clock that is days ahead, ours or another's, then removes nothing before its time; one that stands back
+    only puts removal off.
+    """
+    if len(told_ms) < _WITNESSES:
+        return own_ms
+    return min(own_ms, sorted(told_ms)[-_WITNESSES])

@@ -16,7 +16,10 @@ class ServiceKind(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class ServiceAddress:
-    """One registration; `registered_ms` is the registrant's Unix time in ms, which nobody else may rely on."""
+    """One registration; `registered_ms` is the registrant's Unix time in ms.
+
+    Others may take it for nothing but a reason to keep something longer (`host.clocks.past_ms`).
+    """
 
     kind: ServiceKind
     url: str

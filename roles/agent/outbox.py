@@ -5,6 +5,7 @@ Which rows, and when, is the leadership's decision (`juicebox_hsm.host.leadershi
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
@@ -14,6 +15,7 @@ import trio
 from juicebox_hsm.adapters.clock.retrying import retrying
 from juicebox_hsm.adapters.observation.logging import bind_context
 from juicebox_hsm.errors import RealmError
+from juicebox_hsm.host.clocks import past_ms
 from juicebox_hsm.host.cluster.leases import LEASE_MS, StandingLeases
 from juicebox_hsm.host.codes import Code
 from juicebox_hsm.host.dispatch import (
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
 
 PAGE_EVENTS: Final = 1000
 REMOVE_ROWS: Final = 5000
+TOLD_S: Final = 60.0
+"""Between two looks at the times that services registered with; they renew as often."""
 
 
 async def record_events(
@@ -92,7 +96,7 @@ async def watch_backlog(agent: Agent) -> None:
                 agent.note_trouble(Code.OUTBOX_UNREADABLE, error)
                 continue
             agent.clear_trouble(Code.OUTBOX_UNREADABLE)
-            note_unpublished(agent, unpublished(backlog, agent.now_ms()))
+            note_unpublished(agent, unpublished(backlog, agent.now_ms() - round(agent.clock.off_s * 1000)))
 
 
 def note_unpublished(agent: Agent, waiting: Unpublished) -> None:
@@ -131,6 +135,8 @@ class Dispatcher:
         self._standing = StandingLeases()
         self._kept_ms = agent.config.event_kept_ms
         self._noted: set[RealmId] = set()
+        self._told_ms: list[int] = []
+        self._told_until_s = -math.inf
 
     async def run(self) -> None:
         """Dispatch for ever; trouble makes the backlog grow and nothing else."""
@@ -248,11 +254,20 @@ class Dispatcher:
 
     async def _removal_ms(self, realm: RealmId) -> int:
         """Return the time by which the age of events is judged; forgets late publication that is over."""
-        now_ms = self._agent.now_ms()
+        now_ms = await self._past_ms()
         late = await self._read_late(realm)
         if late is not None and not late.counts_at(now_ms, self._kept_ms):
             await self._agent.store.settings.remove(late_name(realm))
         return removal_ms(late, now_ms, self._kept_ms)
+
+    async def _past_ms(self) -> int:
+        """Return the time that has come by two clocks: ours alone could be days ahead, and what it removes is gone."""
+        now_s = trio.current_time()
+        if now_s >= self._told_until_s:
+            entries = await self._agent.store.discovery.list()
+            self._told_ms = [entry.registered_ms for entry in entries]
+            self._told_until_s = now_s + TOLD_S
+        return past_ms(self._agent.now_ms(), self._told_ms)
 
     async def _read_late(self, realm: RealmId) -> Late | None:
         return Late.decode(await self._agent.store.settings.get(late_name(realm)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from juicebox_hsm.host.clocks import KEPT_S, OFF_MS, Clocks, Reading, is_off, offset_ms, read_clock
+from juicebox_hsm.host.clocks import KEPT_S, OFF_MS, Clocks, Reading, is_off, offset_ms, past_ms, read_clock
 
 
 def test_most_decide() -> None:
@@ -47,3 +47,14 @@ def test_who_fell_silent_has_no_say() -> None:
     clocks.heard("tls://b", Reading(7), 50.0)
     assert clocks.everybody(own, KEPT_S) == [own, Reading(9), Reading(7)]
     assert clocks.everybody(own, KEPT_S + 1) == [own, Reading(7)]
+
+
+def test_no_single_clock_says_what_is_old() -> None:
+    """What is destroyed for its age is old by two clocks; fewer than two registrations leave only our own to ask."""
+    right, ahead, behind = 1_000_000, 9_000_000, 5
+    assert past_ms(ahead, [right, ahead, right - 60]) == right, "ours is ahead"
+    assert past_ms(right, [ahead, right, right]) == right, "another's is ahead"
+    assert past_ms(ahead, [ahead, right]) == right, "there are two, and ours is ahead"
+    assert past_ms(right, [right, behind]) == behind, "one that is behind only puts off"
+    assert past_ms(right, [right, right - 60, behind]) == right - 60
+    assert past_ms(right, []) == past_ms(right, [behind]) == right

@@ -17,6 +17,7 @@ from juicebox_hsm.adapters.sqlite.accounting import DAY_MS
 from juicebox_hsm.adapters.sqlite.cluster import obtain_lease
 from juicebox_hsm.adapters.sqlite.reads import fetch, fetch_one
 from juicebox_hsm.adapters.sqlite.writer import Operation
+from juicebox_hsm.host.clocks import past_ms
 
 INTERVAL_S: Final = 3_600.0
 LEASE: Final = "maintenance"
@@ -61,7 +62,13 @@ class Maintenance:
     def _slice(self, db: apsw.Connection) -> None:
         """Look at one slice of the accounting rows."""
         at, self._at = self._at or START, None
-        self._at = clean_users(db, at, time.time_ns() // 1_000_000, SLICE_ROWS)
+        self._at = clean_users(db, at, removal_ms(db), SLICE_ROWS)
+
+
+def removal_ms(db: apsw.Connection) -> int:
+    """Return the time (Unix ms) by which rows may go for their age: by our clock and those of registered services."""
+    told = [told_ms for (told_ms,) in fetch(db, "SELECT registered_ms FROM discovery")]
+    return past_ms(time.time_ns() // 1_000_000, told)
 
 
 def clean_users(

@@ -12,11 +12,12 @@ import trio
 
 from juicebox_hsm.adapters.process.threads import in_thread
 from juicebox_hsm.adapters.sqlite.accounting import DAY_MS
-from juicebox_hsm.adapters.sqlite.gc import SLICE_ROWS, START, clean_users
+from juicebox_hsm.adapters.sqlite.gc import SLICE_ROWS, START, clean_users, removal_ms
 from juicebox_hsm.adapters.sqlite.reads import fetch_one
 from juicebox_hsm.adapters.sqlite.snapshot import open_snapshot
 from juicebox_hsm.adapters.sqlite.writer import FileLock
 from juicebox_hsm.adapters.stores.opening import open_store
+from juicebox_hsm.host.clocks import past_ms
 from juicebox_hsm.host.dispatch import kept_name
 from juicebox_hsm.host.events import EVENT_KEPT_MS
 
@@ -54,7 +55,8 @@ async def _remove_events(path: Path, rate: int, progress: Progress) -> int:
                 continue  # some were published late; only the dispatcher knows until when they stay
             kept_ms = int(await store.settings.get(kept_name(realm)) or EVENT_KEPT_MS)
             while True:
-                now_ms = time.time_ns() // 1_000_000 - MARGIN_MS
+                told_ms = [entry.registered_ms for entry in await store.discovery.list()]
+                now_ms = past_ms(time.time_ns() // 1_000_000, told_ms) - MARGIN_MS
                 count = await store.outbox.remove_published(realm, now_ms, EVENT_ROWS, kept_ms=kept_ms)
                 removed += count
                 progress("events", removed, 0)
@@ -70,7 +72,7 @@ def _clean_tables(path: Path, rate: int, progress: Progress) -> int:
     db = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READWRITE)
     try:
         db.set_busy_timeout(5_000)
-        now_ms = time.time_ns() // 1_000_000
+        now_ms = removal_ms(db)
         before = fetch_one(db, "SELECT count(*) FROM users")
         at: tuple[int, str, bytes, int] | None = START
         seen = 0

@@ -19,6 +19,7 @@ from juicebox_hsm.host.codes import Code
 from juicebox_hsm.host.dispatch import LATE_MS, BusTrouble, kept_name
 from juicebox_hsm.host.events import EVENT_KEPT_MS, EventKind, OutboxEvent
 from juicebox_hsm.host.readiness import Trouble
+from juicebox_hsm.host.services import ServiceKind
 from juicebox_hsm.ids import RealmId
 from juicebox_hsm.ports.errors import StoreUnavailable
 from juicebox_hsm.ports.store import Store
@@ -79,6 +80,27 @@ async def test_events_stay_7_days_after_publication(store: Store) -> None:
     assert await tick(27, 6) == [4, 5, 6]
     assert clock.ms < NOW_MS + int(20.1 * DAY_MS) + EVENT_KEPT_MS
     assert await tick(27.2, 7) == [6, 7]
+
+
+async def test_a_clock_that_is_ahead_removes_nothing(store: Store) -> None:
+    """A dispatcher whose clock is 30 days ahead keeps what is young by others', until they say so too."""
+    clock = Clock()
+    for url in ("tls://one", "tls://two"):
+        await store.discovery.register(ServiceKind.AGENT, url, NOW_MS)
+
+    async def left(number: int) -> list[int]:
+        worker = dispatcher(store, clock)  # reads the others' times anew
+        await store.outbox.record(REALM, [made(number, EventKind.DELETE, when_ms=clock.ms)], {GROUP: 1000})
+        await worker.dispatch(REALM)
+        await worker.release()
+        return [row.new.index for row in await store.outbox.read(REALM, "acme", 0, 100)]
+
+    assert await left(1) == [1]
+    clock.ms = NOW_MS + 30 * DAY_MS
+    await store.discovery.register(ServiceKind.AGENT, "tls://one", clock.ms)  # that is us
+    assert await left(2) == [1, 2]
+    await store.discovery.register(ServiceKind.AGENT, "tls://two", clock.ms)
+    assert await left(3) == [2, 3]
 
 
 async def test_events_stay_as_long_as_told(store: Store) -> None:

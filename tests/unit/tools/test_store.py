@@ -179,7 +179,7 @@ def test_gc(path: Path) -> None:
 
     async def age() -> None:
         async with open_store(f"sqlite:{path}") as store:
-            await store.discovery.register(ServiceKind.AGENT, "tls://127.0.0.1:2", 5)
+            await store.discovery.register(ServiceKind.AGENT, "tls://127.0.0.1:2", time.time_ns() // 1_000_000)
             days = [
                 AccountingEvent("acme", RecordId(bytes(32)), day, day * 86_400_000, True) for day in range(100, 110)
             ]
@@ -192,6 +192,24 @@ def test_gc(path: Path) -> None:
     assert "bytes, of which" in output
     assert "removed 0 events, 0 accounting rows" in _ok("gc", "--store", f"sqlite:{path}")
     assert _run("gc", "--store", f"sqlite:{path}.not").exit_code == 3
+
+
+def test_gc_believes_no_single_clock(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine whose clock is a year ahead nothing goes that is young by the clocks of registered services."""
+    now_ms = time.time_ns() // 1_000_000
+
+    async def fill() -> None:
+        async with open_store(f"sqlite:{path}") as store:
+            for number in range(2):
+                await store.discovery.register(ServiceKind.AGENT, f"tls://127.0.0.1:{number}", now_ms)
+            days = [
+                AccountingEvent("acme", RecordId(bytes(32)), day, now_ms - day * 86_400_000, True) for day in (3, 2, 1)
+            ]
+            await store.accounting.write(REALM, days)
+
+    trio.run(fill)
+    monkeypatch.setattr(time, "time_ns", lambda: (now_ms + 366 * 86_400_000) * 1_000_000)
+    assert "removed 0 events, 0 accounting rows" in _ok("gc", "--store", f"sqlite:{path}")
 
 
 def test_gc_keeps_what_agents_keep(path: Path) -> None:
