@@ -6,6 +6,8 @@ from pathlib import Path
 
 import trio
 
+from juicebox_hsm.adapters.sqlite.check import check_file
+from juicebox_hsm.consensus.macs import Macs
 from juicebox_hsm.ids import GroupId
 from juicebox_hsm.wire.rpc import Done, Empty, GroupCall, Range, Refusal, Refused
 from tests.simulation.cluster import SimAgent, Simulation, simulation, until
@@ -59,6 +61,10 @@ async def test_a_retired_group_is_forgotten_by_all(tmp_path: Path) -> None:
         assert await client.recover(b"1234", b"") == b"secret"
         again = await sim.leader_of(second).call("group/retire", GroupCall(sim.realm, second))  # type: ignore[union-attr]
         assert again.outcome is Refusal.STILL_OWNER
+        macs = {sim.realm: Macs(sim.keys.mac_key.expose())}
+    report = check_file(tmp_path / "realm.db", macs, lambda *_: None)
+    assert report.findings == [], "what is left of it is whole, and no range or tree is missed"
+    assert report.groups == 3, "the one that the realm began with among them"
 
 
 async def test_a_member_that_was_away_forgets_when_it_comes_back(tmp_path: Path) -> None:
