@@ -17,6 +17,7 @@ from juicebox_hsm.adapters.stores.opening import open_store
 from juicebox_hsm.errors import LocalError
 from juicebox_hsm.host.events import AccountingEvent
 from juicebox_hsm.ids import RealmId, RecordId
+from juicebox_hsm.merkle.walk import Lost
 from juicebox_hsm.ports.errors import StoreInvalid, StoreUnavailable
 from juicebox_hsm.ports.store import Store
 from roles.tools.bench.store import measure
@@ -211,7 +212,7 @@ def test_maintenance_takes_turns() -> None:
 
 
 async def test_damaged_rows_are_named(tmp_path: Path) -> None:
-    """Content that does not decode raises StoreInvalid that says what is damaged, and is never taken for data."""
+    """Content that does not decode is named, as a log's row or as the node that is lost, and never taken for data."""
     async with open_store(f"sqlite:{tmp_path}/x.db") as store:
         await store.realms.create_realm(REALM)
         grown = await Grown.start(store)
@@ -223,8 +224,8 @@ async def test_damaged_rows_are_named(tmp_path: Path) -> None:
     async with open_store(f"sqlite:{tmp_path}/x.db") as store:
         with pytest.raises(StoreInvalid, match="log row"):
             await store.log.read_last(REALM, GROUP)
-        with pytest.raises(StoreInvalid, match="tree page"):
-            await store.nodes.read_proofs(REALM, grown.partition, [key])
+        (proof,) = await store.nodes.read_proofs(REALM, grown.partition, [key])
+        assert isinstance(proof, Lost), "a page that does not decode is as good as missing"
         await store.settings.put("still", b"usable")
 
 
