@@ -9,6 +9,7 @@ import datetime as dt
 from collections.abc import Sequence
 from typing import Final
 
+from juicebox_hsm.adapters.process.supervision import ExitCode
 from juicebox_hsm.host.certificates import is_due, remaining_days
 from juicebox_hsm.host.cluster.balance import HsmLoad, Move
 from juicebox_hsm.host.cluster.findings import (
@@ -96,6 +97,19 @@ _OF_GROUPS: Final = {
     Code.LEADERLESS: "nobody leads",
     Code.GROUP_ENDED: "has been retired; members that have not forgotten it yet: {missing}",
 }
+EXIT_CODES: Final = {
+    ExitCode.OK: "stopped in order",
+    ExitCode.USAGE: "wrong usage",
+    ExitCode.UNAVAILABLE: (
+        "something it needs is not there yet: the store, a file, an address, a name, the lock of its predecessor, "
+        "a matching key pair"
+    ),
+    ExitCode.INTERNAL: "a broken invariant or unexpected error; the last line on stderr is a JSON report",
+    ExitCode.HSM: "the HSM is lost or its NVRAM could not be read or written",
+    ExitCode.CONFIG: "wrong configuration: somebody has to change something first",
+}
+"""What the exit codes of services mean, for the guide and the command reference."""
+
 _OWN: Final = {
     Code.NOT_REGISTERED: "not yet registered with service discovery",
     Code.STOPPING: "shutting down",

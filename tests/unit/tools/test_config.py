@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import socket
 from collections.abc import Iterator
@@ -158,6 +159,16 @@ def test_check_accepts_a_good_configuration(pki: Path, tmp_path: Path) -> None:
     edge = ("--tls-key", pki / "edge-key.pem", "--tls-cert", pki / "edge.pem", "--secrets-file", secrets)
     assert _check("--role", "lb", *common, "--cluster-tls", pki / "lb", *edge) == (0, "lb: no mistakes found\n")
     assert not (tmp_path / "realm.db").exists()
+
+
+@pytest.mark.parametrize(("days", "said"), [(-30, "ended on "), (30, "is not valid before ")])
+def test_a_certificate_that_no_client_accepts_is_a_mistake(pki: Path, tmp_path: Path, days: int, said: str) -> None:
+    """An edge certificate that has ended and one that is not valid yet are both named, with the moment."""
+    key, cert = tmp_path / "key.pem", tmp_path / "cert.pem"
+    issue_edge(pki / "edge-ca", ["localhost"], cert, key, 10, now=dt.datetime.now(dt.UTC) + dt.timedelta(days=days))
+    _, output = _check("--role", "lb", "--tls-key", key, "--tls-cert", cert, "--store", f"sqlite:{tmp_path}/x.db")
+    (line,) = [line for line in output.splitlines() if said in line]
+    assert line.startswith(f"--tls-cert {cert} ")
 
 
 def test_check_of_a_balancer_finds_every_mistake(pki: Path, tmp_path: Path, busy_port: int) -> None:
