@@ -8,7 +8,17 @@ from juicebox_hsm.consensus.types import Leader, RoleStatus, SteppingDown, Witne
 from juicebox_hsm.errors import InvariantViolation
 from juicebox_hsm.host.compaction import compactible_rows, compaction_index
 from juicebox_hsm.host.leadership import commit, push
-from juicebox_hsm.host.leadership.effects import Append, Note, Noted, Push, ReadProofs, Refuse, RetryLater, TellDamaged
+from juicebox_hsm.host.leadership.effects import (
+    Append,
+    Note,
+    Noted,
+    Push,
+    ReadProofs,
+    Refuse,
+    RetryLater,
+    TellDamaged,
+    Wake,
+)
 from juicebox_hsm.host.leadership.events import (
     AppendFinished,
     AppendResult,
@@ -220,6 +230,22 @@ def test_reads_of_proofs_share_their_requests_time() -> None:
         Refuse(second, Refusal.NO_STORE),
     ]
     assert machine.quorum(1.0).lacks_store
+
+
+def test_a_leader_that_wants_to_be_asked_does_not_say_that_it_stands_still() -> None:
+    """Balancers ask no leader that is stalled: one that lacks the store must show a moment to ask, or it never ends."""
+    machine = Leadership(REALM, GROUP, MEMBERS, 2, ROLE, Limits())
+    machine.step(Inherited(entry("1")), 0.0)
+    machine.step(RequestArrived(request("r1")), 0.0)
+    machine.step(Turn(Lane.PRODUCE), 0.0)
+    machine.step(ProofsFailed(), 1.0)
+    assert machine.quorum(3.4).stalled_s == pytest.approx(2.4)
+    assert machine.quorum(3.6).stalled_s is None
+    assert machine.step(RequestArrived(request("r2")), 3.6) == [Wake(Lane.PRODUCE)]
+    assert machine.quorum(3.6).stalled_s == pytest.approx(2.6), "one finds out for all"
+    machine.step(Turn(Lane.PRODUCE), 3.6)
+    machine.step(ProofsRead([b"proof"]), 3.7)
+    assert machine.quorum(3.7).stalled_s is None
 
 
 def test_a_node_that_stays_missing_is_damage() -> None:

@@ -98,12 +98,17 @@ def look(state: State, now: float) -> Effects:
 
 
 def view(state: State, now: float) -> Quorum:
-    """Return what status, metrics and logs show."""
+    """Return what status, metrics and logs show.
+
+    Balancers send nothing to a leadership that says it is stalled: one that waits for a request to find out whether
+    the store works again must not say so.
+    """
+    hopes = _is_try_due(state, now) and not _waits_for_members(state, now)
     return Quorum(
         members=len(state.configuration),
         alive=_alive(state, now),
         commit_age_s=0.0 if state.waiting_since_s is None else now - state.waiting_since_s,
-        stalled_s=None if state.stalled_since_s is None else now - state.stalled_since_s,
+        stalled_s=None if state.stalled_since_s is None or hopes else now - state.stalled_since_s,
         lacks_store=_lacks_store(state, now),
     )
 
@@ -115,7 +120,11 @@ def _alive(state: State, now: float) -> int:
 
 
 def _is_stalled(state: State, now: float) -> bool:
-    if 2 * _alive(state, now) <= len(state.configuration) or _lacks_store(state, now):
+    return _lacks_store(state, now) or _waits_for_members(state, now)
+
+
+def _waits_for_members(state: State, now: float) -> bool:
+    if 2 * _alive(state, now) <= len(state.configuration):
         return True
     # while rows are being written nothing can be committed, and that is the store's trouble
     if state.waiting_since_s is None or state.committing is Committing.RECORDING:
@@ -133,11 +142,15 @@ def _lacks_store(state: State, now: float) -> bool:
 
 def may_try(state: State, now: float) -> bool:
     """Tell whether a request may find out if a store that refused us works again: when no write of ours does."""
-    is_writing = min(state.appending_since_s, state.recording_since_s) < inf
-    if not _lacks_store(state, now) or is_writing or now - state.store_failed_s < STORE_TRIED_S:
+    if not _is_try_due(state, now):
         return False
     state.store_failed_s = now
     return True
+
+
+def _is_try_due(state: State, now: float) -> bool:
+    is_writing = min(state.appending_since_s, state.recording_since_s) < inf
+    return _lacks_store(state, now) and not is_writing and now - state.store_failed_s >= STORE_TRIED_S
 
 
 def refusal(state: State, now: float) -> Refusal:
