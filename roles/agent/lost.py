@@ -15,13 +15,12 @@ if TYPE_CHECKING:
     from roles.agent.context import Agent
 
 HINT_TIMEOUT_S: Final = 0.5
-TICK_S: Final = 0.1
 
 
 async def report_lost_leaders(agent: Agent) -> None:
-    """Look at every group ten times a second and send the hints that are due."""
+    """Look at every group every `leader_look_s` and send the hints that are due."""
     while True:
-        await trio.sleep(TICK_S)
+        await trio.sleep(agent.timings.leader_look_s)
         if not agent.registered or agent.stopping:
             continue
         now = trio.current_time()

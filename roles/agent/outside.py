@@ -43,6 +43,7 @@ class Timings:
     heartbeat_s: float = 0.25
     silence_s: float = 1.0
     replicate_timeout_s: float = 0.5
+    leader_look_s: float = 0.1
     leader_hint_first_s: float = 0.25
     leader_hint_again_s: float = 1.0
     watch_idle_first_s: float = 0.025

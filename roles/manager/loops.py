@@ -27,8 +27,10 @@ YOUNG_S: Final = 10.0
 FIRST_PAUSE_S: Final = 0.1
 
 
-async def watch_services(context: ManagerContext, changed: Callable[[], None]) -> None:
-    """Watch discovery, often while this process is young.
+async def watch_services(
+    context: ManagerContext, changed: Callable[[], None], young_s: float = DISCOVERY_POLL_YOUNG_S
+) -> None:
+    """Watch discovery, every `young_s` while this process is young.
 
     Calls `changed` when the set of agents changes, and forgets services that stopped to renew their entry.
     """
@@ -49,7 +51,7 @@ async def watch_services(context: ManagerContext, changed: Callable[[], None]) -
             if agents != known:
                 known = agents
                 changed()
-        await trio.sleep(DISCOVERY_POLL_YOUNG_S if trio.current_time() < young_until else DISCOVERY_POLL_S)
+        await trio.sleep(young_s if trio.current_time() < young_until else DISCOVERY_POLL_S)
 
 
 class Pacer:
@@ -95,16 +97,21 @@ async def run_loop(context: ManagerContext, name: str, pacer: Pacer, work: Calla
 
 
 async def run_loops(
-    context: ManagerContext, appointer: Appointer, *, interval_s: float, rebalance_interval_s: float
+    context: ManagerContext,
+    appointer: Appointer,
+    *,
+    interval_s: float,
+    rebalance_interval_s: float,
+    young_s: float = DISCOVERY_POLL_YOUNG_S,
 ) -> None:
-    """Run all background passes until cancelled."""
+    """Run all background passes until cancelled; times in seconds, for `young_s` see `watch_services`."""
     leaders, transfers = Pacer(interval_s), Pacer(interval_s)
 
     async def spread() -> None:
         await rebalance(context, appointer, periodic=True)
 
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(watch_services, context, leaders.hurry)
+        nursery.start_soon(watch_services, context, leaders.hurry, young_s)
         nursery.start_soon(run_loop, context, "leaders", leaders, appointer.run_pass)
         nursery.start_soon(run_loop, context, "transfers", transfers, Recovery(context, nursery).run_pass)
         nursery.start_soon(run_loop, context, "rebalance", Pacer(rebalance_interval_s, rebalance_interval_s), spread)

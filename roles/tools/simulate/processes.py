@@ -65,6 +65,8 @@ POLL_S: Final = 1.5
 """Pause between a balancer's looks at an agent; 0.1 s as shipped. A refused request makes it look at once, as ever."""
 PASS_S: Final = 4.0
 """A manager's `--interval`: what is lost is told to it, so passes are for what nobody tells."""
+LOOK_S: Final = 0.5
+"""How often a young manager looks who is there; 0.1 s as shipped."""
 LATE_RATE: Final = 0.25
 """Share of an HSM's requests that wait a moment before, or whose answers come noticeably after the fact."""
 
@@ -398,7 +400,14 @@ class ManagerProcess(Process):
         )
         appointer = Appointer(context)
         nursery.start_soon(
-            partial(run_loops, context, appointer, interval_s=PASS_S, rebalance_interval_s=world.profile.rebalance_s)
+            partial(
+                run_loops,
+                context,
+                appointer,
+                interval_s=PASS_S,
+                rebalance_interval_s=world.profile.rebalance_s,
+                young_s=LOOK_S,
+            )
         )
         service = ManagerService(context, appointer, nursery)
         server = RpcServer(

@@ -39,6 +39,7 @@ TIMINGS: Final = Timings(
     heartbeat_s=0.5,
     silence_s=2.0,
     replicate_timeout_s=1.0,
+    leader_look_s=0.5,
     leader_hint_first_s=0.5,
     leader_hint_again_s=2.0,
     watch_idle_first_s=0.05,
