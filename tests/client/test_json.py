@@ -127,8 +127,8 @@ def test_the_page_describes_the_files_of_measurements() -> None:
 
 
 def test_the_page_has_every_reason() -> None:
-    """Programs look reasons up on the page: those of the verdict are there, and no others."""
-    table = PAGE.read_text().partition("| code | reason |")[2].partition("\n\n")[0]
-    cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    """Programs look reasons up on the page: those of the verdict and of services are there, and no others."""
+    tables = [part.partition("\n\n")[0] for part in PAGE.read_text().split("| code | reason |")[1:]]
+    cells = [line.split("|")[1] for table in tables for line in table.splitlines() if line.startswith("| `")]
     codes = [code for cell in cells for code in re.findall(r"`([^`]+)`", cell)]
     assert sorted(codes) == sorted({code.word for code in Code})
