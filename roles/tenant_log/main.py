@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import logging as stdlib
 import ssl
 import sys
@@ -176,7 +177,7 @@ async def run(shell: Shell, options: ServeOptions) -> None:
             await shell.catch_signals(nursery, reloads)
             http_port = await shell.serve_probes(nursery, options.http_listen, livez=livez, readyz=readyz)
             nursery.start_soon(secrets.refresh_forever)
-            shell.report(nursery)
+            shell.report(nursery, partial(tell_certificate_end, tls, shell))
             shell.started(
                 "tenant log started", listen=f"{options.listen.host}:{port}", http_port=http_port,
                 tls=options.tls is not None, realms=[realm.hex() for realm in options.realms] or "all of the store",
@@ -186,6 +187,12 @@ async def run(shell: Shell, options: ServeOptions) -> None:
             await serve_asgi(GoodTargets(service.make_app()), config, shutdown_trigger=until_stopped)
             nursery.cancel_scope.cancel()
     shell.log.info("tenant log stopped")
+
+
+def tell_certificate_end(tls: EdgeTls | None, shell: Shell) -> None:
+    """Set the gauge of the certificate that auditors see; there is none without TLS."""
+    if tls is not None:
+        shell.metrics.gauge("tenant_log.tls_cert.remaining_days", tls.leaf.remaining_days(dt.datetime.now(dt.UTC)))
 
 
 async def _reload(tls: EdgeTls, shell: Shell) -> None:

@@ -343,7 +343,10 @@ MANAGER: Final = (
     Family("manager.workload", GAUGE, "Measured work of an HSM", ("hsm",)),
 )
 
-TENANT_LOG: Final = (Family("realm.tenant_log.count", COUNT, "Requests of auditors, by path", ("tenant", "type")),)
+TENANT_LOG: Final = (
+    Family("tenant_log.tls_cert.remaining_days", GAUGE, "Days until the certificate that auditors see ends", late=True),
+    Family("realm.tenant_log.count", COUNT, "Requests of auditors, by path", ("tenant", "type")),
+)
 
 CHECK: Final = (
     Family(

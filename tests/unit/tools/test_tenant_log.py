@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import pytest
 import trio
 import trio.testing
 
+from juicebox_hsm.adapters.edge.tls import EdgeTls
 from juicebox_hsm.adapters.observation.metrics import Metrics
+from juicebox_hsm.adapters.process.supervision import StartPhase
 from juicebox_hsm.adapters.stores.embedded_bus import EmbeddedBus
+from juicebox_hsm.adapters.tls.certificates import CaKind, init_ca, issue_edge
 from juicebox_hsm.crypto.redacted import Secret
 from juicebox_hsm.host.events import OutboxEvent
 from juicebox_hsm.ids import RealmId
@@ -19,7 +23,9 @@ from juicebox_hsm.ports.errors import StoreUnavailable
 from juicebox_hsm.ports.event_bus import BusEvent, EventBus, InvalidAcks
 from juicebox_hsm.tenant_keys import SecretAlgorithm, TenantSecret
 from juicebox_hsm.tokens import Scope, TokenKey, create
+from roles.shell import Shell
 from roles.tenant_log import service as tenant_log_service
+from roles.tenant_log.main import KIND, tell_certificate_end
 from roles.tenant_log.service import (
     PAGE_MAX,
     WAIT_S,
@@ -356,3 +362,15 @@ async def test_each_tenant_its_own_events(autojump_clock: trio.testing.MockClock
     assert (await caller.post("/tenant_log", {}, tenant="other")) == (200, {"events": []})
     assert (await caller.post("/tenant_log/ack", {"acks": [ack]}, tenant="other"))[0] == 400
     assert (await caller.post("/tenant_log/ack", {"acks": [ack]}))[0] == 200
+
+
+async def test_the_end_of_its_certificate_is_a_metric(tmp_path: Path) -> None:
+    """An alert sees the certificate that auditors see end; without TLS there is no number that looks like an end."""
+    await trio.lowlevel.checkpoint()
+    shell = Shell(KIND, "tenant-log", None, StartPhase())
+    tell_certificate_end(None, shell)
+    assert "tls_cert" not in shell.metrics.render()
+    init_ca(tmp_path / "ca", kind=CaKind.EDGE)
+    issue_edge(tmp_path / "ca", ["localhost"], tmp_path / "cert.pem", tmp_path / "key.pem", days=10)
+    tell_certificate_end(EdgeTls(tmp_path / "key.pem", tmp_path / "cert.pem"), shell)
+    assert 9 < shell.metrics.gauge_of("tenant_log.tls_cert.remaining_days").value <= 10
