@@ -115,18 +115,19 @@ class EventsJudge:
         One leadership records in order, and has recorded what came before when it gives a range away (agent.md 11).
         Rows of two leaderships of a group may overtake each other.
         """
-        place: dict[bytes, int] = {}
-        for history in self._commits.histories.values():
-            place.update({mac: number for number, mac in enumerate(history)})
+        place: dict[tuple[RecordId, bytes], int] = {}  # an entry that was made twice is in the history of one record
+        for record, history in self._commits.histories.items():
+            place.update({(record, mac): number for number, mac in enumerate(history)})
         for (_, tenant), rows in self._rows.items():
             seen: dict[RecordId, list[NewEvent]] = {}
             for row in rows:
                 new = row.new
                 key = (new.group, new.index, new.mac)
-                if new.kind is EventKind.UNKNOWN or (key, True) in self._known or new.mac not in place:
+                at = place.get((new.record_id, new.mac))
+                if new.kind is EventKind.UNKNOWN or (key, True) in self._known or at is None:
                     continue
                 before = seen.setdefault(new.record_id, [])
-                late = any(place[other.mac] > place[new.mac] and self._is_promised(new, other) for other in before)
+                late = any(place[other.record_id, other.mac] > at and self._is_promised(new, other) for other in before)
                 require("events", not late, f"row {row.seq} of {tenant} comes after one of a later request")
                 before.append(new)
 
