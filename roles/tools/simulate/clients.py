@@ -7,6 +7,7 @@ a call up in the middle.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -36,11 +37,14 @@ GIVE_UP_S: Final = 1.0
 OVERLAP_RATE: Final = 0.1
 EXPIRED_RATE: Final = 0.02
 GUESSES_MAX: Final = 5
-QUIET_PAUSES: Final = 2.0
+QUIET_PAUSES: Final = 8.0
 """How much longer users wait between calls when all is well: the interesting half of a run is the other one."""
-CALLS_ENOUGH: Final = 80
-"""Calls of a run after which its users need not hurry any more once all is well: each makes three more at the end."""
-IDLE_PAUSES: Final = 6.0
+CALLS_ENOUGH: Final = 76
+"""Calls of a run after which that is so: each user makes three more at the end."""
+WAVE_S: Final = 1.0
+WAVE_RATE: Final = 0.8
+WAVE_WIDTH_S: Final = 0.03
+"""Most calls come in waves, so that requests meet in a batch and in the HSM, and one second differs from another."""
 INFO: Final = b"simulated"
 TOKEN_S: Final = 40
 """Tokens live shorter than a run, so that clients come back with new ones and balancers forget old ones."""
@@ -160,9 +164,9 @@ class User:
         """Call for as long as the world is troubled, and more slowly afterwards until it is told to stop."""
         world = self._world
         while True:
-            pauses = QUIET_PAUSES if world.calls_made < CALLS_ENOUGH else IDLE_PAUSES
-            pause_s = world.profile.user_pause_s * (1.0 if world.is_troubled else pauses)
-            with trio.move_on_after(self._chance.uniform(0.2, 1.8) * pause_s):
+            is_idle = not world.is_troubled and world.calls_made >= CALLS_ENOUGH
+            pause_s = world.profile.user_pause_s * (QUIET_PAUSES if is_idle else 1.0)
+            with trio.move_on_at(self._next_moment(self._chance.uniform(0.2, 1.8) * pause_s)):
                 await world.closing.wait()
                 return
             if self._chance.random() < OVERLAP_RATE:
@@ -172,6 +176,13 @@ class User:
                         nursery.start_soon(self._one, device)
             else:
                 await self._one(self._chance.choice(self._devices))
+
+    def _next_moment(self, pause_s: float) -> float:
+        """Return when to make the next call: mostly together with others."""
+        at_s = trio.current_time() + pause_s
+        if self._chance.random() < WAVE_RATE:
+            at_s = math.ceil(at_s / WAVE_S) * WAVE_S + self._chance.uniform(0.0, WAVE_WIDTH_S)
+        return at_s
 
     async def burst(self) -> None:
         """Do two things at once, now."""

@@ -63,7 +63,7 @@ FIRST_TABLE_S: Final = 5.0
 REGISTER_RETRY_S: Final = 10.0
 POLL_S: Final = 1.5
 """Pause between a balancer's looks at an agent; 0.1 s as shipped. A refused request makes it look at once, as ever."""
-PASS_S: Final = 4.0
+PASS_S: Final = 5.0
 """A manager's `--interval`: what is lost is told to it, so passes are for what nobody tells."""
 LOOK_S: Final = 0.5
 """How often a young manager looks who is there; 0.1 s as shipped."""

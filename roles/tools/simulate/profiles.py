@@ -21,7 +21,7 @@ class Profile:
     quiet_s: float = 25.0
     pause_s: float = 1.5
     users: int = 8
-    user_pause_s: float = 2.8
+    user_pause_s: float = 3.1
     rate: int = 1000
     rebalance_s: float = 20.0
 

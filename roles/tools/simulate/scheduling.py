@@ -25,7 +25,7 @@ from trio._core import _run as trio_run  # see the module's docstring
 
 from juicebox_hsm.errors import check
 
-TICK_S: Final = 0.004
+TICK_S: Final = 0.006
 """Acts are put off to a multiple of this: what is due together runs in one batch, in a random order."""
 IDLE_S: Final = 1.0
 IDLE_MAX: Final = 10
