@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 import click
 
 from juicebox_hsm.adapters.observation.metrics import Metrics
-from juicebox_hsm.adapters.tenants.secrets_file import HeldSecrets, SecretsFile, SecretsLog
+from juicebox_hsm.adapters.tenants.secrets_file import HeldSecrets, SecretsFile
 from juicebox_hsm.errors import LocalError
+from juicebox_hsm.ports.observation import Log
 from juicebox_hsm.ports.store import Store
 from roles.durations import DurationType
 
@@ -256,7 +257,7 @@ async def with_bus(
 
 @asynccontextmanager
 async def open_secrets(
-    options: SecretsOptions, store_url: str, *, metrics: Metrics, log: SecretsLog
+    options: SecretsOptions, store_url: str, *, metrics: Metrics, log: Log
 ) -> AsyncIterator[HeldSecrets]:
     """Read all secrets from where the flags say. Raises `LocalError`, and `StoreUnavailable` for the cloud."""
     if options.file is not None:

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Concatenate, Final, ParamSpec, Protocol
+from typing import Concatenate, Final, ParamSpec
 
 import trio
 from quart_trio import QuartTrio
@@ -48,6 +48,7 @@ from juicebox_hsm.errors import RealmError
 from juicebox_hsm.host.addresses import Address
 from juicebox_hsm.host.services import ServiceKind
 from juicebox_hsm.ports.discovery import Discovery
+from juicebox_hsm.ports.observation import Log
 from juicebox_hsm.ports.store import Store
 from juicebox_hsm.wire.rpc import PeerRole
 from roles.options import CommonOptions, load_identity
@@ -268,14 +269,6 @@ async def _feed_watchdog(is_alive: Callable[[], Awaitable[bool]] | None) -> None
         if is_alive is None or await is_alive():
             notify("WATCHDOG=1")
         await trio.sleep(interval_s)
-
-
-class Log(Protocol):
-    """A part of a structlog logger."""
-
-    def warning(self, event: str, **fields: object) -> object:
-        """Log at warning."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

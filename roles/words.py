@@ -9,7 +9,7 @@ import datetime as dt
 from collections.abc import Sequence
 from typing import Final
 
-from juicebox_hsm.adapters.process.supervision import ExitCode
+from juicebox_hsm.adapters.process.exit_codes import ExitCode
 from juicebox_hsm.host.certificates import is_due, remaining_days
 from juicebox_hsm.host.cluster.balance import HsmLoad, Move
 from juicebox_hsm.host.cluster.findings import (

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import Final
 
+from juicebox_hsm.host.clocks import DAY_MS
+
 DAYS_WARN: Final = 20  # operator-tools.md 3: time enough to issue a new one, with a holiday in between
-DAY_MS: Final = 86_400_000
 MOMENT_MS_MAX: Final = 253_402_300_799_000  # the last second of the year 9999, the last one that a date can hold
 
 

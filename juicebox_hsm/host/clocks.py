@@ -12,6 +12,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final
 
+DAY_MS: Final = 86_400_000
 OFF_MS: Final = 5_000
 """Own: synchronised clocks are within milliseconds, and what we compare with a wall clock tolerates seconds."""
 KEPT_S: Final = 60.0

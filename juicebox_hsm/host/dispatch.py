@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from juicebox_hsm.errors import RealmError
+from juicebox_hsm.host.clocks import DAY_MS
 from juicebox_hsm.host.cluster.leases import LEASE_MS
 from juicebox_hsm.host.events import AccountingEvent, EventKind, OutboxEvent, TenantCursor
 from juicebox_hsm.host.services import Lease
@@ -71,7 +72,7 @@ def utc_day(when_ms: int) -> str:
     Source: Howard Hinnant, "chrono-Compatible Low-Level Date Algorithms", `civil_from_days`: years begin in March, so
     that the leap day is their last, and 400 of them have 146,097 days.
     """
-    days = when_ms // 86_400_000 + 719_468
+    days = when_ms // DAY_MS + 719_468
     era, day_of_era = divmod(days, 146_097)
     year_of_era = (day_of_era - day_of_era // 1460 + day_of_era // 36_524 - day_of_era // 146_096) // 365
     day_of_year = day_of_era - (365 * year_of_era + year_of_era // 4 - year_of_era // 100)

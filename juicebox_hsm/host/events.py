@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
+from juicebox_hsm.host.clocks import DAY_MS
 from juicebox_hsm.ids import RECORD_ID_BYTES, GroupId, RecordId
 from juicebox_hsm.tenant_keys import is_event_user_id, is_tenant_name
 from juicebox_hsm.wire.rpc import App
@@ -97,7 +98,7 @@ class Backlog:
     oldest_ms: int | None
 
 
-EVENT_KEPT_MS: Final = 7 * 86_400_000
+EVENT_KEPT_MS: Final = 7 * DAY_MS
 """How long published rows with an event stay at least, for readers of the embedded bus and auditors who come late."""
 
 

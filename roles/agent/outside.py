@@ -18,6 +18,7 @@ import trio
 
 from juicebox_hsm.adapters.observation.tracing import Traces
 from juicebox_hsm.adapters.stores.damage import telling
+from juicebox_hsm.adapters.tls.certificate_end import no_certificate
 from juicebox_hsm.consensus.types import RoleStatus
 from juicebox_hsm.errors import RealmError
 from juicebox_hsm.host.codes import Code
@@ -76,11 +77,6 @@ def wall_clock_ms() -> int:
 
 
 INSTANCE_BYTES: Final = 16
-
-
-def no_certificate() -> dt.datetime | None:
-    """Return that there is no certificate whose end could be told."""
-    return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,9 @@ from juicebox_hsm.adapters.edge.limits import EdgeLimits
 from juicebox_hsm.adapters.observation.logging import configure, get_logger
 from juicebox_hsm.adapters.observation.metric_names import LOAD_BALANCER
 from juicebox_hsm.adapters.observation.tracing import ROOT_RATE
+from juicebox_hsm.adapters.process.exit_codes import ExitCode
 from juicebox_hsm.adapters.process.file_limit import SERVICE_SHARE, fit_connections, raise_file_limit
-from juicebox_hsm.adapters.process.supervision import ExitCode, run_service
+from juicebox_hsm.adapters.process.supervision import run_service
 from juicebox_hsm.errors import LocalError
 from roles.cloud_options import SecretsOptions, secrets_options
 from roles.durations import DurationType

@@ -24,10 +24,10 @@ from typing import Final
 import trio
 
 from juicebox_hsm.adapters.observation.logging import get_logger, louder, quieter
+from juicebox_hsm.adapters.process.exit_codes import ExitCode
 from juicebox_hsm.adapters.process.supervision import (
     NOT_RESTARTED,
     STOP_SIGNALS,
-    ExitCode,
     notify,
     notify_reloading,
     watchdog_interval_s,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from juicebox_hsm.adapters.faults.switch import FaultSwitch
 from juicebox_hsm.adapters.observation.tracing import Traces
+from juicebox_hsm.adapters.tls.certificate_end import no_certificate
 from juicebox_hsm.host.cluster.leases import StandingLeases
 from juicebox_hsm.host.cluster.progress import TransferProgress
 from juicebox_hsm.host.cluster.view import GroupKey
@@ -36,11 +37,6 @@ class ManagerState:
     standing: StandingLeases = field(default_factory=StandingLeases)
     actions: dict[str, str] = field(default_factory=dict)
     loops: dict[str, LoopRun] = field(default_factory=dict)
-
-
-def no_certificate() -> dt.datetime | None:
-    """Return that there is no certificate whose end could be told."""
-    return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import datetime as dt
 import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import trio
 from quart import Response, request
@@ -21,6 +21,7 @@ from juicebox_hsm.adapters.observation.probes import Exchange
 from juicebox_hsm.errors import DecodingError, RealmError
 from juicebox_hsm.ids import RealmId, parse_id
 from juicebox_hsm.ports.event_bus import BusEvent, EventBus, InvalidAcks
+from juicebox_hsm.ports.observation import Log, Meter
 from juicebox_hsm.tokens import (
     KeyLookup,
     RejectionReason,
@@ -55,26 +56,6 @@ _SHOWN: Final = frozenset(
     }
 )
 """Reasons told to the caller: all are found behind a good signature, so they help only the owner of the key."""
-
-
-class ServiceLog(Protocol):
-    """A part of a structlog logger."""
-
-    def info(self, event: str, **fields: object) -> object:
-        """Log at info."""
-        ...
-
-    def warning(self, event: str, **fields: object) -> object:
-        """Log at warning."""
-        ...
-
-
-class ServiceMetrics(Protocol):
-    """A part of `adapters.metrics.Metrics`."""
-
-    def count(self, name: str, n: int = 1, **tags: str) -> None:
-        """Add to a counter."""
-        ...
 
 
 class Realms:
@@ -169,8 +150,8 @@ class TenantLogService:
         keys: KeyLookup,
         *,
         now_s: Callable[[], float],
-        metrics: ServiceMetrics,
-        log: ServiceLog,
+        metrics: Meter,
+        log: Log,
         wait_s: float = WAIT_S,
     ) -> None:
         self._bus = bus

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from juicebox_hsm.adapters.process.exit_codes import ExitCode
 from juicebox_hsm.ids import ID_BYTES, RECORD_ID_BYTES, RecordId
-from roles.tools.session import ExitCode, ToolFailure
+from roles.tools.session import ToolFailure
 
 
 def resolve_id(text: str, known: Iterable[bytes], what: str) -> bytes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime as dt
-import enum
 import functools
 import os
 import random
@@ -19,6 +18,7 @@ from typing import Any, Final, NoReturn, TypeVar
 
 import click
 
+from juicebox_hsm.adapters.process.exit_codes import ExitCode
 from juicebox_hsm.errors import LocalError, NoStore, RealmError
 from juicebox_hsm.ports.rpc import RpcCaller
 from juicebox_hsm.wire.methods import MANAGER_STATUS, Method, Reply, Request
@@ -37,17 +37,6 @@ _CONFIG_KEYS: Final = frozenset({"store", "cluster_tls", "insecure_rpc"})
 _TRUE: Final = frozenset({"1", "true", "t", "yes", "y", "on"})
 _NOT_FOUND: Final = frozenset({Refusal.INVALID_REALM, Refusal.INVALID_GROUP, Refusal.INVALID_HSM})
 _SHARED: Final = "roles.tools.cluster.command.shared"
-
-
-class ExitCode(enum.IntEnum):
-    """How one-shot commands end."""
-
-    OK = 0
-    FAILED = 1
-    USAGE = 2
-    ID = 3
-    UNREACHABLE = 4
-    FINDINGS = 5
 
 
 class ToolFailure(click.ClickException):

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from juicebox_hsm.adapters.process.exit_codes import ExitCode
 from juicebox_hsm.client import Configuration, ConfigurationError
 from juicebox_hsm.crypto.redacted import Secret
 from juicebox_hsm.ids import RealmId
 from juicebox_hsm.tenant_keys import SecretAlgorithm, TenantSecret
 from juicebox_hsm.tokens import create
-from roles.tools.session import ExitCode, ToolFailure
+from roles.tools.session import ToolFailure
 from roles.tools.tenant_key import latest_in_file
 
 ENVIRONMENT: Final = "JUICEBOX_CLIENT_JSON"

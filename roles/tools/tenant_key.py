@@ -6,10 +6,11 @@ from pathlib import Path
 
 from juicebox_hsm.adapters.observation.logging import get_logger
 from juicebox_hsm.adapters.observation.metrics import Metrics
+from juicebox_hsm.adapters.process.exit_codes import ExitCode
 from juicebox_hsm.errors import RealmError
 from juicebox_hsm.tenant_keys import TenantSecret, Versions, parse_file, tenant_secret_name
 from roles.cloud_options import SECRETS, SecretsOptions, open_secrets
-from roles.tools.session import ExitCode, ToolFailure, run
+from roles.tools.session import ToolFailure, run
 
 
 def latest_key(secrets: SecretsOptions, store_url: str, tenant: str) -> tuple[int, TenantSecret]:

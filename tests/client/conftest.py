@@ -6,7 +6,8 @@ import os
 
 import pytest
 
-from roles.tools.demo.emulator import EMULATOR_VARIABLE, HOW_TO_GET, find_emulator
+from juicebox_hsm.adapters.bigtable.backend import EMULATOR_VARIABLE
+from roles.tools.demo.emulator import HOW_TO_GET, find_emulator
 from tests.emulator.conftest import missing
 
 

@@ -24,10 +24,11 @@ from random import Random
 
 import trio
 
+from juicebox_hsm.adapters.pubsub.bus import EMULATOR_VARIABLE
 from juicebox_hsm.client import Client, Configuration, HttpTransport
 from roles.tools.demo.launch import Cluster, launch
 from roles.tools.demo.layout import DemoOptions
-from roles.tools.demo.pubsub import EMULATOR_VARIABLE, PubSubEmulator
+from roles.tools.demo.pubsub import PubSubEmulator
 
 PIN = b"1234"
 WARN_S = 90.0

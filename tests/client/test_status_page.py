@@ -24,7 +24,7 @@ from typing import Any
 
 import pytest
 
-from juicebox_hsm.host.certificates import DAY_MS
+from juicebox_hsm.host.clocks import DAY_MS
 from juicebox_hsm.host.cluster.verdict import BalancerReport, Evidence, ManagerReport, judge
 from juicebox_hsm.host.cluster.view import AgentView, build_view
 from juicebox_hsm.host.codes import Code

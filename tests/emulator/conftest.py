@@ -8,8 +8,10 @@ from typing import NoReturn
 
 import pytest
 
+from juicebox_hsm.adapters.bigtable.backend import EMULATOR_VARIABLE
+from juicebox_hsm.adapters.pubsub.bus import EMULATOR_VARIABLE as PUBSUB_VARIABLE
 from roles.tools.demo import pubsub as demo_pubsub
-from roles.tools.demo.emulator import EMULATOR_VARIABLE, HOW_TO_GET, Emulator, find_emulator
+from roles.tools.demo.emulator import HOW_TO_GET, Emulator, find_emulator
 from tests.ci import in_ci
 
 pytest.register_assert_rewrite(
@@ -47,7 +49,7 @@ def bigtable_emulator() -> Iterator[str]:
 @pytest.fixture(scope="session")
 def pubsub_emulator() -> Iterator[str]:
     """Start the Pub/Sub emulator once, or use the one the environment names; return its HOST:PORT."""
-    given = os.environ.get(demo_pubsub.EMULATOR_VARIABLE)
+    given = os.environ.get(PUBSUB_VARIABLE)
     if given:
         yield given
         return

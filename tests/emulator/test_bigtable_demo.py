@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from roles.tools.demo.emulator import EMULATOR_VARIABLE, Emulator, demo_store
+from juicebox_hsm.adapters.bigtable.backend import EMULATOR_VARIABLE
+from roles.tools.demo.emulator import Emulator, demo_store
 from tests.patience import PROGRAM_S
 
 pytestmark = [pytest.mark.emulator, pytest.mark.processes]

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from juicebox_hsm.adapters.pubsub.bus import EMULATOR_VARIABLE as PUBSUB_VARIABLE
 from juicebox_hsm.client import Client, Configuration, HttpTransport, InvalidPin
 from juicebox_hsm.errors import LocalError
 from roles.tools.demo import pubsub as demo_pubsub
@@ -57,7 +58,7 @@ async def test_events_through_pubsub(bigtable_emulator: str, pubsub_emulator: st
 
 def test_without_the_emulator(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Asked for, a missing emulator is an error; beside Bigtable it is said how to get it, and the store serves."""
-    monkeypatch.delenv(demo_pubsub.EMULATOR_VARIABLE, raising=False)
+    monkeypatch.delenv(PUBSUB_VARIABLE, raising=False)
     monkeypatch.setattr(demo_pubsub, "find_emulator", lambda: None)
     missing = pytest.raises(LocalError, match="apt-get install google-cloud-cli-pubsub-emulator")
     with missing, demo_pubsub.demo_bus("pubsub", "sqlite"):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from juicebox_hsm.host.certificates import DAY_MS, DAYS_WARN
+from juicebox_hsm.host.certificates import DAYS_WARN
+from juicebox_hsm.host.clocks import DAY_MS
 from juicebox_hsm.host.codes import Code
 from juicebox_hsm.host.outbox import Unpublished
 from juicebox_hsm.host.readiness import (

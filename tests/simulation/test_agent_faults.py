@@ -13,7 +13,8 @@ import trio
 
 import roles.agent.app as app_module
 from juicebox_hsm.adapters.hsm_directory.nvram import NvramFailed
-from juicebox_hsm.adapters.process.supervision import ExitCode, exit_code_of
+from juicebox_hsm.adapters.process.exit_codes import ExitCode
+from juicebox_hsm.adapters.process.supervision import exit_code_of
 from juicebox_hsm.consensus.types import LogEntry
 from juicebox_hsm.host.codes import Code
 from juicebox_hsm.host.events import EventKind

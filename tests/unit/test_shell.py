@@ -12,7 +12,8 @@ import trio
 import trio.testing
 
 from juicebox_hsm.adapters.observation.logging import get_logger
-from juicebox_hsm.adapters.process.supervision import ExitCode, StartPhase
+from juicebox_hsm.adapters.process.exit_codes import ExitCode
+from juicebox_hsm.adapters.process.supervision import StartPhase
 from juicebox_hsm.errors import RealmError
 from juicebox_hsm.host.codes import Code
 from juicebox_hsm.host.readiness import EventsSetAside, Plain, Readiness

@@ -10,10 +10,10 @@ from juicebox_hsm.adapters.bigtable import keys
 from juicebox_hsm.adapters.bigtable.codec import Cell, DeleteColumn, Mutation, Selection, SetCell
 from juicebox_hsm.adapters.bigtable.table import Endpoint, Table
 from juicebox_hsm.errors import LocalError
+from juicebox_hsm.host.clocks import DAY_MS
 from juicebox_hsm.host.events import AccountingEvent
 from juicebox_hsm.ids import RealmId
 
-DAY_MS: Final = 86_400_000
 COLUMN: Final = b"e"
 REGISTERED: Final = b"\x01"
 DELETED: Final = b"\x00"

@@ -19,8 +19,6 @@ from juicebox_hsm.adapters.bigtable.codec import KeyRange, Row, RowSet
 from juicebox_hsm.adapters.bigtable.log import BigtableLog
 from juicebox_hsm.adapters.bigtable.table import Endpoint, Table
 from juicebox_hsm.adapters.stores.check import (
-    HASH_BYTES,
-    LEAF_BITS,
     GroupTail,
     Report,
     branches,
@@ -31,6 +29,7 @@ from juicebox_hsm.adapters.stores.check import (
 from juicebox_hsm.consensus.types import Partition
 from juicebox_hsm.ids import RECORD_ID_BYTES, GroupId, OwnedRange, RealmId, RecordId
 from juicebox_hsm.merkle.kernel import row_key
+from juicebox_hsm.merkle.nodes import HASH_BYTES, KEY_BITS
 from juicebox_hsm.ports.errors import StoreInvalid, StoreUnavailable
 
 PART_ROWS_MAX: Final = 20_000
@@ -74,8 +73,8 @@ class Part:
         value = 0
         for byte in self.prefix:
             value = value << 7 | byte
-        first = value << (LEAF_BITS - bits)
-        return first, first + (1 << (LEAF_BITS - bits)) - 1
+        first = value << (KEY_BITS - bits)
+        return first, first + (1 << (KEY_BITS - bits)) - 1
 
     def has(self, record: int, nbits: int) -> bool:
         """Tell whether a node of these bits is in the part."""
@@ -86,7 +85,7 @@ class Part:
     def leads_to(self, record: int, nbits: int) -> bool:
         """Tell whether nodes of the part can be at or below a node of these bits."""
         first, last = self.records
-        if record > last or record + (1 << (LEAF_BITS - nbits)) <= first:
+        if record > last or record + (1 << (KEY_BITS - nbits)) <= first:
             return False
         return not self.own_only or (nbits + 6) // 7 <= len(self.prefix)
 
@@ -99,9 +98,9 @@ def node_place(key: bytes) -> tuple[int, int]:
         at += 1
     used = key[at] & 0x7F if at < len(key) else 8
     nbits = 7 * (at - 1) + used if at else 0
-    if used > 7 or (used == 0) != (at == 0) or nbits > LEAF_BITS or len(key) != at + 1 + HASH_BYTES:
+    if used > 7 or (used == 0) != (at == 0) or nbits > KEY_BITS or len(key) != at + 1 + HASH_BYTES:
         raise StoreInvalid("a row of the table of nodes has a strange key")
-    return (value >> (7 - used) << (LEAF_BITS - nbits) if at else 0), nbits
+    return (value >> (7 - used) << (KEY_BITS - nbits) if at else 0), nbits
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +209,7 @@ class TreeCheck:
         """Check one node; return what it leads to. Nodes above the part are read by key, and blamed in their own."""
         raw = record.to_bytes(RECORD_ID_BYTES, "big")
         key = row_key(raw[: (nbits + 7) // 8], nbits, expected)
-        is_own, is_leaf = part.has(record, nbits), nbits == LEAF_BITS
+        is_own, is_leaf = part.has(record, nbits), nbits == KEY_BITS
         row = part.rows.get(key) if is_own else await self._upper_row(key)
         name = node_name(record, nbits) if nbits else f"root node {expected.hex()}"
         blamed = report if is_own else Report()

@@ -16,8 +16,8 @@ from juicebox_hsm.adapters.bigtable.check_trees import node_place
 from juicebox_hsm.adapters.bigtable.codec import Row, Selection
 from juicebox_hsm.adapters.bigtable.log_rows import is_tombstone
 from juicebox_hsm.adapters.bigtable.table import Endpoint, Table
-from juicebox_hsm.adapters.stores.check import LEAF_BITS
 from juicebox_hsm.ids import ID_BYTES, GroupId, RealmId
+from juicebox_hsm.merkle.nodes import KEY_BITS
 from juicebox_hsm.ports.table_stats import LogStats, PrefixStats, TreeStats, UserStats
 
 TOMBSTONE_EXPIRY_MICROS: Final = 7 * 86_400 * 1_000_000
@@ -82,9 +82,9 @@ class BigtableStats:
                 record, nbits = node_place(row.key)
                 rows += 1
                 size += _size(row)
-                leaves += nbits == LEAF_BITS
+                leaves += nbits == KEY_BITS
                 roots += nbits == 0
-                interior += 0 < nbits < LEAF_BITS
+                interior += 0 < nbits < KEY_BITS
                 name = _prefix_name(record, nbits)
                 counts[name] += 1
                 stamps = [cell.timestamp // 1000 for cell in row.cells]
@@ -110,5 +110,5 @@ class BigtableStats:
 def _prefix_name(record: int, nbits: int) -> str:
     """Return the bits above a node, in full near the root, where versions gather, else its first byte."""
     if nbits <= 8:
-        return "root" if nbits == 0 else f"{record >> (LEAF_BITS - nbits):0{nbits}b}/{nbits}"
-    return f"{record >> (LEAF_BITS - 8):02x}"
+        return "root" if nbits == 0 else f"{record >> (KEY_BITS - nbits):0{nbits}b}/{nbits}"
+    return f"{record >> (KEY_BITS - 8):02x}"

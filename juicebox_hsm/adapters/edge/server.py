@@ -12,7 +12,7 @@ import math
 import socket
 import ssl
 from collections.abc import Sequence
-from typing import Final, Protocol
+from typing import Final
 
 import trio
 import trio.abc
@@ -25,6 +25,7 @@ from juicebox_hsm.adapters.edge.limits import BACKLOG, EdgeLimits
 from juicebox_hsm.adapters.edge.tls import EdgeTls
 from juicebox_hsm.adapters.process.passing_trouble import local_error
 from juicebox_hsm.adapters.tls.streams import ByteStream, TlsStream, lean
+from juicebox_hsm.ports.observation import Log, Meter
 
 ACCEPT_PAUSE_S: Final = 0.1
 """Pause after an accept error such as EMFILE (load-balancer.md 3)."""
@@ -33,30 +34,6 @@ CLOSED_PER_TURN: Final = 16
 """Connections closed in one turn of the scheduler: about 2 ms, so a crowd that leaves at once holds up nobody (own)."""
 
 _RESOURCES: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
-
-
-class EdgeMetrics(Protocol):
-    """Where the edge counts (a part of `adapters.metrics.Metrics`)."""
-
-    def count(self, name: str, n: int = 1, **tags: str) -> None:
-        """Add to a counter."""
-        ...
-
-    def gauge(self, name: str, value: float, **tags: str) -> None:
-        """Set a gauge."""
-        ...
-
-
-class EdgeLog(Protocol):
-    """Where the edge reports (a part of a structlog logger)."""
-
-    def warning(self, event: str, **fields: object) -> object:
-        """Log trouble that an operator may look at."""
-        ...
-
-    def error(self, event: str, **fields: object) -> object:
-        """Log a defect."""
-        ...
 
 
 def open_edge_listener(host: str, port: int, *, share_port: bool = False) -> trio.SocketListener:
@@ -88,8 +65,8 @@ class Edge:
         *,
         limits: EdgeLimits,
         drain: DrainController,
-        metrics: EdgeMetrics,
-        log: EdgeLog,
+        metrics: Meter,
+        log: Log,
     ) -> None:
         self._handler = handler
         self._tls = tls

@@ -17,9 +17,10 @@ from google.cloud.secretmanager_v1.types import service as _messages
 
 from juicebox_hsm.adapters.google.calls import Access, GoogleCalls, Service, open_calls, scopes
 from juicebox_hsm.adapters.observation.metrics import Metrics
-from juicebox_hsm.adapters.tenants.secrets_file import HeldSecrets, SecretsLog, SecretsMetrics
+from juicebox_hsm.adapters.tenants.secrets_file import HeldSecrets
 from juicebox_hsm.errors import RealmError
 from juicebox_hsm.host.retry import RetryProfile
+from juicebox_hsm.ports.observation import Log, Meter
 from juicebox_hsm.tenant_keys import (
     RECORD_ID_KEY_NAME,
     TENANT_NAME_PREFIX,
@@ -81,8 +82,8 @@ class CloudSecrets(HeldSecrets):
         project: str,
         *,
         raw: bool = False,
-        metrics: SecretsMetrics,
-        log: SecretsLog,
+        metrics: Meter,
+        log: Log,
         retry: RetryProfile = RETRY,
     ) -> None:
         super().__init__(metrics=metrics, log=log)
@@ -242,9 +243,7 @@ def _is_json_object(payload: bytes) -> bool:
 
 
 @asynccontextmanager
-async def open_secret_manager(
-    access: Access, *, raw: bool, metrics: Metrics, log: SecretsLog
-) -> AsyncIterator[CloudSecrets]:
+async def open_secret_manager(access: Access, *, raw: bool, metrics: Metrics, log: Log) -> AsyncIterator[CloudSecrets]:
     """Connect to a project's secrets; nothing is read yet."""
     async with open_calls(SECRET_MANAGER, access, metrics) as calls:
         yield CloudSecrets(calls, access.project, raw=raw, metrics=metrics, log=log)

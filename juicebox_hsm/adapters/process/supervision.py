@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import json
 import os
 import signal
@@ -18,6 +17,7 @@ import trio
 
 from juicebox_hsm.adapters.observation.line_writer import write_in_time
 from juicebox_hsm.adapters.observation.logging import flush, get_logger, louder, quieter
+from juicebox_hsm.adapters.process.exit_codes import ExitCode
 from juicebox_hsm.errors import InvariantViolation, LocalError, NotYet, RealmError
 from juicebox_hsm.ports.errors import HsmGone, StoreUnavailable
 
@@ -31,18 +31,6 @@ LAST_WORDS_S: Final = 2.0
 T = TypeVar("T")
 
 _log = get_logger("supervision")
-
-
-class ExitCode(enum.IntEnum):
-    """Exit codes of services (operator-tools.md 10)."""
-
-    OK = 0
-    FAILED = 1
-    USAGE = 2
-    UNAVAILABLE = 69
-    INTERNAL = 70
-    HSM = 75
-    CONFIG = 78
 
 
 NOT_RESTARTED: Final = frozenset({ExitCode.USAGE, ExitCode.CONFIG})

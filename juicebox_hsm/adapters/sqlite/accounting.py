@@ -8,10 +8,9 @@ from typing import Final
 from juicebox_hsm.adapters.sqlite.reads import Reads, fetch
 from juicebox_hsm.adapters.sqlite.writer import Writer
 from juicebox_hsm.errors import LocalError
+from juicebox_hsm.host.clocks import DAY_MS
 from juicebox_hsm.host.events import AccountingEvent
 from juicebox_hsm.ids import RealmId
-
-DAY_MS: Final = 86_400_000
 
 _COUNT: Final = """SELECT tenant, sum(registered OR day >= ?3) AS users FROM
   (SELECT tenant, registered, max(day) AS day FROM users WHERE realm = ?1 AND day < ?2 GROUP BY tenant, record)

@@ -7,8 +7,6 @@ from typing import Final
 import apsw
 
 from juicebox_hsm.adapters.sqlite.layout import (
-    HASH_BYTES,
-    LEAF_BITS,
     Page,
     Position,
     leaf_id,
@@ -21,6 +19,7 @@ from juicebox_hsm.adapters.sqlite.reads import fetch_one
 from juicebox_hsm.adapters.stores.check import Report, branches, is_intact, node_name, slice_of
 from juicebox_hsm.consensus.types import Partition
 from juicebox_hsm.ids import RECORD_ID_BYTES, OwnedRange, RecordId
+from juicebox_hsm.merkle.nodes import HASH_BYTES, KEY_BITS
 from juicebox_hsm.ports.errors import StoreInvalid
 
 _LENGTH_BYTES: Final = 4
@@ -60,13 +59,13 @@ class TreeWalk:
         waiting = branches(encoding, 0, 0)  # last in, first out: the left branch is put last
         while waiting:
             record, nbits, expected = waiting.pop()
-            if record > last or record + (1 << (LEAF_BITS - nbits)) <= first:
+            if record > last or record + (1 << (KEY_BITS - nbits)) <= first:
                 continue
             waiting += self._visit(self._report if record >= first else self._silent, record, nbits, expected)
 
     def _visit(self, report: Report, record: int, nbits: int, expected: bytes) -> list[tuple[int, int, bytes]]:
         """Check the node with the first `nbits` bits of `record`; return what it leads to."""
-        is_leaf = nbits == LEAF_BITS
+        is_leaf = nbits == KEY_BITS
         key = record.to_bytes(RECORD_ID_BYTES, "big")
         name = node_name(record, nbits)
         place: Position = key if is_leaf else position(record, nbits)

@@ -13,11 +13,10 @@ from typing import Final
 
 import apsw
 
-from juicebox_hsm.adapters.sqlite.accounting import DAY_MS
 from juicebox_hsm.adapters.sqlite.cluster import obtain_lease
 from juicebox_hsm.adapters.sqlite.reads import fetch, fetch_one
 from juicebox_hsm.adapters.sqlite.writer import Operation
-from juicebox_hsm.host.clocks import past_ms
+from juicebox_hsm.host.clocks import DAY_MS, past_ms
 
 INTERVAL_S: Final = 3_600.0
 LEASE: Final = "maintenance"

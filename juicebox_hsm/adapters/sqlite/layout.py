@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from juicebox_hsm.ids import RECORD_ID_BYTES
-from juicebox_hsm.merkle.nodes import BadEncoding
+from juicebox_hsm.merkle.nodes import HASH_BYTES, KEY_BITS, BadEncoding
 
 PAGE_BITS: Final = 4
 LAST_LEVEL: Final = 48 // PAGE_BITS
@@ -30,8 +30,6 @@ UPPER_LEVELS: Final = 16 // PAGE_BITS
 LEAF_LEVEL: Final = 15
 _REALM_SHIFT: Final = 53
 _LOWER: Final = 1 << 52
-HASH_BYTES: Final = 32
-LEAF_BITS: Final = 256
 
 Position = int | bytes
 """A node's place in its page: 1 followed by its bits below the page's prefix; bytes in the pages without a bound."""
@@ -41,14 +39,14 @@ Page = dict[Position, bytes]
 def page_id(realm: int, record: int, level: int) -> int:
     """Return the key of the page at `level` on the path to `record` (its 256 bits as an integer)."""
     if level < UPPER_LEVELS:
-        return realm << _REALM_SHIFT | level << 48 | record >> (LEAF_BITS - PAGE_BITS * level)
-    prefix = record >> (LEAF_BITS - PAGE_BITS * level) << (LAST_BITS - PAGE_BITS * level)
+        return realm << _REALM_SHIFT | level << 48 | record >> (KEY_BITS - PAGE_BITS * level)
+    prefix = record >> (KEY_BITS - PAGE_BITS * level) << (LAST_BITS - PAGE_BITS * level)
     return realm << _REALM_SHIFT | _LOWER | prefix << 4 | level
 
 
 def leaf_id(realm: int, record: int) -> int:
     """Return the key of the row that holds the leaf of `record`."""
-    return realm << _REALM_SHIFT | _LOWER | record >> (LEAF_BITS - LAST_BITS) << 4 | LEAF_LEVEL
+    return realm << _REALM_SHIFT | _LOWER | record >> (KEY_BITS - LAST_BITS) << 4 | LEAF_LEVEL
 
 
 def level_of(nbits: int) -> int:
@@ -59,9 +57,9 @@ def level_of(nbits: int) -> int:
 def position(record: int, nbits: int) -> Position:
     """Return where in its page the node with the first `nbits` bits of `record` is."""
     if nbits >= LAST_BITS:
-        return nbits.to_bytes(2, "big") + (record >> (LEAF_BITS - nbits)).to_bytes(RECORD_ID_BYTES, "big")
+        return nbits.to_bytes(2, "big") + (record >> (KEY_BITS - nbits)).to_bytes(RECORD_ID_BYTES, "big")
     below = nbits % PAGE_BITS
-    return 1 << below | (record >> (LEAF_BITS - nbits)) & ((1 << below) - 1)
+    return 1 << below | (record >> (KEY_BITS - nbits)) & ((1 << below) - 1)
 
 
 def is_bounded(row_id: int) -> bool:
@@ -145,7 +143,7 @@ def _plan_adds(changes: Changes, delta: bytes) -> int:
             else:
                 row = top | _LOWER | prefix << (LAST_BITS - nbits + below + 4) | level
         else:
-            record = prefix << (LEAF_BITS - (size << 3))
+            record = prefix << (KEY_BITS - (size << 3))
             row, place = _deep_place(realm, record, nbits)
         if row in puts:
             puts[row][place] = piece
@@ -156,7 +154,7 @@ def _plan_adds(changes: Changes, delta: bytes) -> int:
 
 def _deep_place(realm: int, record: int, nbits: int) -> tuple[int, Position]:
     """Return row and position of a leaf or of an interior node in the last level."""
-    if nbits == LEAF_BITS:
+    if nbits == KEY_BITS:
         return leaf_id(realm, record), record.to_bytes(RECORD_ID_BYTES, "big")
     return page_id(realm, record, LAST_LEVEL), position(record, nbits)
 

@@ -16,9 +16,7 @@ import apsw
 import msgspec
 
 from juicebox_hsm.adapters.sqlite.layout import (
-    HASH_BYTES,
     LAST_LEVEL,
-    LEAF_BITS,
     Changes,
     Page,
     is_bounded,
@@ -37,6 +35,7 @@ from juicebox_hsm.adapters.stores.node_tuning import CACHE_NODES
 from juicebox_hsm.consensus.types import Partition
 from juicebox_hsm.errors import DecodingError
 from juicebox_hsm.ids import RealmId, RecordId
+from juicebox_hsm.merkle.nodes import HASH_BYTES, KEY_BITS
 from juicebox_hsm.merkle.stored import is_wanted
 from juicebox_hsm.merkle.walk import EdgeWalk, Lost, PathWalk, Side, Walk, outcome
 from juicebox_hsm.ports.errors import MissingNode, StoreDamaged, StoreInvalid
@@ -63,7 +62,7 @@ def decode_page(row: int, data: bytes) -> Page:
 def _rows_ahead(realm: int, walk: Walk) -> list[int]:
     """Return the rows in which the rest of a path may be, as far as one round looks."""
     leaf = leaf_id(realm, walk.aim)
-    if walk.depth == LEAF_BITS:
+    if walk.depth == KEY_BITS:
         return [leaf]
     level = level_of(walk.depth)
     return [page_id(realm, walk.aim, k) for k in range(level, min(level + PAGES_AHEAD, LAST_LEVEL) + 1)] + [leaf]
@@ -71,7 +70,7 @@ def _rows_ahead(realm: int, walk: Walk) -> list[int]:
 
 def _find(realm: int, walk: Walk, pages: dict[int, Page]) -> bytes | None:
     """Return the wanted node if its page was read and has it."""
-    if walk.depth == LEAF_BITS:
+    if walk.depth == KEY_BITS:
         page = pages.get(leaf_id(realm, walk.aim))
         place: int | bytes = walk.aim.to_bytes(32, "big")
     else:

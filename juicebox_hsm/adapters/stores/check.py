@@ -24,7 +24,7 @@ from juicebox_hsm.ids import (
     uncovered,
 )
 from juicebox_hsm.merkle.kernel import node_hash
-from juicebox_hsm.merkle.nodes import BadEncoding
+from juicebox_hsm.merkle.nodes import HASH_BYTES, KEY_BITS, BadEncoding
 
 SLICE_BITS: Final = 7
 SLICES: Final = 1 << SLICE_BITS
@@ -32,8 +32,6 @@ SLICES: Final = 1 << SLICE_BITS
 bits are a byte of a row key on Bigtable (storage.md 2.2)."""
 FINDINGS_MAX: Final = 1_000
 """Findings that are kept; a destroyed store has millions, and the first tell enough."""
-HASH_BYTES: Final = 32
-LEAF_BITS: Final = 256
 _LEFT: Final = 1
 _RIGHT: Final = 2
 
@@ -165,8 +163,8 @@ class Checkpoint:
 
 def slice_of(number: int) -> tuple[int, int]:
     """Return the first and the last record id of a slice, as integers."""
-    first = number << (LEAF_BITS - SLICE_BITS)
-    return first, first + (1 << (LEAF_BITS - SLICE_BITS)) - 1
+    first = number << (KEY_BITS - SLICE_BITS)
+    return first, first + (1 << (KEY_BITS - SLICE_BITS)) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,12 +271,12 @@ def branches(encoding: bytes, record: int, nbits: int) -> list[tuple[int, int, b
         end = at + 2 + ((length + 7) >> 3)
         prefix = int.from_bytes(encoding[at + 2 : end], "big") >> (-length & 7)
         below = nbits + length
-        found.append((record | prefix << (LEAF_BITS - below), below, encoding[end : end + HASH_BYTES]))
+        found.append((record | prefix << (KEY_BITS - below), below, encoding[end : end + HASH_BYTES]))
         at = end + HASH_BYTES
     return found[::-1]
 
 
 def node_name(record: int, nbits: int) -> str:
     """Return what findings call a node: its record, or the bits above it in hex and their number."""
-    key = record.to_bytes(LEAF_BITS // 8, "big").hex()
-    return f"record {key}" if nbits == LEAF_BITS else f"node 0x{key[: (nbits + 3) // 4]}/{nbits}"
+    key = record.to_bytes(KEY_BITS // 8, "big").hex()
+    return f"record {key}" if nbits == KEY_BITS else f"node 0x{key[: (nbits + 3) // 4]}/{nbits}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
 import trio
 
@@ -17,6 +17,7 @@ from juicebox_hsm.adapters.process.passing_trouble import local_error
 from juicebox_hsm.adapters.process.regular_file import open_regular
 from juicebox_hsm.adapters.process.threads import in_thread_or_here
 from juicebox_hsm.errors import LocalError, RealmError
+from juicebox_hsm.ports.observation import Log, Meter
 from juicebox_hsm.tenant_keys import (
     TENANT_NAME_PREFIX,
     TenantSecret,
@@ -35,32 +36,12 @@ FILE_BYTES_MAX: Final = 16 << 20
 _OTHERS_READ: Final = 0o004
 
 
-class SecretsLog(Protocol):
-    """Where trouble with secrets is told (a part of a structlog logger)."""
-
-    def warning(self, event: str, **fields: object) -> object:
-        """Log what an operator should look at."""
-        ...
-
-
-class SecretsMetrics(Protocol):
-    """Where refreshes are counted (a part of `adapters.metrics.Metrics`)."""
-
-    def count(self, name: str, n: int = 1, **tags: str) -> None:
-        """Add to a counter."""
-        ...
-
-    def gauge(self, name: str, value: float, **tags: str) -> None:
-        """Set a gauge."""
-        ...
-
-
 class HeldSecrets(abc.ABC):
     """All secrets of one source, held in memory. `load` first, then keep `refresh_forever` running."""
 
     refresh_s: float = REFRESH_S
 
-    def __init__(self, *, metrics: SecretsMetrics, log: SecretsLog) -> None:
+    def __init__(self, *, metrics: Meter, log: Log) -> None:
         self._metrics = metrics
         self._log = log
         self._secrets: Mapping[str, Versions] = {}
@@ -135,7 +116,7 @@ class HeldSecrets(abc.ABC):
 class SecretsFile(HeldSecrets):
     """All secrets of one file."""
 
-    def __init__(self, path: Path, *, metrics: SecretsMetrics, log: SecretsLog) -> None:
+    def __init__(self, path: Path, *, metrics: Meter, log: Log) -> None:
         super().__init__(metrics=metrics, log=log)
         self.path = path
         self._content = b""

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import datetime as dt
-from typing import Protocol
 
 from juicebox_hsm.host.certificates import remaining_days
+from juicebox_hsm.ports.observation import Meter
 
 
-class Gauges(Protocol):
-    """Where gauges go."""
-
-    def gauge(self, name: str, value: float) -> None:
-        """Set a gauge."""
-        ...
-
-
-def report_cluster_end(metrics: Gauges, end: dt.datetime | None) -> None:
+def report_cluster_end(metrics: Meter, end: dt.datetime | None) -> None:
     """Set the gauge of a service's cluster certificate; there is none without TLS, lest an alert take 0 for an end."""
     if end is not None:
         metrics.gauge(
             "cluster_tls.cert.remaining_days", remaining_days(_unix_ms(end), _unix_ms(dt.datetime.now(dt.UTC)))
         )
+
+
+def no_certificate() -> dt.datetime | None:
+    """Return that there is no certificate whose end could be told."""
+    return None
 
 
 def to_unix_ms(end: dt.datetime | None) -> int | None:

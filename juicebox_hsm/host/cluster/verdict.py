@@ -36,12 +36,11 @@ from juicebox_hsm.host.cluster.findings import (
 )
 from juicebox_hsm.host.cluster.view import ClusterView, GroupKey, GroupView, Member
 from juicebox_hsm.host.codes import Code, Severity, code_of
+from juicebox_hsm.host.outbox import Unpublished
 from juicebox_hsm.host.services import ServiceKind
 from juicebox_hsm.ids import GroupId, HsmId, OwnedRange, uncovered
 from juicebox_hsm.wire.rpc import StoreDamage
 
-OUTBOX_ROWS_WARN: Final = 100_000  # 1 % of the bound at which clients are refused (agent.md 11)
-OUTBOX_AGE_WARN_S: Final = 60.0
 TRANSFER_AGE_WARN_S: Final = 60.0  # operator-tools.md 2
 MEMBERS_ADVISED: Final = 3
 
@@ -152,7 +151,7 @@ def _agent_problems(view: ClusterView, now_ms: int) -> Iterator[Finding]:
         outbox = status.outbox
         if outbox is not None and outbox.warning:
             yield OfService(Code.OUTBOX, agent.url, outbox.warning)
-        elif outbox is not None and (outbox.backlog > OUTBOX_ROWS_WARN or outbox.oldest_s > OUTBOX_AGE_WARN_S):
+        elif outbox is not None and Unpublished(outbox.backlog, outbox.oldest_s).is_long:
             yield OutboxLate(agent.url, outbox.backlog, outbox.oldest_s)
         yield from _certificate(Certificate.AGENT, agent.url, moment_ms(status.certificate_end_ms), now_ms)
 

@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 import trio
 
+from juicebox_hsm.adapters.process.exit_codes import ExitCode
 from juicebox_hsm.client import Client, ClientError, HttpTransport, InvalidAuth
 from juicebox_hsm.ids import RealmId
 from roles.durations import DurationType
-from roles.tools.session import ExitCode, ToolFailure, end, run
+from roles.tools.session import ToolFailure, end, run
 from roles.tools.target import ENVIRONMENT, Target, target_from_client_json, target_from_flags
 
 if TYPE_CHECKING:

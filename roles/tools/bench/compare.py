@@ -9,7 +9,8 @@ from typing import Any, Final
 
 import click
 
-from roles.tools.session import ExitCode, ToolFailure, end
+from juicebox_hsm.adapters.process.exit_codes import ExitCode
+from roles.tools.session import ToolFailure, end
 
 TOLERANCE_PERCENT: Final = 10.0
 _RATE: Final = "per_second"

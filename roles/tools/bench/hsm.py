@@ -19,10 +19,11 @@ from typing import Final
 import click
 import trio
 
+from juicebox_hsm.adapters.process.exit_codes import ExitCode
 from juicebox_hsm.errors import LocalError
 from roles.tools.bench.client import Load, Result, print_results, run_plan
 from roles.tools.demo.layout import DemoOptions
-from roles.tools.session import ExitCode, ToolFailure, end, run
+from roles.tools.session import ToolFailure, end, run
 from roles.tools.target import target_from_client_json
 
 CONNECTIONS: Final = 10

@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Final
 import click
 import trio
 
+from juicebox_hsm.adapters.process.exit_codes import ExitCode
 from roles.tools.chaos.plan import Action, Kind, Shape, make_plan
 from roles.tools.chaos.report import Report
-from roles.tools.session import ExitCode, ToolFailure, end, run
+from roles.tools.session import ToolFailure, end, run
+from roles.tools.target import TOKEN_LIFETIME_S
 
 if TYPE_CHECKING:
     from juicebox_hsm.client import HttpTransport
@@ -36,7 +38,6 @@ HEALED_S: Final = 60.0
 TOKEN_AGE_S: Final = 3600
 """How long ago users' tokens were issued: a balancer whose clock jumps back must not find them too new."""
 
-TOKEN_LIFETIME_S: Final = 86_400
 EXIT_INTERNAL: Final = 70
 
 

@@ -28,12 +28,13 @@ from juicebox_hsm.adapters.observation import build_info
 from juicebox_hsm.adapters.observation.dogstatsd import agent_address, drain, send_once, service_check
 from juicebox_hsm.adapters.observation.metrics import Metrics
 from juicebox_hsm.adapters.observation.tracing import Traces, open_traces
+from juicebox_hsm.adapters.process.exit_codes import ExitCode
 from juicebox_hsm.client import PinHashingMode
 from juicebox_hsm.tenant_keys import is_test_tenant
 from roles.cloud_options import SecretsOptions, optional_secrets_options
 from roles.durations import DurationType
 from roles.tools.check.run import PER_S, Certificates, Checker, Report, Settings
-from roles.tools.session import ExitCode, ToolFailure, end, run
+from roles.tools.session import ToolFailure, end, run
 from roles.tools.target import ENVIRONMENT, Target, target_from_client_json, target_with_key
 from roles.tools.tenant_key import latest_key
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from juicebox_hsm.adapters.process.exit_codes import ExitCode
 from juicebox_hsm.host.services import ServiceKind
 from juicebox_hsm.wire.rpc import PeerRole
 from roles.durations import format_duration
@@ -16,7 +17,6 @@ from roles.tools.output import print_json, print_table
 from roles.tools.recording import recorded
 from roles.tools.session import (
     Connection,
-    ExitCode,
     ToolFailure,
     load_cluster_tls,
     run,

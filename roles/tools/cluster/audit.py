@@ -9,10 +9,11 @@ from typing import Any, Final
 
 import click
 
+from juicebox_hsm.adapters.process.exit_codes import ExitCode
 from juicebox_hsm.host.audit import AuditEntry, Change, Result, changes
 from roles.durations import parse_duration
 from roles.tools.output import print_json, show_text
-from roles.tools.session import Connection, ExitCode, ToolFailure, run, with_connection
+from roles.tools.session import Connection, ToolFailure, run, with_connection
 from roles.words import moment
 
 ENTRIES_MAX: Final = 20_000

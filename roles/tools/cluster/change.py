@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from juicebox_hsm.adapters.process.exit_codes import ExitCode
 from juicebox_hsm.host.cluster.planning import Owner, plan
 from juicebox_hsm.host.cluster.ranges import show_range
 from juicebox_hsm.host.cluster.verdict import moving_of
@@ -30,7 +31,6 @@ from roles.tools.session import (
     STATUS_TIMEOUT_S,
     TRANSFER_TIMEOUT_S,
     Connection,
-    ExitCode,
     Session,
     ToolFailure,
     call_manager,

@@ -9,8 +9,10 @@ from typing import Any, Final
 
 import click
 
+from juicebox_hsm.adapters.process.exit_codes import ExitCode
 from juicebox_hsm.errors import RealmError
 from juicebox_hsm.host.addresses import parse_url
+from juicebox_hsm.host.admission import REQUESTS_PER_OPERATION
 from juicebox_hsm.host.cluster.view import ClusterView
 from juicebox_hsm.host.services import ServiceKind, TenantLimits
 from juicebox_hsm.ids import RealmId, parse_id
@@ -25,14 +27,12 @@ from roles.tools.output import print_json, print_table
 from roles.tools.session import (
     STATUS_TIMEOUT_S,
     Connection,
-    ExitCode,
     Session,
     ToolFailure,
     run,
     with_connection,
 )
 
-REQUESTS_PER_OPERATION: Final = 3
 PIN_HASHING_MODES: Final = ("Standard2019", "FastInsecure")
 TOKEN_LIFETIME_S: Final = 600
 NO_LIMIT: Final = "tenant {} has no limit of its own; the agents' default applies"

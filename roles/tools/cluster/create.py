@@ -7,6 +7,7 @@ from typing import Final
 
 import trio
 
+from juicebox_hsm.adapters.process.exit_codes import ExitCode
 from juicebox_hsm.consensus.types import GROUP_MEMBERS_MAX, GROUPS_PER_HSM_MAX
 from juicebox_hsm.errors import RealmError
 from juicebox_hsm.host.cluster.view import ClusterView, HsmView
@@ -17,7 +18,6 @@ from roles.survey.overview import ask_agents
 from roles.tools.session import (
     COMMAND_TIMEOUT_S,
     STATUS_TIMEOUT_S,
-    ExitCode,
     Session,
     ToolFailure,
     refusal_text,

@@ -8,6 +8,7 @@ from typing import Final
 
 import click
 
+from juicebox_hsm.adapters.process.exit_codes import ExitCode
 from juicebox_hsm.host.cluster.appointment import resolve
 from juicebox_hsm.host.cluster.balance import loads, next_move
 from juicebox_hsm.host.cluster.settings import DRAIN_PREFIX, PAUSED, drain_setting, drained_hsms
@@ -22,7 +23,6 @@ from roles.tools.recording import user_and_host
 from roles.tools.session import (
     COMMAND_TIMEOUT_S,
     Connection,
-    ExitCode,
     Session,
     ToolFailure,
     call_manager,

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import click
 import trio
 
+from juicebox_hsm.adapters.process.exit_codes import ExitCode
 from juicebox_hsm.consensus.types import GROUP_MEMBERS_MAX, GROUPS_PER_HSM_MAX
 from juicebox_hsm.host.cluster.layout import (
     PROGRAM,
@@ -36,7 +37,6 @@ from roles.tools.output import print_json
 from roles.tools.session import (
     COMMAND_TIMEOUT_S,
     Connection,
-    ExitCode,
     Session,
     ToolFailure,
     call_manager,

@@ -10,6 +10,7 @@ from typing import Final
 import click
 import trio
 
+from juicebox_hsm.adapters.process.exit_codes import ExitCode
 from juicebox_hsm.host.cluster.leases import LEASE_MS, ownership_lease
 from juicebox_hsm.host.cluster.ranges import show_range
 from juicebox_hsm.host.cluster.replacement import Join, Make, Move, ReplacementStep, Retire, next_step, pending_towards
@@ -23,7 +24,7 @@ from roles.tools.cluster.create import join_realm, new_group
 from roles.tools.cluster.leaders import manager_option
 from roles.tools.cluster.show import with_session
 from roles.tools.ids import resolve_id
-from roles.tools.session import Connection, ExitCode, Session, ToolFailure, refused, with_connection
+from roles.tools.session import Connection, Session, ToolFailure, refused, with_connection
 
 RETIRE_TIMEOUT_S: Final = 65.0  # the agent waits up to 60 s for the commit
 RETIRE_S: Final = 180.0

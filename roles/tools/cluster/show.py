@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import click
 
+from juicebox_hsm.adapters.process.exit_codes import ExitCode
 from juicebox_hsm.host.cluster.ranges import show_record_id
 from juicebox_hsm.host.cluster.view import ClusterView, GroupView
 from roles.survey.overview import read_overview
@@ -20,7 +21,7 @@ from roles.tools.output import (
     print_table,
     range_json,
 )
-from roles.tools.session import Connection, ExitCode, Session, end, open_session, run, with_connection
+from roles.tools.session import Connection, Session, end, open_session, run, with_connection
 
 T = TypeVar("T")
 

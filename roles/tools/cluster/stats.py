@@ -11,13 +11,14 @@ from typing import Any, Final, TypeVar
 
 import click
 
+from juicebox_hsm.adapters.process.exit_codes import ExitCode
 from juicebox_hsm.ids import RealmId
 from juicebox_hsm.ports.store import Store
 from juicebox_hsm.ports.table_stats import TableStats
 from roles.lazy import LazyCommand, LazyGroup
 from roles.tools.ids import resolve_id
 from roles.tools.output import print_json, print_table
-from roles.tools.session import Connection, ExitCode, ToolFailure, run, with_connection
+from roles.tools.session import Connection, ToolFailure, run, with_connection
 
 T = TypeVar("T")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 import trio
 
+from juicebox_hsm.adapters.process.exit_codes import ExitCode
 from juicebox_hsm.adapters.tls.certificate_end import to_unix_ms
 from juicebox_hsm.host.cluster.verdict import Evidence, judge
 from roles.survey.document import verdict_json
@@ -12,7 +13,7 @@ from roles.survey.evidence import gather
 from roles.survey.overview import clock_of
 from roles.tools.cluster.show import with_session
 from roles.tools.output import print_json
-from roles.tools.session import Connection, ExitCode, Session, end, with_connection
+from roles.tools.session import Connection, Session, end, with_connection
 from roles.words import counted, sentence
 
 

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import click
 
-from juicebox_hsm.adapters.process.supervision import ExitCode
+from juicebox_hsm.adapters.process.exit_codes import ExitCode
 from roles.commands import ROLES
 from roles.lazy import LazyCommand, LazyGroup
 from roles.tools.config.parse import parse_role

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Final, TypeVar
 import click
 import trio
 
+from juicebox_hsm.adapters.process.exit_codes import ExitCode
 from juicebox_hsm.errors import LocalError
-from roles.tools.session import ExitCode, ToolFailure, run
+from roles.tools.session import ToolFailure, run
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable

@@ -16,10 +16,10 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Final
 
+from juicebox_hsm.adapters.bigtable.backend import EMULATOR_VARIABLE
 from juicebox_hsm.errors import LocalError
 
 PROGRAM: Final = "cbtemulator"
-EMULATOR_VARIABLE: Final = "BIGTABLE_EMULATOR_HOST"
 START_S: Final = 10.0
 STOP_S: Final = 3.0
 HOW_TO_GET: Final = (

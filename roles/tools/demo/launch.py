@@ -17,6 +17,7 @@ from typing import Any, Final
 import trio
 
 from juicebox_hsm.adapters.process.directory_lock import own_directory
+from juicebox_hsm.adapters.process.exit_codes import ExitCode
 from juicebox_hsm.adapters.rpc import RpcPool
 from juicebox_hsm.adapters.stores.opening import open_store
 from juicebox_hsm.adapters.tls.cluster_tls import ClusterTls
@@ -56,13 +57,13 @@ from roles.tools.demo.layout import (
 )
 from roles.tools.demo.processes import OrphanGuard, RunningService, describe_exit, stop_all, watch
 from roles.tools.demo.pubsub import demo_bus
-from roles.tools.session import COMMAND_TIMEOUT_S, ExitCode, Session, ToolFailure, call_manager, first_leaf
+from roles.tools.session import COMMAND_TIMEOUT_S, Session, ToolFailure, call_manager, first_leaf
+from roles.tools.target import TOKEN_LIFETIME_S
 
 READY_S: Final = 60.0
 POLL_S: Final = 0.03
 STATUS_S: Final = 2.0
 HANDSHAKE_S: Final = 3.0
-TOKEN_LIFETIME_S: Final = 86_400
 DEMO_USER: Final = "demo"
 MOVES_MAX: Final = 64
 _HEADERS: Final = (("x-juicebox-version", "0.3.7"),)

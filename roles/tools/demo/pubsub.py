@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from juicebox_hsm.adapters.pubsub.bus import EMULATOR_VARIABLE
 from juicebox_hsm.errors import LocalError
 from roles.tools.demo.emulator import SDK_ROOTS
 
-EMULATOR_VARIABLE: Final = "PUBSUB_EMULATOR_HOST"
 PROJECT: Final = "demo"
 START_S: Final = 30.0
 STOP_S: Final = 3.0

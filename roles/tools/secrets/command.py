@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from juicebox_hsm.adapters.process.exit_codes import ExitCode
 from juicebox_hsm.crypto.redacted import Secret
 from juicebox_hsm.tenant_keys import (
     RECORD_ID_KEY_BYTES,
@@ -33,7 +34,7 @@ from roles.tools.secrets.document import (
     print_option,
 )
 from roles.tools.secrets_file import findings
-from roles.tools.session import ExitCode, ToolFailure, end
+from roles.tools.session import ToolFailure, end
 
 _TENANTS = "roles.tools.secrets.tenants"
 

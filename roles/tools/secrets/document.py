@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import click
 
+from juicebox_hsm.adapters.process.exit_codes import ExitCode
 from juicebox_hsm.errors import RealmError
 from juicebox_hsm.tenant_keys import (
     RECORD_ID_KEY_NAME,
@@ -22,7 +23,7 @@ from juicebox_hsm.tenant_keys import (
     is_tenant_name,
     parse_file,
 )
-from roles.tools.session import ExitCode, ToolFailure
+from roles.tools.session import ToolFailure
 
 FILE_MODE: Final = 0o600
 PIPE: Final = "give --file FILE, or pipe the payload into the command that stores it"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from juicebox_hsm.adapters.process.exit_codes import ExitCode
 from juicebox_hsm.tenant_keys import VERSION_MAX, parse_file, tenant_secret_name
 from roles.tools.secrets.document import (
     Document,
@@ -20,7 +21,7 @@ from roles.tools.secrets.document import (
     read_document,
 )
 from roles.tools.secrets.public_keys import FILE_BYTES_MAX, ImportedKey, UnusableKey, read_public_keys
-from roles.tools.session import ExitCode, ToolFailure
+from roles.tools.session import ToolFailure
 from roles.words import counted
 
 

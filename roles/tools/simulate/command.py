@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from juicebox_hsm.adapters.observation import build_info
-from roles.tools.session import ExitCode, end
+from juicebox_hsm.adapters.process.exit_codes import ExitCode
+from roles.tools.session import end
 from roles.tools.simulate.profiles import PROFILES
 
 if TYPE_CHECKING:

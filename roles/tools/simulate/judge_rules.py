@@ -11,10 +11,9 @@ from juicebox_hsm.crypto.sealing import open_sealed
 from juicebox_hsm.hsm.records import NOT_REGISTERED, Record, decode_record
 from juicebox_hsm.ids import RecordId
 from juicebox_hsm.merkle.kernel import delta_rows
-from juicebox_hsm.merkle.nodes import KEY_BITS
+from juicebox_hsm.merkle.nodes import HASH_BYTES, KEY_BITS
 from juicebox_hsm.merkle.walk import PathWalk, row_prefix
 
-HASH_BYTES: Final = 32
 LEAF_HEADER_BYTES: Final = 4
 """Version, kind and length in front of a leaf's value (merkle.md 3.1)."""
 LEAF_ROW_BYTES: Final = 70

@@ -21,9 +21,9 @@ from juicebox_hsm.host.log import AppendOutcome, Intent
 from juicebox_hsm.host.services import Lease, ServiceKind, TenantLimits
 from juicebox_hsm.ids import GroupId, RealmId, RecordId
 from juicebox_hsm.merkle.kernel import delta_rows
+from juicebox_hsm.merkle.nodes import HASH_BYTES
 from juicebox_hsm.ports.errors import StoreInvalid
 
-HASH_BYTES: Final = 32
 PAST_KEPT_S: Final = 10.0
 """How old a stale read can be at most."""
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from juicebox_hsm.errors import LocalError, check
+from juicebox_hsm.host.clocks import DAY_MS
 from juicebox_hsm.host.events import (
     EVENT_KEPT_MS,
     AccountingEvent,
@@ -20,7 +21,6 @@ from juicebox_hsm.ports.errors import StoreAmbiguous, StoreUnavailable
 from roles.tools.simulate.store_data import GroupLog, RealmData, TenantRows
 from roles.tools.simulate.store_gate import SETTLED_LATE_S, Gate
 
-DAY_MS: Final = 86_400_000
 NO_GROUP: Final = GroupLog()
 NO_TENANT: Final = TenantRows()
 

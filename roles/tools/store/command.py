@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from juicebox_hsm.adapters.process.exit_codes import ExitCode
 from juicebox_hsm.errors import DecodingError, LocalError, RealmError
 from juicebox_hsm.ids import HsmId, RealmId, parse_id
 from juicebox_hsm.ports.errors import StoreInvalid
@@ -18,7 +19,6 @@ from roles.durations import DurationType
 from roles.tools.recording import recorder_of, user_and_host
 from roles.tools.session import (
     Connection,
-    ExitCode,
     Session,
     ToolFailure,
     end,

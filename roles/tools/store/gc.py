@@ -11,13 +11,12 @@ import apsw
 import trio
 
 from juicebox_hsm.adapters.process.threads import in_thread
-from juicebox_hsm.adapters.sqlite.accounting import DAY_MS
 from juicebox_hsm.adapters.sqlite.gc import SLICE_ROWS, START, clean_users, removal_ms
 from juicebox_hsm.adapters.sqlite.reads import fetch_one
 from juicebox_hsm.adapters.sqlite.snapshot import open_snapshot
 from juicebox_hsm.adapters.sqlite.writer import FileLock
 from juicebox_hsm.adapters.stores.opening import open_store
-from juicebox_hsm.host.clocks import past_ms
+from juicebox_hsm.host.clocks import DAY_MS, past_ms
 from juicebox_hsm.host.dispatch import kept_name
 from juicebox_hsm.host.events import EVENT_KEPT_MS
 

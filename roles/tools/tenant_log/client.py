@@ -14,9 +14,10 @@ from typing import Any, Final
 
 import click
 
+from juicebox_hsm.adapters.process.exit_codes import ExitCode
 from juicebox_hsm.host.addresses import parse_url
 from juicebox_hsm.tenant_keys import event_user_id
-from roles.tools.session import ExitCode, ToolFailure
+from roles.tools.session import ToolFailure
 
 DEFAULT_URL: Final = "http://localhost:8080"
 CALL_S: Final = 40.0  # the service waits up to 20 s for an event

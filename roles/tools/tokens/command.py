@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import click
 
+from juicebox_hsm.adapters.process.exit_codes import ExitCode
 from juicebox_hsm.crypto.redacted import Secret
 from juicebox_hsm.errors import DecodingError, RealmError
 from juicebox_hsm.ids import RealmId, parse_id
@@ -27,7 +28,7 @@ from juicebox_hsm.tokens import LIFETIME_S_MAX, RejectionReason, Scope, TokenKey
 from roles.durations import DurationType
 from roles.lazy import LazyCommand, LazyGroup
 from roles.tools.drawn_keys import ALGORITHMS, draw_keys
-from roles.tools.session import ExitCode, ToolFailure, end
+from roles.tools.session import ToolFailure, end
 
 ERROR_TEXTS: Final = {
     RejectionReason.TOO_LONG: "longer than a token may be",

@@ -7,8 +7,7 @@ from dataclasses import replace
 import msgspec
 import pytest
 
-from juicebox_hsm.host.certificates import DAY_MS
-from juicebox_hsm.host.clocks import Reading
+from juicebox_hsm.host.clocks import DAY_MS, Reading
 from juicebox_hsm.host.cluster.findings import OfService
 from juicebox_hsm.host.cluster.verdict import BalancerReport, Evidence, ManagerReport, judge
 from juicebox_hsm.host.cluster.view import AgentView, build_view

@@ -16,9 +16,11 @@ from juicebox_hsm.adapters.observation.metrics import Metrics
 from juicebox_hsm.errors import RealmError
 from juicebox_hsm.host.retry import RetryProfile
 from juicebox_hsm.ports.errors import StoreUnavailable
+from juicebox_hsm.ports.observation import Tag
 from juicebox_hsm.tenant_keys import RECORD_ID_KEY_NAME, SecretAlgorithm, SecretError
 from tests.fakes.secret_manager import SecretManager
 from tests.patience import HANGS_S
+from tests.sink import Sink
 
 ATTEMPTS = 3
 QUICK = RetryProfile(first_s=0.01, cap_s=0.02, attempts_max=ATTEMPTS, total_s=5.0)
@@ -29,7 +31,7 @@ def payload(data: str = "00ff" * 16, algorithm: str = "HmacSha256", encoding: st
     return json.dumps({"data": data, "encoding": encoding, "algorithm": algorithm})
 
 
-class Recorder:
+class Recorder(Sink):
     """Metrics and log."""
 
     def __init__(self) -> None:
@@ -37,11 +39,11 @@ class Recorder:
         self.gauges: dict[str, float] = {}
         self.warnings: list[str] = []
 
-    def count(self, name: str, n: int = 1, **tags: str) -> None:
+    def count(self, name: str, n: int = 1, **tags: Tag) -> None:
         """Count."""
         self.counts[name] += n
 
-    def gauge(self, name: str, value: float, **tags: str) -> None:
+    def gauge(self, name: str, value: float, **tags: Tag) -> None:
         """Remember."""
         self.gauges[name] = value
 

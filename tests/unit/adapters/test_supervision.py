@@ -16,8 +16,8 @@ import trio.testing
 from juicebox_hsm.adapters.hsm_directory.nvram import NvramFailed
 from juicebox_hsm.adapters.observation import logging
 from juicebox_hsm.adapters.process import supervision
+from juicebox_hsm.adapters.process.exit_codes import ExitCode
 from juicebox_hsm.adapters.process.supervision import (
-    ExitCode,
     StartPhase,
     exit_code_of,
     handle_signals,

@@ -23,6 +23,7 @@ from juicebox_hsm.adapters.edge.exchange import BodyTooLarge, Request, Response
 from juicebox_hsm.adapters.edge.limits import EdgeLimits
 from juicebox_hsm.adapters.edge.server import Edge
 from juicebox_hsm.adapters.edge.tls import EdgeTls
+from tests.sink import Sink
 
 MemoryStream = trio.StapledStream[trio.testing.MemorySendStream, trio.testing.MemoryReceiveStream]
 HandlerFunction = Callable[[Request], Awaitable[Response]]
@@ -83,7 +84,7 @@ def make_identity(folder: Path, name: str = "edge", *, valid_days: tuple[int, in
 
 
 @dataclass
-class Recorder:
+class Recorder(Sink):
     """Counts metrics and keeps log lines."""
 
     counts: Counter[str] = field(default_factory=Counter)

@@ -16,7 +16,7 @@ import pytest
 import trio
 
 from juicebox_hsm.adapters.observation import logging
-from juicebox_hsm.adapters.process.supervision import ExitCode
+from juicebox_hsm.adapters.process.exit_codes import ExitCode
 from roles.lb import workers
 from tests.patience import HANGS_S
 

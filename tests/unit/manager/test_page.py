@@ -14,7 +14,7 @@ from quart_trio import QuartTrio
 
 from juicebox_hsm.adapters.observation.metrics import Metrics
 from juicebox_hsm.adapters.observation.probes import make_app
-from juicebox_hsm.host.certificates import DAY_MS
+from juicebox_hsm.host.clocks import DAY_MS
 from juicebox_hsm.host.cluster.progress import TransferProgress
 from juicebox_hsm.host.cluster.verdict import BalancerReport, Evidence, ManagerReport, judge
 from juicebox_hsm.host.cluster.view import AgentView, build_view

@@ -11,10 +11,11 @@ import apsw
 import pytest
 
 from juicebox_hsm.adapters.sqlite import gc, schema
-from juicebox_hsm.adapters.sqlite.accounting import DAY_MS, SqliteAccounting
+from juicebox_hsm.adapters.sqlite.accounting import SqliteAccounting
 from juicebox_hsm.adapters.sqlite.reads import fetch, fetch_one
 from juicebox_hsm.adapters.stores.opening import open_store
 from juicebox_hsm.errors import LocalError
+from juicebox_hsm.host.clocks import DAY_MS
 from juicebox_hsm.host.events import AccountingEvent
 from juicebox_hsm.ids import RealmId, RecordId
 from juicebox_hsm.merkle.walk import Lost

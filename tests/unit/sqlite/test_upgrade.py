@@ -7,8 +7,8 @@ from pathlib import Path
 import apsw
 
 from juicebox_hsm.adapters.sqlite import schema
-from juicebox_hsm.adapters.sqlite.accounting import DAY_MS
 from juicebox_hsm.adapters.stores.opening import open_store
+from juicebox_hsm.host.clocks import DAY_MS
 from juicebox_hsm.host.events import AccountingEvent
 from juicebox_hsm.ids import RecordId
 from tests.emulator.realm_data import REALM, append, batch, event

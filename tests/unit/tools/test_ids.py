@@ -6,11 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from juicebox_hsm.adapters.process.exit_codes import ExitCode
 from juicebox_hsm.host.cluster.ranges import show_range, show_record_id
 from juicebox_hsm.ids import OwnedRange
 from roles.durations import format_duration, parse_duration
 from roles.tools.ids import parse_record_id, resolve_id
-from roles.tools.session import ExitCode, ToolFailure
+from roles.tools.session import ToolFailure
 
 KNOWN = [bytes.fromhex("ab" * 16), bytes.fromhex("ac" + "00" * 15), bytes.fromhex("1f" * 16)]
 

@@ -9,6 +9,7 @@ import pytest
 import trio
 import trio.testing
 
+from juicebox_hsm.adapters.process.exit_codes import ExitCode
 from juicebox_hsm.adapters.rpc import RpcFailed
 from juicebox_hsm.host.cluster.view import AgentView, ClusterView, build_view
 from juicebox_hsm.host.services import ServiceKind
@@ -28,7 +29,7 @@ from juicebox_hsm.wire.rpc import (
 )
 from roles.tools.cluster.change import check_transfer
 from roles.tools.cluster.leaders import still_led
-from roles.tools.session import COMMAND_TIMEOUT_S, ExitCode, Session, ToolFailure, call_manager, refused
+from roles.tools.session import COMMAND_TIMEOUT_S, Session, ToolFailure, call_manager, refused
 from tests.host.cluster.agents import REALM, FakeAgent, FakeGroup, group, hsm, record, three
 from tests.unit.manager.fakes import FakeDiscovery
 

@@ -19,13 +19,13 @@ from click.testing import CliRunner, Result
 
 from juicebox_hsm.adapters.hsm_directory.hsm_host import InProcessHsm, generate_keys, init_hsm_dir, open_hsm_dir
 from juicebox_hsm.adapters.sqlite import schema
-from juicebox_hsm.adapters.sqlite.accounting import DAY_MS
 from juicebox_hsm.adapters.sqlite.backup import read_tails
 from juicebox_hsm.adapters.sqlite.check import check_file
 from juicebox_hsm.adapters.sqlite.digest import TRAILER_BYTES
 from juicebox_hsm.adapters.stores.check import SLICES, Checkpoint, LogTail
 from juicebox_hsm.adapters.stores.opening import open_store
 from juicebox_hsm.errors import LocalError
+from juicebox_hsm.host.clocks import DAY_MS
 from juicebox_hsm.host.cluster.view import AgentView
 from juicebox_hsm.host.dispatch import kept_name
 from juicebox_hsm.host.events import AccountingEvent

@@ -35,21 +35,12 @@ from roles.tenant_log.service import (
     TenantLogService,
     decode_ask,
 )
+from tests.sink import Sink
 
 NOW_S: Final = 1_700_000_000
 REALM: Final = RealmId(b"\x11" * 16)
 SECOND: Final = RealmId(b"\x12" * 16)
 KEY: Final = TenantSecret(Secret(b"k" * 32), SecretAlgorithm.HMAC_SHA256)
-
-
-class Log:
-    """Keeps nothing."""
-
-    def info(self, event: str, **fields: object) -> None:
-        """Drop."""
-
-    def warning(self, event: str, **fields: object) -> None:
-        """Drop."""
 
 
 class Bus:
@@ -98,7 +89,7 @@ class Caller:
             lambda tenant, version: TokenKey(KEY) if (tenant, version) in {("acme", 1), ("other", 1)} else None,
             now_s=lambda: float(NOW_S),
             metrics=self.metrics,
-            log=Log(),
+            log=Sink(),
         )
         self.client: Any = self.service.make_app().test_client()
 
