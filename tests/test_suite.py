@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,3 +61,14 @@ def test_every_program_is_checked() -> None:
     programs = [f"scripts/{path.name}" for path in found]
     assert settings["ruff"]["extend-include"] == programs
     assert [path for path in settings["mypy"]["files"] if path.startswith("scripts/")] == programs
+
+
+def test_every_drill_is_run_before_a_release() -> None:
+    """A drill nobody starts shows nothing: `scripts/release-checks` runs each, and CONTRIBUTING.md names each."""
+    root = Path(__file__).parent.parent
+    modules = (root / "tests" / "client").glob("*.py")
+    drills = {path.stem for path in modules if '__name__ == "__main__"' in path.read_text()} - {"scenarios"}
+    started = set(re.findall(r'drill\("(\w+)"', (root / "scripts" / "release-checks").read_text()))
+    (row,) = (line for line in (root / "CONTRIBUTING.md").read_text().splitlines() if "python -m tests.client" in line)
+    assert started == drills, "`scenarios` is run by the suite"
+    assert set(re.findall(r"`(\w+)`", row)) == drills
