@@ -56,6 +56,34 @@ def waiting(cursors: Iterable[TenantCursor]) -> list[TenantCursor]:
     return [cursor for cursor in cursors if cursor.published < cursor.tail]
 
 
+class Stuck:
+    """Tenants whose events the bus would not take. Each is told of until its events have moved, whoever moved them.
+
+    A publication may take longer than the lease, so another agent is likely to have it by the time it has failed: that
+    we do nothing then does not mean that all is well.
+    """
+
+    def __init__(self) -> None:
+        self._published: dict[tuple[RealmId, str], int] = {}
+
+    def failed(self, realm: RealmId, cursor: TenantCursor) -> None:
+        """Note that the bus took nothing behind this cursor."""
+        self._published[realm, cursor.tenant] = cursor.published
+
+    def look(self, realm: RealmId, cursors: Iterable[TenantCursor]) -> None:
+        """Forget the tenants of a realm whose events have moved, or all did."""
+        still = {(realm, cursor.tenant): cursor.published for cursor in waiting(cursors)}
+        self._published = {
+            key: published
+            for key, published in self._published.items()
+            if key[0] != realm or still.get(key) == published
+        }
+
+    def __bool__(self) -> bool:
+        """Tell whether there are any."""
+        return bool(self._published)
+
+
 @dataclass(frozen=True, slots=True)
 class DayRun:
     """Rows of one tenant and one UTC day (`YYYYMMDD`), over which the cursor moves at once, up to `through`."""

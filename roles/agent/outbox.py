@@ -22,6 +22,7 @@ from juicebox_hsm.host.dispatch import (
     BusTrouble,
     Due,
     Late,
+    Stuck,
     Tenure,
     day_runs,
     graver,
@@ -132,6 +133,7 @@ class Dispatcher:
     def __init__(self, agent: Agent) -> None:
         self._agent = agent
         self._tenure = Tenure()
+        self._stuck = Stuck()
         self._standing = StandingLeases()
         self._kept_ms = agent.config.event_kept_ms
         self._noted: set[RealmId] = set()
@@ -153,7 +155,8 @@ class Dispatcher:
                 except RealmError as error:
                     agent.note_trouble(Code.EVENTS_NOT_DISPATCHED, error)
                 else:
-                    self._note_bus("")
+                    if not self._stuck:
+                        self._note_bus("")
                     agent.clear_trouble(Code.EVENTS_NOT_DISPATCHED)
             await trio.sleep(timings.dispatch_s if moved else timings.dispatch_idle_s)
 
@@ -173,11 +176,15 @@ class Dispatcher:
         agent = self._agent
         moved = 0
         trouble: RealmError | None = None
-        for cursor in waiting(await agent.store.outbox.cursors(realm)):
+        cursors = await agent.store.outbox.cursors(realm)
+        self._stuck.look(realm, cursors)
+        for cursor in waiting(cursors):
             try:
                 moved += await self._dispatch_tenant(realm, cursor)
             except RealmError as error:
                 trouble = graver(trouble, error)
+                if isinstance(error, BusTrouble):
+                    self._stuck.failed(realm, cursor)
         if moved:
             await self._note_kept(realm)
             await agent.store.outbox.remove_published(

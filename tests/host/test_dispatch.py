@@ -15,6 +15,7 @@ from juicebox_hsm.host.dispatch import (
     BusTrouble,
     Due,
     Late,
+    Stuck,
     Tenure,
     day_runs,
     graver,
@@ -25,7 +26,7 @@ from juicebox_hsm.host.dispatch import (
 )
 from juicebox_hsm.host.events import AccountingEvent, EventKind, NewEvent, OutboxEvent, TenantCursor
 from juicebox_hsm.host.services import Lease
-from juicebox_hsm.ids import GroupId, RecordId
+from juicebox_hsm.ids import GroupId, RealmId, RecordId
 
 DAY_MS = 86_400_000
 KEPT_MS = 7 * DAY_MS
@@ -70,6 +71,22 @@ def test_trouble_with_the_store_is_told_before_the_buss() -> None:
     assert graver(store, later_store) is later_store
     assert graver(graver(None, bus), later_bus) is bus, "of one kind the first with the bus stands"
     assert waiting([TenantCursor("a", 3, 3), TenantCursor("b", 2, 3)]) == [TenantCursor("b", 2, 3)]
+
+
+def test_a_tenant_is_stuck_until_its_events_move() -> None:
+    """Whoever moves them; that somebody else tries, or nothing is done, ends nothing. Realms do not mix."""
+    one, other = RealmId(b"r" * 16), RealmId(b"s" * 16)
+    stuck = Stuck()
+    assert not stuck
+    stuck.failed(one, TenantCursor("a", 2, 3))
+    stuck.look(other, [])
+    stuck.look(one, [TenantCursor("a", 2, 9), TenantCursor("b", 1, 1)])
+    assert stuck, "more waits, and nothing has moved"
+    stuck.look(one, [TenantCursor("a", 3, 9)])
+    assert not stuck
+    stuck.failed(one, TenantCursor("a", 3, 9))
+    stuck.look(one, [TenantCursor("a", 9, 9)])
+    assert not stuck
 
 
 def test_late_events_keep_readers_their_time() -> None:

@@ -140,7 +140,17 @@ class BrokenBus(EmbeddedBus):
             raise StoreUnavailable("pubsub Publish: UNAVAILABLE")
 
 
-async def test_a_bus_that_is_down_is_a_warning(store: Store) -> None:
+_looks: list[RealmId] = []
+
+
+async def _is_not_ours(_dispatcher: Dispatcher, realm: RealmId) -> bool:
+    """Find the lease with another agent."""
+    await trio.lowlevel.checkpoint()
+    _looks.append(realm)
+    return False
+
+
+async def test_a_bus_that_is_down_is_a_warning(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """While the bus fails rows wait and readiness warns, other tenants go on; afterwards all is published."""
     bus = BrokenBus(cast("Any", None))
     agent = SimpleNamespace(
@@ -171,6 +181,12 @@ async def test_a_bus_that_is_down_is_a_warning(store: Store) -> None:
                 await trio.sleep(0.001)
             assert agent.bus_trouble == (Trouble(Code.BUS, "pubsub Publish: UNAVAILABLE"),)
             assert agent.metrics.counter("pubsub.publish_msg.exhausted_errors").value > 0
+            with monkeypatch.context() as another:
+                another.setattr(Dispatcher, "_hold_lease", _is_not_ours)
+                rounds = len(_looks)
+                while len(_looks) < rounds + 5:  # noqa: ASYNC110 - same
+                    await trio.sleep(0.001)
+                assert agent.bus_trouble, "who has lost the lease knows no better"
             bus.down = False
             assert await published({"a": 1, "b": 1})
             while agent.bus_trouble:  # noqa: ASYNC110 - same
