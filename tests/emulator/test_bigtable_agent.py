@@ -45,7 +45,7 @@ async def test_an_intent_that_no_row_can_carry_blocks_nothing(
         group = await sim.new_realm(1)
         agent = sim.agents[0]
         with monkeypatch.context() as earlier:  # it asked the HSM first and looked at the tenant afterwards
-            earlier.setattr("roles.agent.app.is_tenant_name", lambda _name: True)
+            earlier.setattr("roles.agent.app.is_well_formed", lambda _request: True)
             await agent.call("app", msgspec.structs.replace(sim.register1(group, "alice"), tenant=""))
         last = await sim.store.log.read_last(sim.realm, group)
         assert last is not None

@@ -453,7 +453,7 @@ async def test_an_earlier_leaders_intent_without_a_row_is_set_aside(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An intent that nothing can record (from a version that asked the HSM first) is told and blocks no compaction."""
-    monkeypatch.setattr("roles.agent.app.is_tenant_name", lambda _name: True)
+    monkeypatch.setattr("roles.agent.app.is_well_formed", lambda _request: True)
     async with simulation(tmp_path) as sim:
         group = await sim.new_realm(1)
         agent = sim.agents[0]
