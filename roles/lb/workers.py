@@ -1,12 +1,10 @@
 """`--workers N`: a parent that runs N copies of this program, which share the port (load-balancer.md 1).
 
 The parent serves nothing. To its workers it is what systemd is to a lone balancer: each has a notify socket of the
-parent's, says there when it is ready, has reloaded and is alive, and is started again when it dies or falls silent. To
-the supervisor the parent speaks for all: ready when every worker is, reloaded when every worker has, alive while one
-is. A worker reads its files when it starts, so a HUP that finds it starting is passed on once it is ready; before that
-it has no handler, and the signal would end it. Each copy finds its place in an environment variable. Copies are made
-by exec, never by fork alone: a forked event loop is a broken one. A worker is told who its parent is: one that asked
-the system after its parent had died would take whoever adopted it for the parent, and live for ever.
+parent's, says there when it is ready, has reloaded and is alive, and is started again when it dies or falls silent, as
+`juicebox_hsm.host.workers` judges. Each copy finds its place in an environment variable. Copies are made by exec, never
+by fork alone: a forked event loop is a broken one. A worker is told who its parent is: one that asked the system after
+its parent had died would take whoever adopted it for the parent, and live for ever.
 """
 
 from __future__ import annotations
@@ -33,19 +31,11 @@ from juicebox_hsm.adapters.process.supervision import (
     watchdog_interval_s,
 )
 from juicebox_hsm.adapters.process.threads import NoThread, thread_needed
+from juicebox_hsm.host.workers import SILENCE_S_MIN, Crew, Worker
 from roles.options import WORKER_VARIABLE
 
 RESTART_S: Final = 1.0
 """Pause before a worker that died is started again."""
-
-START_S: Final = 90.0
-"""Longest start of a worker, as in our unit template; it waits for the store with a deadline of its own."""
-
-SILENCE_S_MIN: Final = 5.0
-"""Shortest silence for which a worker is killed (own): a busy machine is no reason."""
-
-RELOAD_S: Final = 30.0
-"""Longest time until the supervisor is told that a reload is over (own); it takes a worker milliseconds."""
 
 LOOK_S: Final = 1.0
 DATAGRAM_BYTES: Final = 4096
@@ -84,28 +74,19 @@ async def run_workers(count: int, patience_s: float) -> int:
     return await _Parent(count, patience_s).run()
 
 
-class _Worker:
-    """One worker: its process, and what it said. `heard_at` is when it started or spoke last, on Trio's clock."""
+class _Process:
+    """A worker's process, if it runs, and the socket on which it speaks."""
 
-    def __init__(self, number: int) -> None:
-        self.number = number
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+        self.number = number = worker.number
         self.process: trio.Process | None = None
-        self.heard_at = 0.0
-        self.is_ready = False
-        self.is_reloading = False
-        self.must_reload = False
-        self.is_given_up = False
         # Abstract, so nothing is left in the file system.
         name = f"juicebox-hsm-lb-{os.getpid()}-{number}-{secrets.token_hex(8)}"
         endpoint = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         endpoint.bind(f"\0{name}")
         self.socket = trio.socket.from_stdlib_socket(endpoint)
         self.address = f"@{name}"
-
-    @property
-    def is_settled(self) -> bool:
-        """Tell whether it is ready with what its files hold now, or never will be."""
-        return self.is_given_up or (self.is_ready and not self.is_reloading and not self.must_reload)
 
     async def start(self) -> trio.Process:
         """Start the process. Raises `OSError` and `NoThread` when the system has no room for it."""
@@ -115,36 +96,29 @@ class _Worker:
         environment[WORKER_VARIABLE] = f"{self.number}:{os.getpid()}"
         with thread_needed():
             self.process = await trio.lowlevel.open_process(worker_command(), env=environment, stdin=subprocess.DEVNULL)
-        self.heard_at = trio.current_time()
+        self.worker.started(trio.current_time())
         return self.process
 
     def ended(self) -> None:
-        """Forget the process; the next one reads its files anew."""
+        """Forget the process."""
         self.process = None
-        self.is_ready = self.is_reloading = self.must_reload = False
+        self.worker.ended()
 
     def reload_if_due(self) -> None:
-        """Pass a HUP on, one at a time and only to a process that has a handler for it."""
-        if self.process is not None and self.must_reload and self.is_ready and not self.is_reloading:
-            self.must_reload, self.is_reloading = False, True
+        """Pass a HUP on when its time has come."""
+        if self.process is not None and self.worker.takes_reload():
             self.process.send_signal(signal.SIGHUP)
-
-    def is_alive(self, now: float, silence_s: float) -> bool:
-        """Tell whether it starts in time, or speaks at least every `silence_s`."""
-        return self.process is not None and now - self.heard_at <= (silence_s if self.is_ready else START_S)
 
 
 class _Parent:
-    """The workers, and what the supervisor was told of them."""
+    """Runs the workers' processes as `host.workers` judges, and tells the supervisor of them."""
 
     def __init__(self, count: int, patience_s: float) -> None:
-        self._workers = [_Worker(number) for number in range(count)]
+        self._crew = Crew(count)
+        self._workers = [_Process(worker) for worker in self._crew.workers]
         self._patience_s = patience_s
         self._stopping = trio.Event()
         self._codes: list[int] = []
-        self._has_been_ready = False
-        self._owes_ready = True
-        self._reload_until = 0.0
 
     async def run(self) -> int:
         """Run until every worker has ended for good."""
@@ -165,7 +139,7 @@ class _Parent:
                     worker.process.kill()  # a parent that fails leaves nobody behind
         return max(self._codes, default=int(ExitCode.OK))
 
-    async def _keep(self, worker: _Worker) -> None:
+    async def _keep(self, worker: _Process) -> None:
         """Run one worker, again and again unless it says that this is pointless."""
         while not self._stopping.is_set():
             try:
@@ -187,9 +161,9 @@ class _Parent:
             with trio.move_on_after(RESTART_S):
                 await self._stopping.wait()
 
-    def _give_up(self, worker: _Worker, status: int) -> None:
-        worker.is_given_up = True
-        left = sum(not other.is_given_up for other in self._workers)
+    def _give_up(self, worker: _Process, status: int) -> None:
+        worker.worker.is_given_up = True
+        left = len(self._crew.kept)
         _log.error(
             "worker refuses its settings and is not started again", worker=worker.number, status=status, left=left
         )
@@ -197,21 +171,17 @@ class _Parent:
             self._codes.append(status)
         self._say_ready()
 
-    async def _listen(self, worker: _Worker) -> None:
+    async def _listen(self, worker: _Process) -> None:
         while True:
             lines = (await worker.socket.recv(DATAGRAM_BYTES)).split(b"\n")
-            worker.heard_at = trio.current_time()
-            if b"READY=1" in lines and worker.process is not None:
-                worker.is_ready, worker.is_reloading = True, False
+            if worker.worker.heard(trio.current_time(), says_ready=b"READY=1" in lines):
                 worker.reload_if_due()
                 self._say_ready()
 
     def _say_ready(self) -> None:
         """Tell the supervisor once everybody is settled, if it waits for that."""
-        running = sum(not worker.is_given_up for worker in self._workers)
-        if self._owes_ready and running and all(worker.is_settled for worker in self._workers):
-            self._owes_ready, self._has_been_ready = False, True
-            notify("READY=1", f"STATUS={running} workers")
+        if self._crew.is_ready_due():
+            notify("READY=1", f"STATUS={len(self._crew.kept)} workers")
 
     async def _take_signals(self, *, task_status: trio.TaskStatus[None]) -> None:
         with trio.open_signal_receiver(*STOP_SIGNALS, signal.SIGHUP, *_VERBOSITY) as signals:
@@ -224,7 +194,7 @@ class _Parent:
                 else:
                     _VERBOSITY[signal.Signals(number)]()
                     for worker in self._workers:
-                        if worker.process is not None and worker.is_ready:
+                        if worker.process is not None and worker.worker.is_ready:
                             worker.process.send_signal(number)
 
     def _stop(self) -> None:
@@ -236,12 +206,10 @@ class _Parent:
                 worker.process.terminate()
 
     def _reload(self) -> None:
-        self._owes_ready = True
-        self._reload_until = trio.current_time() + RELOAD_S
-        if self._has_been_ready:
+        self._crew.reload(trio.current_time())
+        if self._crew.has_been_ready:
             notify_reloading()
         for worker in self._workers:
-            worker.must_reload = worker.process is not None
             worker.reload_if_due()
 
     async def _end_in_time(self) -> None:
@@ -264,18 +232,16 @@ class _Parent:
 
     def _look(self, now: float, silence_s: float) -> bool:
         """Kill what hangs; tell whether any worker lives, be it between two processes of it."""
-        for worker in self._workers:
-            if worker.process is not None and not worker.is_alive(now, silence_s) and not self._stopping.is_set():
-                silent_s = round(now - worker.heard_at, 1)
-                _log.error("worker hangs, killing it", worker=worker.number, silent_s=silent_s)
-                worker.process.kill()
-        if self._has_been_ready and self._owes_ready and now > self._reload_until:
-            unsettled = [worker for worker in self._workers if not worker.is_settled]
+        for hanging in [] if self._stopping.is_set() else self._crew.hanging(now, silence_s):
+            _log.error("worker hangs, killing it", worker=hanging.number, silent_s=round(now - hanging.heard_s, 1))
+            process = self._workers[hanging.number].process
+            if process is not None:
+                process.kill()
+        unsettled = self._crew.overdue(now)
+        if unsettled is not None:
             _log.error("workers have not reloaded in time", workers=[worker.number for worker in unsettled])
-            self._owes_ready = False
             notify("READY=1")
-        kept = [worker for worker in self._workers if not worker.is_given_up]
-        return any(worker.process is None or worker.is_alive(now, silence_s) for worker in kept)
+        return self._crew.is_alive(now, silence_s)
 
 
 def _code_at_stop(status: int) -> int:

@@ -222,9 +222,10 @@ async def test_no_watchdog_for_workers_that_all_hang(stage: Stage, monkeypatch: 
     hanging = [_Hanging(), _Hanging()]
     for worker, process in zip(parent._workers, hanging, strict=True):
         monkeypatch.setattr(worker, "process", process)
-        worker.is_ready, worker.heard_at = True, 100.0
+        worker.worker.started(100.0)
+        worker.worker.heard(100.0, says_ready=True)
     assert parent._look(105.0, 5.0)
-    parent._workers[1].heard_at = 105.0
+    parent._workers[1].worker.heard(105.0, says_ready=False)
     assert parent._look(106.0, 5.0)
     assert [process.kills for process in hanging] == [1, 0]
     assert not parent._look(111.0, 5.0)
