@@ -44,13 +44,15 @@ def histograms(series: Iterable[tuple[Family, Tags, Histogram]], scale: float) -
     lines: list[str] = []
     for family, members in _by_name(seen):
         lines += _head(family)
+        name = family.series
         for tags, found in members:
-            running = 0
+            labels, running = _labels(tags), 0
+            bucket = f"{name}_bucket{labels[:-1]}," if labels else f"{name}_bucket{{"
             for bound, count in zip((*found.bounds, math.inf), found.counts, strict=True):
                 running += count
-                lines.append(f"{family.series}_bucket{_labels((*tags, ('le', number_text(bound))))} {running}")
-            lines.append(f"{family.series}_sum{_labels(tags)} {number_text(found.total * scale)}")
-            lines.append(f"{family.series}_count{_labels(tags)} {found.count}")
+                lines.append(f'{bucket}le="{number_text(bound)}"}} {running}')
+            lines.append(f"{name}_sum{labels} {number_text(found.total * scale)}")
+            lines.append(f"{name}_count{labels} {found.count}")
     return lines
 
 

@@ -8,6 +8,7 @@ carries a value, as that of a store operation does: then several are shown as on
 from __future__ import annotations
 
 import enum
+import functools
 import re
 from dataclasses import dataclass
 from typing import Final
@@ -69,6 +70,7 @@ class Family:
         return (*(name for name, _ in self.fixed), *self.tags)
 
 
+@functools.lru_cache(maxsize=1024)  # names are written in the code; a scrape asks for each many times
 def prometheus_name(name: str) -> str:
     """Return a name with `_` for what Prometheus does not allow."""
     return re.sub(r"[^a-zA-Z0-9_]", "_", name)
