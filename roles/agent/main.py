@@ -119,7 +119,7 @@ def command(
     pubsub: CloudOptions,
 ) -> None:
     """Run an agent: the process in front of one HSM, which runs inside it."""
-    configure(common.log_level, in_background=True)
+    configure(common.log_level, in_background=True, service=common.name)
     nodes = NodeTuning(merkle_cache_size, merkle_large_read_permits, merkle_large_read_limit)
     options = AgentOptions(common, hsm_dir, nodes, default_rate_limit, int(event_retention), pubsub)
     start(KIND, common.name, run_agent, options)

@@ -97,7 +97,7 @@ def command(
     trace_rate: float,
 ) -> None:
     """Run a load balancer: the HTTPS edge that authenticates clients and finds their record's leader."""
-    configure(common.log_level, in_background=True)
+    configure(common.log_level, in_background=True, service=common.name)
     if problem := shutdown_problem(shutdown_notice_period, shutdown_timeout):
         raise LocalError(problem)
     raise_file_limit()

@@ -63,7 +63,7 @@ REGISTER_RETRY_S: Final = 10.0
 )
 def command(common: CommonOptions, interval_s: float, rebalance_interval_s: float) -> None:
     """Run a cluster manager: it appoints leaders, spreads them evenly and moves key ranges."""
-    configure(common.log_level, in_background=True)
+    configure(common.log_level, in_background=True, service=common.name)
     start(KIND, common.name, _run, common, interval_s, rebalance_interval_s)
 
 

@@ -159,8 +159,9 @@ def configure(
     *,
     stream: TextIO | None = None,
     in_background: bool = False,
+    service: str = "",
 ) -> None:
-    """Set level and form of all loggers, those of libraries included.
+    """Set level and form of all loggers, those of libraries included; `service` is named in every line.
 
     `level`: a name, else LOGLEVEL, else info. `json`: None means JSON unless the output is a terminal. `stream`: None
     means stdout, whatever that is at the time of a line. `in_background`, for services: lines go to this process's
@@ -170,7 +171,7 @@ def configure(
     _output.stream = stream
     _output.writer = LineWriter(sys.__stdout__.fileno()) if in_background and sys.__stdout__ is not None else None
     is_terminal = bool(getattr(stream if stream is not None else sys.stdout, "isatty", lambda: False)())
-    _processors[:] = _chain(as_json=not is_terminal if json is None else json, colors=is_terminal)
+    _processors[:] = _chain(as_json=not is_terminal if json is None else json, colors=is_terminal, service=service)
     root = stdlib.getLogger()
     root.handlers[:] = [_Bridge()]
     atexit.unregister(flush)
@@ -307,12 +308,27 @@ def _plain(value: object, *, depth: int) -> Any:
 def _text(value: str) -> str:
     if len(value) > TEXT_CHARS_MAX:
         value = value[:TEXT_CHARS_MAX] + "..."
-    return value if value.isprintable() else value.encode("unicode_escape").decode("ascii")
+    if value.isprintable():
+        return value
+    if "\n" in value:  # in one line all the same: an escaped end of line reads like a mistake
+        value = "; ".join(part for line in value.splitlines() if (part := line.strip()))
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in value)
 
 
-def _chain(*, as_json: bool, colors: bool) -> list[Processor]:
+def _named(service: str) -> Processor:
+    """Return what adds a service's name: a collector puts the lines of many into one place."""
+
+    def add(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+        event["service"] = service
+        return event
+
+    return add
+
+
+def _chain(*, as_json: bool, colors: bool, service: str = "") -> list[Processor]:
     first: list[Processor] = [
         _limit,
+        *((_named(service),) if service else ()),
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=as_json),

@@ -271,6 +271,27 @@ def test_anything_can_be_logged(values: dict[str, object]) -> None:
     assert len(lines(output)) == 1
 
 
+def test_every_line_names_its_service(clock: Clock) -> None:
+    """With a name every line has it, those of libraries and those about lines too."""
+    output = io.StringIO()
+    logging.configure("info", json=True, stream=output, service="agent1")
+    LOG.info("one")
+    LOG.warning("two")
+    LOG.warning("two")
+    stdlib.getLogger("library").warning("three")
+    logging.report_suppressed(everything=True)
+    assert {line["service"] for line in lines(output)} == {"agent1"}
+    logging.configure("info", json=True, stream=output)
+
+
+def test_lines_of_a_text_become_one(clock: Clock) -> None:
+    """A text of several lines is one readable line; other control characters are escaped, letters stay."""
+    output = io.StringIO()
+    logging.configure("info", json=True, stream=output)
+    LOG.info("loads", text="first line\n  second: Zo\u00eb\n\n\x1b[31m")
+    assert lines(output)[0]["text"] == "first line; second: Zo\u00eb; \\x1b[31m"
+
+
 def test_tracebacks_show_places_only(clock: Clock) -> None:
     """An exception is logged with its places, never with local variables, on a terminal neither."""
     for as_json in (True, False):
