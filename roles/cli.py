@@ -17,7 +17,7 @@ from juicebox_hsm import __version__
 from juicebox_hsm.errors import LocalError, NotYet, RealmError
 from juicebox_hsm.host.addresses import is_text, shown
 from roles.commands import ROLES, TOOLS
-from roles.lazy import LazyGroup
+from roles.lazy import LazyGroup, did_you_mean
 from roles.options import ENVIRONMENT_PREFIX, BadSettings
 
 COLLECTOR_THRESHOLDS: Final = (10_000, 20, 50)
@@ -76,6 +76,13 @@ def _split_role(arguments: list[str]) -> tuple[str | None, list[str]]:
     return None, arguments
 
 
+def _one_sentence(error: click.UsageError) -> str:
+    """Return what click says of a mistake, its hints in our form: it has several, with and without brackets."""
+    if isinstance(error, click.NoSuchOption):
+        return error.message.rstrip(".") + did_you_mean(error.possibilities or ())
+    return error.format_message().rstrip(".")
+
+
 def _run(command: click.Command, arguments: list[str], name: str) -> NoReturn:
     """Run a command to its exit; what an operator did wrong is one line on stderr, whatever the command."""
     try:
@@ -86,9 +93,8 @@ def _run(command: click.Command, arguments: list[str], name: str) -> NoReturn:
     except BadSettings as error:
         _fail(error.format_message(), 78 if name != PROGRAM else 2)
     except click.UsageError as error:
-        message = error.format_message().rstrip(".")
         asked = name if error.ctx is None else error.ctx.command_path
-        _fail(f"{message}; see `{asked} --help`", 2)
+        _fail(f"{_one_sentence(error)}; see `{asked} --help`", 2)
     except click.ClickException as error:
         _fail(error.format_message(), error.exit_code)
     except click.Abort:
