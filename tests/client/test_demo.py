@@ -150,7 +150,7 @@ def test_shows_a_registration_and_stops(tmp_path: Path) -> None:
     assert "refused, 4 guesses left" in result.stdout
     processes = json.loads((tmp_path / "state" / "processes.json").read_text())
     assert {entry["role"] for entry in processes} == {"agent", "manager", "lb", "tenant-log"}
-    assert "juicebox-hsm tenant-log tail" in result.stdout
+    assert "in another terminal" not in result.stdout, "there is nothing left to look at"
     assert not any(_lives(entry["pid"]) for entry in processes)
 
 

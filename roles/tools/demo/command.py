@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -42,7 +43,7 @@ SIGNAL_STATUS: Final = 128
 @click.option(
     "--load-balancers", type=int, default=1, show_default=True, help="Load balancers, each serves all realms."
 )
-@click.option("--managers", type=int, default=1, show_default=True, help="Managers of the cluster.")
+@click.option("--managers", type=int, default=2, show_default=True, help="Managers of the cluster.")
 @click.option(
     "--store",
     type=click.Choice(["sqlite", "bigtable"]),
@@ -184,7 +185,6 @@ async def _show(cluster: Cluster, begun: float) -> None:
     """Register and recover with our own client, and say what happened."""
     from juicebox_hsm.client import Client, Configuration, HttpTransport, InvalidPin
     from roles.tools.demo.launch import DEMO_USER
-    from roles.tools.demo.layout import TENANT_LOG
 
     configuration = Configuration.from_json(cluster.configuration)
     tokens = {realm: cluster.token(realm, DEMO_USER) for realm in cluster.realms}
@@ -208,15 +208,40 @@ async def _show(cluster: Cluster, begun: float) -> None:
         if recovered != SECRET:
             raise ToolFailure("the recovered secret is not the one that was registered")
         click.echo(f"  the secret: {SECRET.decode()!r}; all guesses are available again")
-    click.echo(f"\nFirst recover {time.monotonic() - begun:.1f} s after the start. For clients and operators:")
-    click.echo(f"  {CLIENT_JSON_VARIABLE}={cluster.state.client_json}")
-    click.echo(f"  juicebox-hsm cluster status --config {cluster.state.cluster_toml}")
+    click.echo(f"\nFirst recover {time.monotonic() - begun:.1f} s after the start.")
+    if not sys.stdout.isatty():
+        click.echo("Stopped again. On a terminal it stays until Ctrl-C, and says how to look at it.")
+        return
+    _say_how_to_look(cluster)
+    await trio.sleep_forever()
+
+
+def _say_how_to_look(cluster: Cluster) -> None:
+    """Say what to type in another terminal, wherever that one is."""
+    from roles.tools.demo.layout import TENANT_LOG
+
+    program, state = _program(), cluster.state
+    click.echo("While it runs, in another terminal:")
+    click.echo(f"  {program} cluster status --config {_whole(state.cluster_toml)}")
     for running in cluster.of_role(TENANT_LOG):
-        token_file = cluster.state.audit_token(cluster.realms[0])
-        click.echo(f"  juicebox-hsm tenant-log tail --page 10 --url {running.service.url} --token-file {token_file}")
-    if sys.stdout.isatty():
-        click.echo("\nRunning until Ctrl-C.")
-        await trio.sleep_forever()
+        token_file = _whole(state.audit_token(cluster.realms[0]))
+        click.echo(f"  {program} tenant-log tail --page 10 --url {running.service.url} --token-file {token_file}")
+    for running in cluster.of_role("manager"):
+        click.echo(f"  the status page of {running.service.name}: http://{running.service.http}/")
+    click.echo(f"  for clients: export {CLIENT_JSON_VARIABLE}={_whole(state.client_json)}")
+    click.echo("\nRunning until Ctrl-C.")
+
+
+def _whole(path: Path) -> str:
+    return shlex.quote(str(path.resolve()))
+
+
+def _program() -> str:
+    """Return how another terminal, in another directory and without this one's PATH, runs this program."""
+    found = shutil.which(sys.argv[0])
+    if found is None or Path(found).name != "juicebox-hsm":
+        return f"{shlex.quote(sys.executable)} -m roles"
+    return shlex.quote(str(Path(found).absolute()))
 
 
 async def _timed(what: str, operation: Awaitable[T]) -> T:
