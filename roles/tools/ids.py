@@ -9,6 +9,11 @@ from juicebox_hsm.ids import ID_BYTES, RECORD_ID_BYTES, RecordId
 from roles.tools.session import ToolFailure
 
 
+def is_id(text: str) -> bool:
+    """Tell whether a text is an id or could be the beginning of one."""
+    return bool(text) and len(text) <= 2 * ID_BYTES and not set(text.lower()) - set("0123456789abcdef")
+
+
 def resolve_id(text: str, known: Iterable[bytes], what: str) -> bytes:
     """Return the one known id that starts with these hex digits (any number of them).
 
@@ -16,7 +21,7 @@ def resolve_id(text: str, known: Iterable[bytes], what: str) -> bytes:
     (exit 2) for text that is not hex.
     """
     digits = text.lower()
-    if not digits or len(digits) > 2 * ID_BYTES or set(digits) - set("0123456789abcdef"):
+    if not is_id(digits):
         raise ToolFailure(f"{text!r} is not a {what} id: give up to 32 hex digits", ExitCode.USAGE)
     if len(digits) == 2 * ID_BYTES:
         return bytes.fromhex(digits)

@@ -16,6 +16,7 @@ from juicebox_hsm.wire.methods import TRANSFER
 from juicebox_hsm.wire.rpc import Refusal, Refused, TransferPrepare
 from roles.lazy import LazyCommand, LazyGroup
 from roles.survey.overview import IDS_TIMEOUT_S, ask_agents, read_overview
+from roles.tools.agents import agent_urls
 from roles.tools.cluster.create import (
     check_join,
     check_new_group,
@@ -73,14 +74,15 @@ class RecordIdType(click.ParamType[RecordId]):
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 @with_connection
 def new_realm_command(connection: Connection, agent: str, *, dry_run: bool) -> None:
-    """Create a realm at AGENT (its URL), with a group of its HSM that owns every record id."""
+    """Create a realm at AGENT (its name or URL), with a group of its HSM that owns every record id."""
 
     async def body(session: Session) -> None:
+        (url,) = await agent_urls(session, [agent])
         if dry_run:
-            await check_new_realm(session, agent)
-            click.echo(f"would create a realm at {agent}")
+            await check_new_realm(session, url)
+            click.echo(f"would create a realm at {url}")
             return
-        realm, group = await new_realm(session, agent)
+        realm, group = await new_realm(session, url)
         click.echo(f"Created realm {realm.hex()} with starting group {group.hex()}")
 
     with_session(connection, body)
@@ -92,16 +94,17 @@ def new_realm_command(connection: Connection, agent: str, *, dry_run: bool) -> N
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 @with_connection
 def join_realm_command(connection: Connection, realm: str, agents: tuple[str, ...], *, dry_run: bool) -> None:
-    """Let the HSMs behind AGENTS (URLs) join a realm. They can never leave it."""
+    """Let the HSMs behind AGENTS (names or URLs) join a realm. They can never leave it."""
 
     async def body(session: Session) -> None:
         view = await read_overview(session.store, session.rpc)
         wanted = RealmId(resolve_id(realm, view.realms, "realm"))
+        urls = await agent_urls(session, agents)
         if dry_run:
-            await check_join(session, wanted, agents, view)
-            click.echo(f"would join realm {wanted.hex()}: {', '.join(agents)}")
+            await check_join(session, wanted, urls, view)
+            click.echo(f"would join realm {wanted.hex()}: {', '.join(urls)}")
             return
-        await join_realm(session, wanted, agents, view)
+        await join_realm(session, wanted, urls, view)
         click.echo("HSMs done joining realm")
 
     with_session(connection, body)
@@ -113,10 +116,11 @@ def join_realm_command(connection: Connection, realm: str, agents: tuple[str, ..
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 @with_connection
 def new_group_command(connection: Connection, realm: str, agents: tuple[str, ...], *, dry_run: bool) -> None:
-    """Create a group without a range over the HSMs behind AGENTS (URLs); the first one leads it."""
+    """Create a group without a range over the HSMs behind AGENTS (names or URLs); the first one leads it."""
 
     async def body(session: Session) -> None:
-        view = await ask_agents(session.rpc, agents, STATUS_TIMEOUT_S)
+        urls = await agent_urls(session, agents)
+        view = await ask_agents(session.rpc, urls, STATUS_TIMEOUT_S)
         wanted = RealmId(resolve_id(realm, view.realms, "realm"))
         if len(agents) < 3 or len(agents) % 2 == 0:
             click.echo(
@@ -125,10 +129,10 @@ def new_group_command(connection: Connection, realm: str, agents: tuple[str, ...
                 err=True,
             )
         if dry_run:
-            await check_new_group(session, wanted, agents)
-            click.echo(f"would create a group in realm {wanted.hex()} over: {', '.join(agents)}")
+            await check_new_group(session, wanted, urls)
+            click.echo(f"would create a group in realm {wanted.hex()} over: {', '.join(urls)}")
             return
-        group = await new_group(session, wanted, agents)
+        group = await new_group(session, wanted, urls)
         click.echo(f"Created group {group.hex()}")
 
     with_session(connection, body)

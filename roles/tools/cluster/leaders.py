@@ -17,8 +17,9 @@ from juicebox_hsm.ids import HsmId
 from juicebox_hsm.wire.methods import LEADER_STEPDOWN, REBALANCE
 from juicebox_hsm.wire.rpc import Empty, Refusal, Refused, StepdownOrder
 from roles.survey.overview import IDS_TIMEOUT_S, read_overview
+from roles.tools.agents import is_url, named_agent
 from roles.tools.cluster.show import with_session
-from roles.tools.ids import resolve_id
+from roles.tools.ids import is_id, resolve_id
 from roles.tools.recording import user_and_host
 from roles.tools.session import (
     COMMAND_TIMEOUT_S,
@@ -145,15 +146,18 @@ async def _next_move(session: Session) -> str:
 
 
 def _hsm_of(view: ClusterView, text: str) -> HsmId:
-    """Return the HSM behind an agent URL, or with this id or prefix, if an agent has it or a group counts on it."""
-    if "://" not in text:
+    """Return the HSM behind an agent (name or URL), or with this id or prefix if an agent or a group knows it."""
+    url = text if is_url(text) else named_agent(view, text)
+    if url is None:
         members = {hsm for group in view.groups.values() for hsm in group.configuration}
         known = members | set(view.hsms)
+        if not is_id(text):
+            raise ToolFailure(f"no agent is called {text!r}, and it is no HSM id; see `cluster agents`", ExitCode.ID)
         found = HsmId(resolve_id(text, known, "HSM"))
         if found not in known:
             raise ToolFailure(f"no item with that ID: HSM {text}", ExitCode.ID)
         return found
-    behind = view.by_url(text)
+    behind = view.by_url(url)
     if behind is None:
         raise ToolFailure(f"{text}: no agent with an HSM answers there; give the HSM's full id", ExitCode.UNREACHABLE)
     return behind.id
@@ -175,7 +179,7 @@ def _stuck(groups: Iterable[GroupView]) -> list[str]:
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 @with_connection
 def drain(connection: Connection, manager: str | None, agent: str, *, dry_run: bool) -> None:
-    """Take an HSM out of leadership: AGENT is an agent's URL or an HSM id. Done when it leads nothing that serves.
+    """Take an HSM out of leadership, until it leads nothing that serves: AGENT is an agent's name or URL, or an HSM id.
 
     A group that owns no range and has no other member stays where it is: the one a realm began with, for instance.
     """
@@ -227,12 +231,13 @@ def still_led(hsm: HsmId, led: Sequence[GroupView]) -> str:
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 @with_connection
 def undrain(connection: Connection, agent: str, *, dry_run: bool) -> None:
-    """Let a drained HSM lead again: AGENT is an agent's URL or an HSM id."""
+    """Let a drained HSM lead again: AGENT is an agent's name or URL, or an HSM id."""
 
     async def body(session: Session) -> None:
         drained = drained_hsms(await session.store.settings.list(DRAIN_PREFIX))
-        if "://" in agent:
-            hsm = _hsm_of(await read_overview(session.store, session.rpc, IDS_TIMEOUT_S), agent)
+        view = await read_overview(session.store, session.rpc, IDS_TIMEOUT_S)
+        if is_url(agent) or named_agent(view, agent) is not None:
+            hsm = _hsm_of(view, agent)
         else:
             hsm = HsmId(resolve_id(agent, drained, "drained HSM"))
         if hsm not in drained:

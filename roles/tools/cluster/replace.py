@@ -19,6 +19,7 @@ from juicebox_hsm.ids import ID_BYTES, GroupId, HsmId, RealmId
 from juicebox_hsm.wire.methods import GROUP_RETIRE
 from juicebox_hsm.wire.rpc import GroupCall, Refusal, Refused
 from roles.survey.overview import read_overview
+from roles.tools.agents import agent_urls
 from roles.tools.cluster.change import transfer_shown
 from roles.tools.cluster.create import join_realm, new_group
 from roles.tools.cluster.leaders import manager_option
@@ -186,13 +187,13 @@ async def replace_hsms(
     raise ToolFailure("the realm changes while its HSMs are replaced; look at `cluster status`, then run this again")
 
 
-def _pairs(view: ClusterView, texts: Sequence[str]) -> tuple[RealmId, list[tuple[HsmId, str]]]:
-    """Read `DEAD NEW ...`: an HSM's id or a prefix, known from the groups it is in, and an agent's URL."""
-    if len(texts) % 2:
-        raise ToolFailure("give DEAD and NEW in turn: an HSM id, then the URL of the new HSM's agent", ExitCode.USAGE)
+def _pairs(view: ClusterView, dead_hsms: Sequence[str], urls: Sequence[str]) -> tuple[RealmId, list[tuple[HsmId, str]]]:
+    """Return who is replaced by whom: HSMs by id or a prefix, known from the groups they are in, by agents' URLs."""
+    if len(dead_hsms) != len(urls):
+        raise ToolFailure("give DEAD and NEW in turn: an HSM id, then the new HSM's agent", ExitCode.USAGE)
     homes = {bytes(hsm): group.realm for group in view.groups.values() for hsm in group.configuration}
     homes |= {bytes(hsm.id): hsm.realm for hsm in view.hsms.values() if hsm.realm is not None}
-    found = [(_hsm_of(dead, homes), url) for dead, url in zip(texts[::2], texts[1::2], strict=True)]
+    found = [(_hsm_of(dead, homes), url) for dead, url in zip(dead_hsms, urls, strict=True)]
     new = [view.by_url(url) for _, url in found]
     realms = {homes[dead] for dead, _ in found if dead in homes}
     realms |= {hsm.realm for hsm in new if hsm is not None and hsm.realm is not None}
@@ -215,7 +216,7 @@ def _hsm_of(text: str, known: Collection[bytes]) -> HsmId:
 @click.option("--dry-run", is_flag=True, help="Say what the next step would be, and do nothing.")
 @with_connection
 def replace(connection: Connection, pairs: tuple[str, ...], manager: str | None, *, dry_run: bool) -> None:
-    """Replace the HSM DEAD (an id or a prefix) by the one behind the agent NEW (a URL), in every group it is in.
+    """Replace the HSM DEAD (an id or a prefix) by the one behind the agent NEW (name or URL), in every group it is in.
 
     NEW joins the realm if it has to. For each group with DEAD another one with NEW in its place is made, the whole
     range moves there, and the old group is retired. Clients are served meanwhile. Interrupted anywhere, run it again:
@@ -223,7 +224,9 @@ def replace(connection: Connection, pairs: tuple[str, ...], manager: str | None,
     """
 
     async def body(session: Session) -> None:
-        realm, named = _pairs(await _look(session), pairs)
+        view = await _look(session)
+        new = await agent_urls(session, pairs[1::2])
+        realm, named = _pairs(view, pairs[::2], new)
         began = time.monotonic()
         if dry_run:
             await replace_hsms(session, manager, realm, named, dry_run=True)
