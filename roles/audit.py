@@ -153,6 +153,6 @@ def _why(error: Exception) -> str:
 def _came_of(reply: Any) -> str:
     """Return a refusal as code and detail, and of what was made or moved its ids."""
     if isinstance(reply, Refused):
-        return f"{reply.outcome.value}: {reply.detail}" if reply.detail else reply.outcome.value
+        return str(reply)
     named = ((name, getattr(reply, name, None)) for name in ("realm", "group", "hsm", "source", "destination"))
     return " ".join(f"{name} {value.hex()}" for name, value in named if isinstance(value, bytes) and value)

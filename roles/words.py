@@ -58,7 +58,7 @@ from juicebox_hsm.host.readiness import (
 )
 from juicebox_hsm.host.services import ServiceKind
 from juicebox_hsm.ids import GroupId, OwnedRange
-from juicebox_hsm.wire.rpc import Direction, LogBehind, RunningTransfer, StoreDamage
+from juicebox_hsm.wire.rpc import Direction, LogBehind, RpcCode, RunningTransfer, StoreDamage
 
 WARNING: Final = "warning: "
 """What the line of a warning in `/readyz` begins with."""
@@ -132,6 +132,16 @@ _OF_REALMS: Final = {
     Code.RECORD_ID_KEY: "used with another record-id key",
     Code.RECORD_ID_KEY_UNCHECKED: "record-id key not checked yet",
 }
+RPC_FAILURES: Final = {
+    RpcCode.UNKNOWN_METHOD: "it runs a version that does not know this order",
+    RpcCode.BAD_REQUEST: "it does not understand this order: it runs another version",
+    RpcCode.FORBIDDEN: "it does not take this order from the role of our certificate",
+    RpcCode.OVERLOADED: "it has too much to do",
+    RpcCode.SHUTTING_DOWN: "it is shutting down",
+    RpcCode.DEADLINE_EXCEEDED: "no answer in time",
+    RpcCode.HANDLER_FAILED: "it failed inside; its log says why",
+}
+"""What it means that the other side gave up a call."""
 _KINDS: Final = {
     ServiceKind.AGENT: "agent",
     ServiceKind.MANAGER: "manager",

@@ -20,6 +20,7 @@ import trio
 
 from juicebox_hsm.adapters.process.dialing import dial
 from juicebox_hsm.adapters.tls.streams import SocketStream, TlsStream, aclose_forcefully
+from juicebox_hsm.adapters.tls.wording import reason_of
 from juicebox_hsm.errors import RealmError, check
 from juicebox_hsm.host.addresses import parse_url
 
@@ -196,8 +197,7 @@ class HttpTransport:
             tcp = SocketStream(await self._connect(host.name, host.port))
             stream = await self._secure(tcp, host.name) if host.scheme == "https" else tcp
         except (OSError, trio.BrokenResourceError) as failure:
-            reason = failure.__cause__ or failure
-            raise TransportError(f"cannot connect to {host.name}: {reason}") from failure
+            raise TransportError(f"cannot connect to {host.name}: {reason_of(failure)}") from failure
         return _Connection(stream, tcp.socket, h11.Connection(h11.CLIENT, max_incomplete_event_size=_HEADER_BYTES_MAX))
 
     async def _secure(self, tcp: SocketStream, name: str) -> TlsStream:

@@ -133,6 +133,11 @@ class Refused(_Body, frozen=True):
     index: int | None = None
     detail: str = ""
 
+    def __str__(self) -> str:
+        """Return code, index and detail, for logs and whoever has no sentence of their own for it."""
+        told = self.outcome.value if self.index is None else f"{self.outcome.value} at {self.index}"
+        return f"{told}: {self.detail}" if self.detail else told
+
 
 class Done(_Body, frozen=True):
     """Success without data."""

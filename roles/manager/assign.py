@@ -40,8 +40,8 @@ async def appoint(context: ManagerContext, group: GroupView, member: Member, las
         case Done():
             await context.note("appoint", realm=group.realm.hex(), group=group.id.hex(), hsm=member.hsm.hex())
             return ""
-        case Refused(outcome=outcome, index=index):
-            return outcome.value if index is None else f"{outcome.value} at {index}"
+        case Refused():
+            return str(reply)
 
 
 async def assign(

@@ -15,6 +15,7 @@ from cryptography import x509
 
 from juicebox_hsm.adapters.process.dialing import dial
 from juicebox_hsm.adapters.tls.certificate_end import to_unix_ms
+from juicebox_hsm.adapters.tls.wording import reason_of
 from juicebox_hsm.host.addresses import parse_url
 from juicebox_hsm.host.cluster.verdict import BalancerReport
 from juicebox_hsm.host.codes import Code, code_of
@@ -58,9 +59,7 @@ async def probe_balancer(url: str, timeout_s: float = PROBE_S) -> BalancerReport
                     connection.start_next_cycle()
                     live = (await _get(tls, connection, parts.authority, "/livez")).text
         except (OSError, trio.BrokenResourceError, ssl.SSLError, h11.ProtocolError, ValueError) as error:
-            return BalancerReport(
-                url, error=str(error) or type(error).__name__, certificate_end_ms=to_unix_ms(not_after)
-            )
+            return BalancerReport(url, error=reason_of(error), certificate_end_ms=to_unix_ms(not_after))
         lines = [line for line in ready.text.splitlines() if line]
         warnings = [line.removeprefix(WARNING) for line in lines if line.startswith(WARNING)]
         reasons = [] if ready.status == _READY else [line for line in lines if not line.startswith(WARNING)]
@@ -85,7 +84,7 @@ async def certificate_end(url: str, timeout_s: float = PROBE_S) -> dt.datetime:
                 await tls.do_handshake()
                 end = _end_of(tls.getpeercert(binary_form=True))
         except (trio.BrokenResourceError, ValueError) as error:
-            raise OSError(f"no TLS handshake: {error.__cause__ or error}") from None
+            raise OSError(f"no TLS handshake: {reason_of(error)}") from None
         if end is not None:
             return end
         raise OSError("no certificate was shown")

@@ -21,7 +21,7 @@ from juicebox_hsm.ports.store import Store
 from juicebox_hsm.wire.methods import MANAGER_STATUS
 from juicebox_hsm.wire.rpc import Empty, ManagerStatus
 from roles.survey.balancers import probe_balancers
-from roles.survey.overview import STATUS_TIMEOUT_S, ask_agents, clock_of
+from roles.survey.overview import STATUS_TIMEOUT_S, ask_agents, clock_of, why_silent
 
 
 async def gather(
@@ -73,7 +73,7 @@ async def _ask_manager(rpc: RpcCaller, url: str, timeout_s: float, reports: list
     try:
         reply = await rpc.call(url, MANAGER_STATUS, Empty(), timeout_s=timeout_s)
     except RealmError as error:
-        reports.append(ManagerReport(url, error=str(error) or type(error).__name__))
+        reports.append(ManagerReport(url, error=why_silent(error, url)))
         return
     reports.append(replace(read_manager_status(url, reply), clock=clock_of(reply.now_ms, asked)))
 

@@ -7,6 +7,7 @@ from typing import Final
 
 import trio
 
+from juicebox_hsm.adapters.rpc import RpcFailed
 from juicebox_hsm.errors import RealmError
 from juicebox_hsm.host.clocks import Reading, read_clock
 from juicebox_hsm.host.cluster.view import AgentView, ClusterView, build_view
@@ -15,6 +16,7 @@ from juicebox_hsm.ports.rpc import RpcCaller
 from juicebox_hsm.ports.store import Store
 from juicebox_hsm.wire.methods import AGENT_STATUS
 from juicebox_hsm.wire.rpc import Empty
+from roles.words import RPC_FAILURES
 
 STATUS_TIMEOUT_S: Final = 5.0
 HINT_TIMEOUT_S: Final = 0.5
@@ -28,8 +30,15 @@ async def ask_agent(rpc: RpcCaller, url: str, timeout_s: float) -> AgentView:
     try:
         reply = await rpc.call(url, AGENT_STATUS, Empty(), timeout_s=timeout_s)
     except RealmError as error:
-        return AgentView(url, None, str(error) or type(error).__name__)
+        return AgentView(url, None, why_silent(error, url))
     return AgentView(url, reply, clock=clock_of(reply.now_ms, asked))
+
+
+def why_silent(error: RealmError, url: str) -> str:
+    """Return why the service at `url` did not answer, without its address: whoever shows this shows that."""
+    if isinstance(error, RpcFailed):
+        return RPC_FAILURES.get(error.code, error.code.value)
+    return (str(error) or type(error).__name__).removeprefix(f"{url}: ")
 
 
 def clock_of(told_ms: int | None, asked_s: float) -> Reading | None:

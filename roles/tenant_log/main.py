@@ -111,7 +111,7 @@ def command(
 ) -> None:
     """Serve tenants their events: GET /, POST /tenant_log, POST /tenant_log/ack. Runs until SIGTERM or Ctrl-C."""
     try:
-        configure(log_level, in_background=True)
+        configure(log_level, in_background=True, service=name)
         if (tls_cert is None) != (tls_key is None):
             raise LocalError("--tls-cert and --tls-key belong together")
         if http_listen is None:

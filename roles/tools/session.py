@@ -242,21 +242,22 @@ def who_of(tls: Any) -> str:
 
 
 def load_cluster_tls(connection: Connection) -> Any:
-    """Load the operator's certificate; None with --insecure-rpc. Fails with exit 4, naming the file."""
+    """Load the operator's certificate; None with --insecure-rpc. Fails: exit 2 without one, 4 naming the file."""
     if connection.insecure_rpc:
         return None
     if connection.cluster_tls is None:
         raise ToolFailure(
             "--cluster-tls DIR is required: an operator certificate; "
             "issue one with `juicebox-hsm cluster ca issue --role operator`",
-            ExitCode.UNREACHABLE,
+            ExitCode.USAGE,
         )
     from juicebox_hsm.adapters.tls.cluster_tls import ClusterTls
+    from juicebox_hsm.adapters.tls.wording import reason_of
 
     try:
         return ClusterTls.load(connection.cluster_tls, PeerRole.OPERATOR)
     except (LocalError, OSError, ssl.SSLError) as error:
-        raise ToolFailure(f"--cluster-tls {connection.cluster_tls}: {error}", ExitCode.UNREACHABLE) from None
+        raise ToolFailure(f"--cluster-tls {connection.cluster_tls}: {reason_of(error)}", ExitCode.UNREACHABLE) from None
 
 
 def run(main: Callable[[], Awaitable[T]]) -> T:
@@ -301,6 +302,7 @@ async def call_manager(
     """
     from juicebox_hsm.adapters.rpc import RpcFailed, RpcUnreachable
     from juicebox_hsm.host.services import ServiceKind
+    from roles.survey.overview import why_silent
 
     if url is not None:
         urls = [url]
@@ -319,7 +321,9 @@ async def call_manager(
             return await session.rpc.call(candidate, method, body, timeout_s=timeout_s)
         except RpcFailed as error:
             if error.code is not RpcCode.SHUTTING_DOWN:
-                raise ToolFailure(f"manager {candidate}: {error}", _code_of(error.code)) from None
+                raise ToolFailure(
+                    f"manager {candidate}: {why_silent(error, candidate)}", _code_of(error.code)
+                ) from None
             problems.append(f"{candidate}: shutting down")
         except RpcUnreachable as error:
             problems.append(str(error))

@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 
 from juicebox_hsm.adapters.process.passing_trouble import local_error
 from juicebox_hsm.adapters.process.regular_file import open_regular
+from juicebox_hsm.adapters.tls.wording import reason_of
 from juicebox_hsm.errors import LocalError, NotYet
 from juicebox_hsm.host.certificates import may_replace
 
@@ -79,8 +80,9 @@ def _load_key(path: Path, data: bytes) -> PrivateKeyTypes:
 def _load_leaf(path: Path, data: bytes) -> x509.Certificate:
     try:
         chain = x509.load_pem_x509_certificates(data)
-    except (ValueError, x509.InvalidVersion) as error:
-        raise LocalError(f"TLS certificate file {path} does not parse: {error}") from None
+    except (ValueError, x509.InvalidVersion):  # the library's text is about its own parts
+        holds = "a private key" if b"PRIVATE KEY-----" in data else "no whole certificate in PEM"
+        raise LocalError(f"TLS certificate file {path} does not parse: it holds {holds}") from None
     if not chain:
         raise LocalError(f"TLS certificate file {path} holds no certificate")
     return chain[0]
@@ -92,8 +94,8 @@ def _describe(path: Path, leaf: x509.Certificate) -> tuple[bytes, LeafInfo]:
         public = leaf.public_key().public_bytes(*_FORM)
         subject, serial = leaf.subject.rfc4514_string(), f"{leaf.serial_number:x}"
         return public, LeafInfo(subject, serial, leaf.not_valid_before_utc, leaf.not_valid_after_utc)
-    except Exception as error:  # noqa: BLE001  # it is parsed as it is used, with errors of many types
-        raise LocalError(f"TLS certificate file {path} cannot be used: {error}") from None
+    except Exception:  # noqa: BLE001  # it is parsed as it is used, with errors of many types
+        raise LocalError(f"TLS certificate file {path} cannot be used: it is damaged, or of an unknown kind") from None
 
 
 def load_edge_context(key_file: Path, cert_file: Path) -> tuple[ssl.SSLContext, LeafInfo]:
@@ -113,7 +115,7 @@ def load_edge_context(key_file: Path, cert_file: Path) -> tuple[ssl.SSLContext, 
         # Never ask a terminal for a password: files may change between our check and this read.
         context.load_cert_chain(cert_file, key_file, password=lambda: b"")
     except (ssl.SSLError, OSError) as error:
-        raise NotYet(f"TLS key {key_file} and certificate {cert_file} cannot be used: {error}") from None
+        raise NotYet(f"TLS key {key_file} and certificate {cert_file} cannot be used: {reason_of(error)}") from None
     return context, info
 
 

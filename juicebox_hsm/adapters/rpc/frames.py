@@ -84,6 +84,10 @@ _HELLO: Final = msgspec.msgpack.Decoder(Hello)
 _encode: Final = msgspec.msgpack.Encoder().encode
 
 
+NOT_OF_OURS: Final = "not what this version knows by that name: the other side runs another version"
+NO_HELLO: Final = "whatever answers there does not speak the internal RPC; is it another port, or another program?"
+
+
 class FrameError(DecodingError):
     """A peer sent what is no frame; the stream cannot be read any further."""
 
@@ -134,9 +138,8 @@ class BodyDecoder:
         """Decode a body. Raises `DecodingError` when it is not of the type."""
         try:
             return self._decode(raw)
-        except (msgspec.DecodeError, RecursionError) as error:
-            # The message of msgspec names types and places, never the input.
-            raise DecodingError(f"bad body: {error}") from None
+        except (msgspec.DecodeError, RecursionError):
+            raise DecodingError(NOT_OF_OURS) from None
 
 
 class FrameReader:
@@ -172,7 +175,7 @@ class FrameReader:
             length = int.from_bytes(view[start : start + LENGTH_BYTES], "big")
             limit = FRAME_BYTES_MAX if self.hello is not None else HELLO_BYTES_MAX
             if not 1 <= length <= limit:
-                raise FrameError(f"frame length {length} is not in 1..{limit}")
+                raise FrameError(f"frame length {length} is not in 1..{limit}" if self.hello else NO_HELLO)
             body = start + LENGTH_BYTES
             stop = body + length
             if stop > end:
@@ -190,8 +193,8 @@ class FrameReader:
                 frames.append(_FRAME.decode(payload))
                 return
             hello = _HELLO.decode(payload)
-        except (msgspec.DecodeError, RecursionError) as error:
-            raise FrameError(f"not a frame: {error}") from None
+        except (msgspec.DecodeError, RecursionError):
+            raise FrameError("not a frame of the internal RPC" if self.hello else NO_HELLO) from None
         if hello.protocol != PROTOCOL:
             raise FrameError(f"peer speaks protocol {hello.protocol}, we speak {PROTOCOL}")
         self.hello = hello

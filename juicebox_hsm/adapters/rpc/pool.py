@@ -20,9 +20,9 @@ from juicebox_hsm.adapters.observation.tracing import current
 from juicebox_hsm.adapters.process.dialing import dial
 from juicebox_hsm.adapters.rpc.client import RpcConnection
 from juicebox_hsm.adapters.rpc.errors import RpcError, RpcFailed, RpcUnreachable
-from juicebox_hsm.adapters.rpc.streams import describe
 from juicebox_hsm.adapters.tls.cluster_tls import ClusterTls, peer_identity
 from juicebox_hsm.adapters.tls.streams import SocketStream, TlsStream
+from juicebox_hsm.adapters.tls.wording import reason_of
 from juicebox_hsm.errors import PeerError
 from juicebox_hsm.host.addresses import is_loopback, parse_url, shown
 from juicebox_hsm.host.retry import RetryProfile
@@ -246,7 +246,7 @@ class RpcPool:
                 raise PeerError(f"peer's certificate is for role {identity.role.value}, which serves no RPC")
             return RpcConnection(stream, peer=peer.url, role=identity.role, build=self._build)
         except (OSError, trio.BrokenResourceError, ssl.SSLError, PeerError) as error:
-            peer.reason = describe(error)
+            peer.reason = reason_of(error)
         except trio.TooSlowError:
             peer.reason = f"no connection within {CONNECT_S} s"
         if tcp is not None:

@@ -27,9 +27,10 @@ from juicebox_hsm.adapters.process.file_limit import SERVICE_SHARE, fit_connecti
 from juicebox_hsm.adapters.process.passing_trouble import local_error
 from juicebox_hsm.adapters.process.threads import thread_needed
 from juicebox_hsm.adapters.rpc import frames
-from juicebox_hsm.adapters.rpc.streams import FramedStream, describe
+from juicebox_hsm.adapters.rpc.streams import FramedStream
 from juicebox_hsm.adapters.tls.cluster_tls import ClusterTls, PeerIdentity, peer_identity
 from juicebox_hsm.adapters.tls.streams import ByteStream, SocketStream, TlsStream
+from juicebox_hsm.adapters.tls.wording import reason_of
 from juicebox_hsm.errors import DecodingError, LocalError, PeerError, RealmError
 from juicebox_hsm.host.addresses import is_loopback
 from juicebox_hsm.ports.errors import HsmGone
@@ -274,7 +275,7 @@ class RpcServer:
                 await stream.handshake()
                 return peer_identity(stream)
         except (trio.BrokenResourceError, ssl.SSLError, PeerError) as error:
-            reason = describe(error)
+            reason = reason_of(error)
         finally:
             self._handshakes.pop(scope, None)
         self._broken.add()

@@ -21,6 +21,7 @@ import trio
 
 from juicebox_hsm.adapters.rpc import frames
 from juicebox_hsm.adapters.tls.streams import ByteStream, aclose_forcefully
+from juicebox_hsm.adapters.tls.wording import reason_of
 
 PING_AFTER_S: Final = 0.25  # agent.md 2
 SILENT_TICKS_MAX: Final = 4  # agent.md 2: closed after 1 s, that is four passes, without a frame
@@ -163,7 +164,7 @@ class FramedStream:
             try:
                 data = await receive(RECEIVE_BYTES)
             except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-                self.stop(f"stream broke: {describe(error)}")
+                self.stop(f"stream broke: {reason_of(error)}")
                 return
             if not data:
                 self.stop("peer closed the stream")
@@ -208,7 +209,7 @@ class FramedStream:
             try:
                 await send_all(data)
             except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-                self.stop(f"stream broke: {describe(error)}")
+                self.stop(f"stream broke: {reason_of(error)}")
                 return
             self._batch_since = None
             if self._drained is not None and (not self._queue or self.queued_bytes <= QUEUE_BYTES_HIGH):
@@ -275,13 +276,3 @@ class FramedStream:
             self._tick_scope = None
             if not self.open:
                 return
-
-
-def describe(error: BaseException) -> str:
-    """Return one line for an error of a byte stream; Trio's own message is often empty or only says where."""
-    cause = error.__cause__ or error.__context__
-    said = error if cause is None else cause
-    while isinstance(said, BaseExceptionGroup):  # several addresses of one name: the first stands for all
-        said = said.exceptions[0]
-    text = said.strerror if isinstance(said, OSError) and said.strerror else str(said)
-    return text or type(said).__name__

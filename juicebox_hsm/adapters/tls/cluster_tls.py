@@ -23,6 +23,7 @@ from juicebox_hsm.adapters.observation.logging import get_logger
 from juicebox_hsm.adapters.process.passing_trouble import local_error
 from juicebox_hsm.adapters.process.regular_file import open_regular
 from juicebox_hsm.adapters.process.threads import in_thread_or_here
+from juicebox_hsm.adapters.tls.wording import reason_of
 from juicebox_hsm.errors import LocalError, NotYet, PeerError
 from juicebox_hsm.wire.rpc import PeerRole
 
@@ -176,8 +177,9 @@ def _load(directory: Path) -> _Loaded:
         return _read_and_verify(directory)
     except LocalError:
         raise
-    except Exception as error:  # noqa: BLE001  # certificates are parsed as they are used, with errors of many types
-        raise LocalError(f"{directory / CERT_FILE} or {CA_FILE}: cannot be used: {error}; {_ISSUE}") from None
+    except Exception:  # noqa: BLE001  # certificates are parsed as they are used, with errors of many types
+        what = "damaged, or not of the kind that `cluster ca issue` makes"
+        raise LocalError(f"{directory / CERT_FILE} or {CA_FILE}: cannot be used: {what}; {_ISSUE}") from None
 
 
 def _read_and_verify(directory: Path) -> _Loaded:
@@ -204,7 +206,7 @@ def _read_and_verify(directory: Path) -> _Loaded:
         server = _context(ssl.PROTOCOL_TLS_SERVER, ca_pem, cert_path, key_path)
         client = _context(ssl.PROTOCOL_TLS_CLIENT, ca_pem, cert_path, key_path)
     except (ssl.SSLError, OSError) as error:
-        raise NotYet(f"{directory}: cannot be used for TLS: {error}; {_ISSUE}") from None
+        raise NotYet(f"{directory}: cannot be used for TLS: {reason_of(error)}; {_ISSUE}") from None
     return _Loaded(identity, leaf.not_valid_after_utc, server, client)
 
 

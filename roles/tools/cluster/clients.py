@@ -21,6 +21,7 @@ from juicebox_hsm.wire.methods import TENANTS_RELOAD
 from juicebox_hsm.wire.rpc import Empty, TenantsReloaded
 from roles.cloud_options import SecretsOptions, secrets_options
 from roles.lazy import LazyCommand, LazyGroup
+from roles.survey.overview import why_silent
 from roles.tools.cluster.show import read_view, with_session
 from roles.tools.ids import resolve_id
 from roles.tools.output import print_json, print_table
@@ -53,7 +54,7 @@ async def reload_tenants(session: Session) -> list[tuple[str, str]]:
         try:
             reply = await session.rpc.call(url, TENANTS_RELOAD, Empty(), timeout_s=STATUS_TIMEOUT_S)
         except RealmError as error:
-            said.append((url, f"did not reload, it will within 5 s: {error}"))
+            said.append((url, f"did not reload, it will within 5 s: {why_silent(error, url)}"))
             return
         if isinstance(reply, TenantsReloaded):
             said.append((url, f"reloaded tenant config for {reply.tenants} tenants"))

@@ -14,7 +14,7 @@ from juicebox_hsm.host.cluster.view import ClusterView, HsmView
 from juicebox_hsm.ids import GroupId, RealmId
 from juicebox_hsm.wire.methods import GROUP_JOIN, GROUP_NEW, REALM_JOIN, REALM_NEW, Method, Reply, Request
 from juicebox_hsm.wire.rpc import Empty, GroupJoin, GroupNew, RealmJoin, Refusal, Refused
-from roles.survey.overview import ask_agents
+from roles.survey.overview import ask_agents, why_silent
 from roles.tools.session import (
     COMMAND_TIMEOUT_S,
     STATUS_TIMEOUT_S,
@@ -45,7 +45,7 @@ async def _call(session: Session, url: str, method: Method[Request, Reply | Refu
     try:
         reply = await session.rpc.call(url, method, body, timeout_s=COMMAND_TIMEOUT_S)
     except RealmError as error:
-        raise ToolFailure(f"{method.name}: {error}", ExitCode.UNREACHABLE) from None
+        raise ToolFailure(f"{url}: {why_silent(error, url)}", ExitCode.UNREACHABLE) from None
     if isinstance(reply, Refused):
         raise ToolFailure(f"{url}: {refusal_text(reply, TEXTS)}")
     return reply

@@ -15,6 +15,7 @@ from typing import Any, Final
 import click
 
 from juicebox_hsm.adapters.process.exit_codes import ExitCode
+from juicebox_hsm.adapters.tls.wording import reason_of
 from juicebox_hsm.host.addresses import parse_url
 from juicebox_hsm.tenant_keys import event_user_id
 from roles.tools.session import ToolFailure
@@ -48,7 +49,7 @@ class LogClient:
             try:
                 context = ssl.create_default_context(cafile=None if ca_file is None else str(ca_file))
             except (OSError, ssl.SSLError) as error:
-                raise ToolFailure(f"--ca {ca_file}: {error}", ExitCode.USAGE) from None
+                raise ToolFailure(f"--ca {ca_file}: {reason_of(error)}", ExitCode.USAGE) from None
             self._connection = http.client.HTTPSConnection(parts.host, parts.port, timeout=CALL_S, context=context)
         else:
             self._connection = http.client.HTTPConnection(parts.host, parts.port, timeout=CALL_S)

@@ -135,12 +135,12 @@ def test_refused_after_hello(data: bytes, reason: str) -> None:
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (frames.PING, "not a frame"),
+        (frames.PING, "does not speak the internal RPC"),
         (framed(msgspec.msgpack.encode(["hello", 2, "b"])), "protocol 2"),
-        (framed(msgspec.msgpack.encode(["hello", 1, "b" * 257])), "not a frame"),
-        ((1025).to_bytes(4, "big"), "frame length 1025 is not in 1..1024"),
-        (b"GET / HTTP/1.1\r\n", "frame length"),
-        (b"\x16\x03\x01\x02\x00\x01\x00\x01", "frame length"),
+        (framed(msgspec.msgpack.encode(["hello", 1, "b" * 257])), "does not speak the internal RPC"),
+        ((1025).to_bytes(4, "big"), "does not speak the internal RPC"),
+        (b"GET / HTTP/1.1\r\n", "is it another port, or another program"),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01", "does not speak the internal RPC"),
     ],
 )
 def test_refused_as_first_frame(data: bytes, reason: str) -> None:
@@ -165,3 +165,12 @@ def test_unknown_fields_at_the_end_are_ignored() -> None:
     assert reader.feed(framed(msgspec.msgpack.encode([4, "new"]))) == [frames.Pong()]
     got = frames.BodyDecoder(GroupCall)(msgspec.Raw(msgspec.msgpack.encode(["GroupCall", b"r", b"g", "new"])))
     assert got == GroupCall(b"r", b"g")
+
+
+def test_another_version_is_told_as_that() -> None:
+    """A body with fewer or other fields is named as another version's, not in the words of a library."""
+    raw = msgspec.Raw(msgspec.msgpack.encode(["GroupCall", b"r"]))
+    with pytest.raises(DecodingError) as caught:
+        frames.BodyDecoder(GroupCall)(raw)
+    assert "runs another version" in str(caught.value)
+    assert "Expected" not in str(caught.value)

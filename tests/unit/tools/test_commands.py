@@ -63,10 +63,10 @@ def test_missing_store_is_usage() -> None:
     assert "--store" in result.output
 
 
-def test_missing_certificate_is_unreachable(tmp_path: Path) -> None:
-    """A command that talks to agents needs a certificate: exit 4 and how to get one."""
+def test_missing_certificate_is_usage(tmp_path: Path) -> None:
+    """A command that talks to agents needs a certificate: exit 2 and how to get one."""
     result = _run("cluster", "agents", "--store", _store(tmp_path))
-    assert result.exit_code == 4
+    assert result.exit_code == 2
     assert "cluster ca issue" in result.output
     result = _run("cluster", "agents", "--store", _store(tmp_path), "--cluster-tls", tmp_path / "none")
     assert result.exit_code == 4

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -80,6 +81,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (path / "unknown.toml").write_text('stroe = "x"')
     (path / "two.toml").write_text('stroe = "x"\nname = 5\n')
     (path / "bad.json").write_text("{")
+    shutil.copytree(path / "tls" / "operator", path / "damaged")
+    (path / "damaged" / "ca.pem").write_text("-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n")
     (path / "text.db").write_text("this is no database\n" * 100)
     (path / "client.json").write_text(json.dumps(CONFIGURATION))
     (path / "directory").mkdir()
@@ -100,10 +103,15 @@ def _inside(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 TOOLS = [
     # command, exit code, what is said
     ("nosuch", 2, "No such command 'nosuch'; see `juicebox-hsm --help`"),
+    ("clustr", 2, "No such command 'clustr'; did you mean 'cluster'"),
+    ("cluster agnets", 2, "No such command 'agnets'; did you mean 'agents'?; see `juicebox-hsm cluster --help`"),
+    ("cluster tenant set-capcity", 2, "did you mean 'set-capacity'?"),
+    ("cluster agents --stor x", 2, "No such option '--stor'; did you mean '--store'"),
+    ("--rol agent", 2, "No such option '--rol'; did you mean '--role'?"),
     ("--role", 2, "'--role' requires an argument"),
     ("--role nobody", 2, "choose one of agent, lb, manager"),
     ("--help --role nobody", 2, "choose one of agent, lb, manager"),
-    ("cluster agents", 4, "--cluster-tls DIR is required"),
+    ("cluster agents", 2, "--cluster-tls DIR is required"),
     ("cluster agents --cluster-tls tls/operator", 2, "--store URL is required"),
     ("cluster agents --store nonsense --cluster-tls tls/operator", 1, "expected sqlite:PATH"),
     ("cluster agents --store sqlite:/nowhere/s.db --cluster-tls tls/operator", 1, "/nowhere does not exist"),
@@ -118,6 +126,11 @@ TOOLS = [
     ("cluster agents --config unknown.toml", 2, "unknown setting 'stroe'"),
     (f"cluster new-realm {CLUSTER} tls://127.0.0.1:1", 4, "Connection refused"),
     (f"cluster new-realm {CLUSTER} http://agent", 4, "expected tls://HOST[:PORT]"),
+    (f"cluster new-realm {CLUSTER} agent1", 3, "no agent is called 'agent1'; none answers"),
+    (f"cluster drain {CLUSTER} agent1", 3, "no agent is called 'agent1', and it is no HSM id"),
+    (f"cluster audit {CLUSTER} --since yesterday", 2, "'yesterday' is neither a duration"),
+    (f"cluster audit {CLUSTER} --ca nodir", 3, "--ca nodir: no such directory"),
+    ("cluster agents --store sqlite:st.db --cluster-tls damaged", 4, "damaged/ca.pem: not a PEM certificate"),
     (f"cluster transfer {CLUSTER} --realm zz --source aa --destination bb --start 00 --end 7fff", 2, "'zz'"),
     (f"cluster transfer {CLUSTER} --realm aa --source aa --destination bb --start 12 --end 7fff", 2, "'12' is short"),
     (f"cluster rebalance {CLUSTER}", 4, "no cluster manager in discovery"),
@@ -145,6 +158,15 @@ TOOLS = [
     ("secrets add-tenant Bad! --file s.json", 2, "Bad!"),
     ("secrets add-tenant test-acme --file s.json", 1, "secrets rotate test-acme"),
     ("secrets rotate nobody --file s.json", 3, "secrets add-tenant nobody"),
+    ("secrets add-tenant new --algorithm EdDSA --file s.json", 2, "give --private-key FILE, or --print-private-key"),
+    ("secrets add-tenant new --private-key p --file s.json", 2, "HS256 has one key"),
+    ("secrets import new --file s.json", 2, "--public-key"),
+    ("secrets import new --public-key nofile --file s.json", 1, "--public-key nofile: No such file"),
+    ("secrets import new --public-key edge.key --file s.json", 1, "holds a private key"),
+    ("secrets import new --public-key edge.pem --file s.json", 1, "holds a certificate"),
+    ("secrets remove test-acme --file s.json", 2, "give either --version N or --all"),
+    ("secrets remove test-acme --version 1 --file s.json", 1, "is the only one of tenant-test-acme"),
+    ("secrets remove nobody --all --file s.json", 3, "the tenant has no key here"),
     ("secrets init-record-id --file /nowhere/s.json", 1, "--file /nowhere/s.json"),
     ("hsm keygen --out k", 1, "never overwritten"),
     ("hsm init --keys nofile --dir h9", 1, "nofile: No such file"),
@@ -257,6 +279,9 @@ ROLES = [
     (f"{LOG} --http-listen 127.0.0.1:BUSY", 69, "--http-listen: cannot listen on 127.0.0.1:BUSY"),
     (f"{LOG} --tls-key other.key --tls-cert edge.pem", 69, "other.key does not match"),
     (f"{LOG} --tls-key other.key", 78, "--tls-cert and --tls-key belong together"),
+    (f"{LB} --tls-cert edge.key", 78, "TLS certificate file edge.key does not parse: it holds a private key"),
+    (f"{LB} --tls-cert damaged/ca.pem", 78, "does not parse: it holds no whole certificate in PEM"),
+    (f"{LOG} --tls-cert damaged/ca.pem --tls-key edge.key", 78, "does not parse: it holds no whole certificate"),
     (f"{LB} --secrets-file bad.json", 78, "bad.json"),
     (f"{LB} --idle-timeout 5", 2, "'5' is not a duration"),
     (f"{LB} --shutdown-timeout 20s", 78, "--shutdown-notice-period 30s is above --shutdown-timeout 20s"),
