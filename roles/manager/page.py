@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from typing import Final
 
 from juicebox_hsm.host.certificates import remaining_days
+from juicebox_hsm.host.clocks import OFF_MS, Reading
 from juicebox_hsm.host.cluster.findings import Finding
 from juicebox_hsm.host.cluster.ranges import show_range
 from juicebox_hsm.host.cluster.verdict import (
     BalancerReport,
     Evidence,
-    ManagerReport,
     Verdict,
+    cannot_commit,
+    clock_offset_s,
     lag,
     moving_of,
     transfer_age_s,
@@ -26,7 +28,9 @@ from juicebox_hsm.host.cluster.verdict import (
 from juicebox_hsm.host.cluster.view import AgentView, GroupView, Member, hsm_work, owned_range
 from juicebox_hsm.ids import RECORD_ID_BYTES, HsmId, OwnedRange, RealmId, uncovered
 from juicebox_hsm.wire.rpc import GroupRole, LoopRun, RunningTransfer
+from roles.durations import format_duration
 from roles.manager.page_style import GROUP_COLOURS, STYLE
+from roles.survey.shown import agent_rate, clock, led_by, tolerance
 from roles.words import counted, moment, sentence, transfer
 
 REFRESH_S: Final = 5
@@ -76,7 +80,7 @@ def render(evidence: Evidence, verdict: Verdict, own: Own) -> str:
         *(_realm(evidence, realm) for realm in view.realms),
         _agents(evidence),
         _balancers(evidence.balancers, evidence.now_ms),
-        _managers(evidence.managers, own),
+        _managers(evidence, own),
         _work(own, evidence.now_ms),
         f"</main><footer>seen {moment(evidence.now_ms):%Y-%m-%d %H:%M:%S} UTC by {_text(own.name)},",
         f"version {_text(own.version)};",
@@ -138,32 +142,52 @@ def _realm(evidence: Evidence, realm: RealmId) -> str:
         evidence.view.groups_of(realm),
         key=lambda group: (group.owned_range is None, group.owned_range.start if group.owned_range else b"", group.id),
     )
-    drawn = [(number, group.owned_range) for number, group in enumerate(groups) if group.owned_range is not None]
+    drawn = [
+        (number, group.owned_range, cannot_commit(group))
+        for number, group in enumerate(groups)
+        if group.owned_range is not None
+    ]
     details = "".join(_group(evidence, number, group) for number, group in enumerate(groups))
     return f"<section><h2>Realm <code>{realm.hex()}</code></h2>{bar(drawn)}{details}</section>"
 
 
-def bar(parts: Sequence[tuple[int, OwnedRange]]) -> str:
-    """Return the key space as a bar: numbered parts in their groups' colours; what nobody owns shows as background."""
+def bar(parts: Sequence[tuple[int, OwnedRange, bool]]) -> str:
+    """Return the key space as a bar: numbered parts in their groups' colours, striped when its group is stuck.
+
+    What nobody owns shows as background.
+    """
     shapes = []
-    for number, owned in parts:
+    for number, owned, stuck in parts:
         start = int.from_bytes(owned.start, "big") / _SPACE
         width = (int.from_bytes(owned.end, "big") + 1) / _SPACE - start
-        label = f"group {number + 1}: {show_range(owned)}"
+        label = f"group {number + 1}: {show_range(owned)}{', refuses its clients: no majority' if stuck else ''}"
         shapes.append(
             f'<rect class="g{number % GROUP_COLOURS}" x="{100 * start:.3f}%" y="0" width="{100 * width:.3f}%" '
             f'height="100%"><title>{_text(label)}</title></rect>'
         )
+        if stuck:
+            shapes.append(
+                f'<line class="stuck" x1="{100 * start:.3f}%" x2="{100 * (start + width):.3f}%" y1="50%" y2="50%"/>'
+            )
         if start > 0:
             shapes.append(f'<line x1="{100 * start:.3f}%" x2="{100 * start:.3f}%" y1="0" y2="100%"/>')
         if width >= LABEL_SHARE_MIN:
-            shapes.append(f'<text x="{100 * (start + width / 2):.3f}%" y="50%">{number + 1}</text>')
-    missing = uncovered([owned for _, owned in parts])
+            mark = f"{number + 1} \u2716" if stuck else f"{number + 1}"
+            shapes.append(f'<text x="{100 * (start + width / 2):.3f}%" y="50%">{mark}</text>')
+    missing = uncovered([owned for _, owned, _ in parts])
+    refusing = sum(stuck for _, _, stuck in parts)
     told = f"key space: {len(parts)} ranges" + (f", {len(missing)} without an owner" if missing else "")
+    told += f", {refusing} without a majority" if refusing else ""
+    if missing or refusing:
+        ways = [(missing, "red: nobody serves it"), (refusing, "striped: its group has no majority")]
+        legend = "; ".join(way for applies, way in ways if applies)
+        shown = f'<p class="legend bad">{legend}</p>'
+    else:
+        shown = ""
     ticks = "".join(f"<span>{tick}</span>" for tick in ("00", "40", "80", "c0", "ff"))
     return (
         f'<svg class="bar" role="img" aria-label="{_text(told)}">{"".join(shapes)}</svg>'
-        f'<div class="axis" aria-hidden="true">{ticks}</div>'
+        f'<div class="axis" aria-hidden="true">{ticks}</div>{shown}'
     )
 
 
@@ -171,16 +195,20 @@ def _group(evidence: Evidence, number: int, group: GroupView) -> str:
     owned = group.owned_range
     colour = f" g{number % GROUP_COLOURS}" if owned is not None else ""
     leader = group.leader
-    led = '<span class="bad">nobody leads</span>' if leader is None else f"<span>led by {_text(leader.name)}</span>"
+    led = f"<span{' class=bad' if leader is None else ''}>{_text(led_by(group))}</span>"
+    holds = f"<span{' class=bad' if cannot_commit(group) else ''}>{_text(tolerance(group))}</span>"
     pending = moving_of(group)
     age_s = transfer_age_s(evidence, group)
     moving = "" if pending is None else f'<span class="moving">{_text(transfer(pending))}, {age_s or 0:.0f} s</span>'
     range_text = "owns nothing" if owned is None else _text(show_range(owned))
     title = (
         f'<h3><i class="dot{colour}">{number + 1}</i> group {_id(group.id)} <span>{range_text}</span>'
-        f"{led}<span>{group.requests_per_s:.1f} requests/s</span>{moving}</h3>"
+        f"{led}{holds}<span>{group.requests_per_s:,.1f} requests/s</span>{moving}</h3>"
     )
-    columns = (("HSM", False), ("Agent", False), ("Role", False), ("Captured", True), ("Lag", True), ("Queue", True))
+    columns = (
+        ("HSM", False), ("Agent", False), ("Role", False), ("Captured (index)", True), ("Behind (entries)", True),
+        ("Queued (entries)", True),
+    )  # fmt: skip
     rows = [_member(evidence, group, hsm) for hsm in group.configuration]
     return f'<div class="group">{title}{_table(columns, rows, "wide")}</div>'
 
@@ -207,25 +235,41 @@ def _role(member: Member) -> str:
 
 
 def _agents(evidence: Evidence) -> str:
-    columns = (("Agent", False), ("Address", False), ("HSM", False), ("Realm", False), ("Work", True), ("Build", False))
+    columns = (
+        ("Agent", False), ("Address", False), ("HSM", False), ("Realm", False), ("Up", True), ("Requests/s", True),
+        ("Work (units)", True), ("Clock", True), ("Version", False),
+    )  # fmt: skip
     rows = [("", _agent(evidence, agent)) for agent in evidence.view.agents]
     return f"<section><h2>Agents</h2>{_table(columns, rows)}</section>"
 
 
 def _agent(evidence: Evidence, agent: AgentView) -> list[str]:
     address = f"<code>{_text(agent.url)}</code>"
-    if agent.status is None:
-        return [f'<span class="bad">{_text(agent.error)}</span>', address, "", "", "", ""]
-    hsm = None if agent.status.hsm is None else evidence.view.hsms.get(HsmId(agent.status.hsm.id))
-    build = _text(agent.status.build)
+    told = agent.status
+    if told is None:
+        return [f'<span class="bad">does not answer: {_text(agent.error)}</span>', address, *[""] * 7]
+    rate, up = f"{agent_rate(told):,.1f}", format_duration(told.uptime_s)
+    ends = [_clock(evidence, agent.clock), _text(told.build)]
+    hsm = None if told.hsm is None else evidence.view.hsms.get(HsmId(told.hsm.id))
     if hsm is None:
-        return [_text(agent.status.name), address, '<span class="bad">does not answer</span>', "", "", build]
+        return [_text(told.name), address, '<span class="bad">does not answer</span>', "", up, "", "", *ends]
     realm = '<span class="soft">none</span>' if hsm.realm is None else _id(hsm.realm)
-    return [_text(agent.status.name), address, _id(hsm.id), realm, f"{hsm_work(evidence.view, hsm):,}", build]
+    work = f"{hsm_work(evidence.view, hsm):,}"
+    return [_text(told.name), address, _id(hsm.id), realm, up, rate, work, *ends]
+
+
+def _clock(evidence: Evidence, reading: Reading | None) -> str:
+    offset_s = clock_offset_s(evidence, reading)
+    if offset_s is None or reading is None:
+        return ""
+    off = abs(offset_s) * 1000 > OFF_MS + reading.slack_ms
+    return f'<span class="bad">{clock(offset_s)}</span>' if off else clock(offset_s)
 
 
 def _balancers(balancers: Sequence[BalancerReport], now_ms: int) -> str:
-    columns = (("Address", False), ("State", False), ("Certificate ends", False), ("Version", False))
+    columns = (
+        ("Balancer", False), ("Address", False), ("State", False), ("Certificate ends", False), ("Version", False),
+    )  # fmt: skip
     rows = []
     for balancer in balancers:
         if balancer.error:
@@ -238,21 +282,25 @@ def _balancers(balancers: Sequence[BalancerReport], now_ms: int) -> str:
         end_ms = balancer.certificate_end_ms
         if end_ms is not None:
             end = f"{moment(end_ms):%Y-%m-%d} ({remaining_days(end_ms, now_ms):.0f} days)"
-        rows.append(("", [f"<code>{_text(balancer.url)}</code>", state, end, _text(balancer.version)]))
+        address = f"<code>{_text(balancer.url)}</code>"
+        rows.append(("", [_text(balancer.name), address, state, end, _text(balancer.version)]))
     table = _table(columns, rows) if rows else '<p class="bad">none</p>'
     return f"<section><h2>Load balancers</h2>{table}</section>"
 
 
-def _managers(managers: Sequence[ManagerReport], own: Own) -> str:
-    columns = (("Address", False), ("State", False), ("Version", False))
+def _managers(evidence: Evidence, own: Own) -> str:
+    columns = (
+        ("Manager", False), ("Address", False), ("State", False), ("Clock", True), ("Version", False),
+    )  # fmt: skip
     rows = []
-    for manager in managers:
+    for manager in evidence.managers:
         state = '<span class="good">answers</span>'
         if manager.error:
             state = f'<span class="bad">{_text(manager.error)}</span>'
         elif manager.url == own.url:
             state = '<span class="good">shows this page</span>'
-        rows.append(("", [f"<code>{_text(manager.url)}</code>", state, _text(manager.version)]))
+        cells = [_text(manager.name), f"<code>{_text(manager.url)}</code>", state]
+        rows.append(("", [*cells, _clock(evidence, manager.clock), _text(manager.version)]))
     return f"<section><h2>Managers</h2>{_table(columns, rows)}</section>"
 
 

@@ -12,7 +12,7 @@ STYLE: Final = """
 :root { color-scheme: light dark; --text: #1c2530; --soft: #5b6775; --line: #d7dde4; --card: #fff; --page: #f3f5f8;
   --good: #0a7a50; --good-back: #dff5ea; --bad: #b3261e; --bad-back: #fde7e4; --note: #7a5a00; --note-back: #fdf3d3;
   --g0: #0072b2; --g1: #b26a00; --g2: #00805c; --g3: #a8477c; --g4: #5b5ea6; --g5: #b33c00; --g6: #6f6800;
-  --g7: #3f6b78; }
+  --g7: #3f6b78; --bad-fill: #b3261e; }
 @media (prefers-color-scheme: dark) { :root { --text: #e3e8ee; --soft: #98a4b1; --line: #323c48; --card: #1b222b;
   --page: #12171d; --good: #6fdcab; --good-back: #123427; --bad: #ff9c92; --bad-back: #43191a; --note: #f0cf72;
   --note-back: #3a2f10; } }
@@ -31,9 +31,12 @@ ul.lines { list-style: none; margin: 0; padding: 0; }
 ul.lines li { padding: .35rem .6rem; border-radius: .4rem; margin-bottom: .35rem; overflow-wrap: anywhere; }
 .advice li { background: var(--note-back); color: var(--note); }
 code { font: .92em ui-monospace, monospace; overflow-wrap: anywhere; }
-.bar { display: block; width: 100%; height: 2.2rem; border-radius: .35rem; background: var(--bad); }
+.bar { display: block; width: 100%; height: 2.2rem; border-radius: .35rem; background: var(--bad-fill); }
 .bar text { fill: #fff; font: 600 14px system-ui, sans-serif; text-anchor: middle; dominant-baseline: central; }
 .bar line { stroke: var(--card); stroke-width: 2; }
+.bar line.stuck { stroke: var(--bad-fill); stroke-width: 2.2rem; stroke-dasharray: 8 6; }
+.bar:has(.stuck) text { stroke: #000; stroke-width: 3px; paint-order: stroke; }
+.legend { margin: -.4rem 0 .8rem; font-size: .85rem; font-weight: 600; }
 .axis { display: flex; justify-content: space-between; color: var(--soft); font-size: .8rem; margin-bottom: .8rem; }
 .group { border-top: 1px solid var(--line); padding-top: .6rem; margin-top: .6rem; }
 .group h3 { display: flex; flex-wrap: wrap; gap: .2rem .6rem; align-items: baseline; }
@@ -45,7 +48,7 @@ table { width: 100%; border-collapse: collapse; margin-top: .4rem; font-size: .9
 th { text-align: left; color: var(--soft); font-weight: 500; }
 th, td { padding: .2rem .6rem .2rem 0; vertical-align: top; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; padding-right: 1.6rem;
-  white-space: nowrap; }
+  white-space: nowrap; } th.n { white-space: normal; vertical-align: bottom; }
 td[data-label=Agent], td[data-label=Address], td[data-label=State], td[data-label=Result] { overflow-wrap: anywhere; }
 td code[title] { overflow-wrap: normal; } tr.lead td { font-weight: 600; }
 .bad { color: var(--bad); } .soft { color: var(--soft); } .good { color: var(--good); }

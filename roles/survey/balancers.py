@@ -28,6 +28,7 @@ TEXT_BYTES_MAX: Final = 65_536  # own: a reason takes about 120 bytes
 REASONS_MAX: Final = 8  # own: a realm without leaders gives one per range
 _READY: Final = 200
 _VERSION: Final = "version: "
+_NAME: Final = "name: "
 
 
 def _context() -> ssl.SSLContext:
@@ -63,15 +64,21 @@ async def probe_balancer(url: str, timeout_s: float = PROBE_S) -> BalancerReport
         lines = [line for line in ready.text.splitlines() if line]
         warnings = [line.removeprefix(WARNING) for line in lines if line.startswith(WARNING)]
         reasons = [] if ready.status == _READY else [line for line in lines if not line.startswith(WARNING)]
-        version = next((line.removeprefix(_VERSION) for line in live.splitlines() if line.startswith(_VERSION)), "")
+        version, name = (_told(live, what) for what in (_VERSION, _NAME))
         return BalancerReport(
             url,
             version=version,
+            name=name,
             certificate_end_ms=to_unix_ms(not_after),
             reasons=_coded(ready.reasons, reasons),
             warnings=_coded(ready.warnings, warnings),
         )
     return BalancerReport(url, error=f"no answer within {timeout_s:.0f} s", certificate_end_ms=to_unix_ms(not_after))
+
+
+def _told(text: str, what: str) -> str:
+    """Return what follows `what` at the beginning of a line."""
+    return next((line.removeprefix(what) for line in text.splitlines() if line.startswith(what)), "")
 
 
 async def certificate_end(url: str, timeout_s: float = PROBE_S) -> dt.datetime:

@@ -85,5 +85,9 @@ def read_manager_status(url: str, status: ManagerStatus) -> ManagerReport:
         key = (RealmId(seen.realm), GroupId(seen.group))
         pending[key] = max(seen.age_s, pending.get(key, 0.0))
     return ManagerReport(
-        url, version=status.version, pending=pending, certificate_end_ms=moment_ms(status.certificate_end_ms)
+        url,
+        version=status.version,
+        pending=pending,
+        certificate_end_ms=moment_ms(status.certificate_end_ms),
+        name=status.name,
     )

@@ -15,7 +15,9 @@ from juicebox_hsm.host.cluster.view import ClusterView, GroupView, Member, group
 from juicebox_hsm.ids import HsmId
 from juicebox_hsm.wire.rpc import Direction, GroupInfo, TransferringInfo
 from roles.durations import format_duration
+from roles.survey.shown import led_by, tolerance
 
+_SHORT: Final = 8  # digits of an id; commands take any unambiguous beginning
 WIDTH_MAX: Final = 100_000  # columns a table may take where nobody's window limits it
 
 
@@ -232,22 +234,38 @@ def _print_membership(view: ClusterView, group: GroupView, member: Member, info:
 
 
 def print_groups(view: ClusterView) -> None:
-    """Print each realm's groups with a table of members."""
-    columns = ["HSM ID", "Agent Name", "Role", "Captured", "Lag", "Commit", "Last Appended", "Append Q Len",
-               "Clients Waiting"]  # fmt: skip
+    """Print each realm's groups with a table of members, 80 columns wide with names of up to 12 characters."""
+    columns = ["HSM", "Agent", "Role", "Captured", "Behind", "Queued", "Waiting"]
     for realm in view.realms:
         click.echo(f"realm: {realm.hex()}")
         for group in view.groups_of(realm):
             click.echo(f"group: {group.id.hex()}  owns: {show_range(group.owned_range)}")
+            for line in _fares(group):
+                click.echo(f"  {show_text(line)}")
             rows = []
             for hsm in group.configuration:
                 row = member_json(group, hsm)
                 if "error" in row:
-                    rows.append([hsm.hex(), "[error: not found]", *[""] * 7])
+                    rows.append([hsm.hex()[:_SHORT], "no answer", *[""] * 5])
                     continue
-                cells = [row[key] for key in ("captured", "lag", "committed", "last_appended")]
+                cells = [row[key] for key in ("captured", "lag", "append_queue_len", "waiting_clients")]
                 rows.append([
-                    hsm.hex(), row["agent"], row["role"], *("" if cell is None else cell for cell in cells),
-                    row["append_queue_len"], row["waiting_clients"],
+                    hsm.hex()[:_SHORT], show_text(row["agent"]), row["role"],
+                    *("" if cell is None else f"{cell:,}" for cell in cells),
                 ])  # fmt: skip
-            print_table(columns, rows, right=range(3, 9))
+            print_table(columns, rows, right=range(3, 7))
+    if view.realms:
+        click.echo("Captured is an index; Behind and Queued are entries, Waiting clients.")
+
+
+def _fares(group: GroupView) -> list[str]:
+    """Return who leads a group, and how far it is."""
+    leader = group.leader
+    own = None if leader is None else leader.agent
+    last = None if own is None or own.last_appended is None else own.last_appended[0]
+    committed = None if leader is None or leader.info.leader is None else leader.info.leader.committed
+    fares = f"{led_by(group)}, {tolerance(group)}"
+    if committed is None:
+        return [fares]
+    appended = "" if last is None else f", appended {last:,}"
+    return [fares, f"committed {committed:,}{appended}, {group.requests_per_s:,.1f} requests/s"]

@@ -39,7 +39,7 @@ from tests.patience import HANGS_S, PROGRAM_S
 
 pytestmark = [pytest.mark.processes, pytest.mark.chromium]
 NOW_MS = 1_795_512_600_000  # 24 November 2026, 9:30 UTC
-WIDTHS = (1280, 400)
+WIDTHS = (1280, 640, 400)
 HOW_TO_GET = "Chromium is missing (the status page is tested in it): apt-get install chromium, or set CHROMIUM=PROGRAM"
 LONG = "tls://realm-agent-number-five.europe-west4-b.c.some-project-with-a-long-name.internal.example.org:18095"
 
@@ -72,7 +72,7 @@ def _agents(groups: int) -> list[FakeAgent]:
 
 def _evidence(agents: list[FakeAgent], **changes: Any) -> Evidence:
     views = [
-        AgentView(agent.url, None, f"{agent.url}: connection refused by the peer, no route to host, gave up after 5 s")
+        AgentView(agent.url, None, "connection refused by the peer, no route to host, gave up after 5 s")
         if agent.down
         else AgentView(agent.url, agent.status())
         for agent in agents
@@ -114,6 +114,7 @@ def troubled_page() -> str:
         rpc.Direction.OUT, group(2), bounds, 1_234_560, b"h" * 32
     )
     agents[1].groups[group(1)].captured = 1_200_000
+    agents[1].groups[group(2)].stalled_s = 12.0
     agents[3].down = True
     evidence = _evidence(
         agents,

@@ -59,6 +59,7 @@ class ManagerReport:
     pending: Mapping[GroupKey, float] = field(default_factory=dict)
     certificate_end_ms: int | None = None
     clock: Reading | None = None
+    name: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,7 @@ class BalancerReport:
     certificate_end_ms: int | None = None
     reasons: tuple[tuple[Code, str], ...] = ()
     warnings: tuple[tuple[Code, str], ...] = ()
+    name: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,10 +195,21 @@ def _clock_problems(evidence: Evidence) -> Iterator[Finding]:
         *((ServiceKind.MANAGER, manager.url, manager.clock) for manager in evidence.managers),
         (None, "", evidence.own_clock),
     ]
-    everybody = [reading for _, _, reading in told if reading is not None]
+    everybody = _readings(evidence)
     for kind, url, reading in told:
         if reading is not None and is_off(reading, everybody):
             yield ClockOff(kind, url, offset_ms(reading, everybody) / 1000)
+
+
+def _readings(evidence: Evidence) -> list[Reading]:
+    agents = (agent.clock for agent in evidence.view.agents)
+    managers = (manager.clock for manager in evidence.managers)
+    return [reading for reading in (*agents, *managers, evidence.own_clock) if reading is not None]
+
+
+def clock_offset_s(evidence: Evidence, reading: Reading | None) -> float | None:
+    """Return how far a clock is ahead of what most say, None for one that nobody could read."""
+    return None if reading is None else offset_ms(reading, _readings(evidence)) / 1000
 
 
 def _damages(view: ClusterView) -> Iterator[Finding]:
@@ -258,6 +271,12 @@ def _is_too_small(view: ClusterView, group: GroupView) -> bool:
     hsms = others | {hsm.id for hsm in view.hsms.values() if hsm.realm == group.realm}
     size = len(group.configuration)
     return group.owned_range is not None and len(hsms) >= MEMBERS_ADVISED and (size == 1 or size % 2 == 0)
+
+
+def cannot_commit(group: GroupView) -> bool:
+    """Tell whether a group's clients are refused for want of a majority, by what its members or its leader say."""
+    told = None if group.leader is None else group.leader.agent
+    return group.losses_tolerated < 0 or (told is not None and told.stalled_s is not None)
 
 
 def moving_of(group: GroupView) -> Moving | None:

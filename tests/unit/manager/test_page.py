@@ -8,13 +8,14 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from typing import Any
 
+import msgspec
 import pytest
 import trio
 from quart_trio import QuartTrio
 
 from juicebox_hsm.adapters.observation.metrics import Metrics
 from juicebox_hsm.adapters.observation.probes import make_app
-from juicebox_hsm.host.clocks import DAY_MS
+from juicebox_hsm.host.clocks import DAY_MS, Reading
 from juicebox_hsm.host.cluster.progress import TransferProgress
 from juicebox_hsm.host.cluster.verdict import BalancerReport, Evidence, ManagerReport, judge
 from juicebox_hsm.host.cluster.view import AgentView, build_view
@@ -166,7 +167,8 @@ def test_nothing_is_loaded_and_nothing_runs() -> None:
 
 def test_bar_is_to_scale() -> None:
     """A part's place and width are its share of the key space; slivers have no number; gaps are told."""
-    drawn = bar([(0, OwnedRange(record("00"), record("3f", 0xFF))), (9, OwnedRange(record("fe"), record("fe", 0xFF)))])
+    low, sliver = OwnedRange(record("00"), record("3f", 0xFF)), OwnedRange(record("fe"), record("fe", 0xFF))
+    drawn = bar([(0, low, False), (9, sliver, False)])
     rects = [attrs for tag, attrs in _parse(drawn).tags if tag == "rect"]
     assert [(rect["x"], rect["width"], rect["class"]) for rect in rects] == [
         ("0.000%", "25.000%", "g0"),
@@ -175,6 +177,53 @@ def test_bar_is_to_scale() -> None:
     assert drawn.count("<text") == 1
     assert "2 ranges, 2 without an owner" in drawn
     assert "0 ranges, 1 without" in bar([])
+
+
+def test_a_range_without_a_majority_looks_so() -> None:
+    """Its part of the bar is striped and marked, the legend and the heading say why; others are as ever."""
+    agents = three(2)
+    agents[0].lead(group(1), OwnedRange(record("00"), record("7f", 0xFF)))
+    agents[0].groups[group(1)].stalled_s = 4.0
+    agents[1].lead(group(2), OwnedRange(record("80"), record("ff", 0xFF)))
+    page = _page(_evidence(agents))
+    checker = _parse(page)
+    stripes = [attrs for tag, attrs in checker.tags if tag == "line" and attrs.get("class") == "stuck"]
+    assert [(stripe["x1"], stripe["x2"]) for stripe in stripes] == [("0.000%", "50.000%")]
+    text = " ".join("".join(checker.text).split())
+    assert "striped: its group has no majority" in text
+    assert "its leader reaches no majority" in text
+    assert text.count("tolerates 1 more loss") == 1
+    agents[1].down = agents[2].down = True
+    assert "no majority: 1 of 3 members answer" in _page(_evidence(agents))
+    assert "striped" not in _page(_evidence(three(2)))
+
+
+def test_services_have_names_ages_and_clocks() -> None:
+    """Services have names, agents uptimes and rates, clocks say how far off; a dead address stands once."""
+    agents = three()
+    agents[0].lead(group(1), FULL_RANGE)
+    agents[2].down = True
+    view = build_view(
+        [
+            AgentView(agent.url, None, "Connection refused")
+            if agent.down
+            else AgentView(
+                agent.url,
+                msgspec.structs.replace(agent.status(), uptime_s=3_700.0),
+                clock=Reading(90_000 if agent is agents[1] else 0),
+            )
+            for agent in agents
+        ]
+    )
+    managers = (ManagerReport("tls://m1", name="manager-one", clock=Reading(100)),)
+    balancers = (BalancerReport("https://b1", name="balancer-one"),)
+    evidence = replace(_evidence(agents, managers=managers, balancers=balancers), view=view)
+    text = " ".join("".join(_parse(_page(evidence)).text).split())
+    for said in ("balancer-one", "manager-one", "1h 1m 40s", "+89.9 s"):
+        assert said in text, said
+    dead = agents[2].url
+    rows = text[text.index("Agents") :]
+    assert rows.count(dead) == 1
 
 
 async def _alive() -> tuple[bool, str]:

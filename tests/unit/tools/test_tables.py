@@ -11,9 +11,14 @@ from pathlib import Path
 
 import pytest
 import trio
+from msgspec import structs
 
 from juicebox_hsm.adapters.stores.opening import open_store
+from juicebox_hsm.host.cluster.view import AgentView, build_view
 from juicebox_hsm.host.services import ServiceKind, TenantLimits
+from juicebox_hsm.ids import FULL_RANGE
+from roles.tools.output import print_groups
+from tests.host.cluster.agents import FakeAgent, FakeGroup, group, hsm
 from tests.patience import PROGRAM_S
 from tests.terminal import run_on_terminal, words_of
 
@@ -81,3 +86,20 @@ def test_a_table_that_fits_stays_a_table(store: str) -> None:
     _, narrow = run_on_terminal(["cluster", "leases", "--store", store])
     assert "+-" not in narrow
     assert f"Lease:   {LEASE}" in narrow
+
+
+def test_groups_fit_a_window(capsys: pytest.CaptureFixture[str]) -> None:
+    """Members with names of up to 12 characters and millions of entries are a table of at most 80 columns."""
+    agents = [FakeAgent(f"tls://agent-{number}-hall", hsm(number)) for number in range(1, 6)]
+    for agent in agents:
+        agent.groups = {group(1): FakeGroup([one.hsm for one in agents], captured=123_456_789, requests_per_s=1234.5)}
+    agents[0].lead(group(1), FULL_RANGE)
+    agents[1].groups[group(1)].captured = 123_000_000
+    told = [AgentView(agent.url, structs.replace(agent.status(), name=agent.url[6:])) for agent in agents[:4]]
+    print_groups(build_view(told))
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80, max(lines, key=len)
+    text = "\n".join(lines)
+    for said in ("agent-4-hall", "123,456,789", "456,789", "tolerates 1 more loss", "led by agent-1-hall"):
+        assert said in text, said
+    assert "no answer" in text

@@ -1,0 +1,33 @@
+"""What `cluster status` and the status page say of groups and services, in the same words."""
+
+from __future__ import annotations
+
+from juicebox_hsm.host.cluster.verdict import cannot_commit
+from juicebox_hsm.host.cluster.view import GroupView
+from juicebox_hsm.wire.rpc import AgentStatus
+from roles.words import counted
+
+
+def tolerance(group: GroupView) -> str:
+    """Return how many more members a group may lose, or that it lost too many."""
+    left = group.losses_tolerated
+    if left < 0:
+        return f"no majority: {len(group.members)} of {counted(len(group.configuration), 'member')} answer"
+    if cannot_commit(group):
+        return "its leader reaches no majority"
+    return "tolerates 1 more loss" if left == 1 else f"tolerates {left or 'no'} more losses"
+
+
+def led_by(group: GroupView) -> str:
+    """Return who leads a group."""
+    return "nobody leads" if group.leader is None else f"led by {group.leader.name}"
+
+
+def agent_rate(status: AgentStatus) -> float:
+    """Return requests/s of the groups that an agent leads."""
+    return sum(info.requests_per_s for info in status.groups if info.leading)
+
+
+def clock(offset_s: float | None) -> str:
+    """Return how far a clock is off, "" when nobody could read it."""
+    return "" if offset_s is None else f"{round(offset_s, 1) or 0.0:+.1f} s"
