@@ -276,6 +276,7 @@ class AgentStatus(_Body, frozen=True):
     `instance` is drawn when the process starts, and tells it from one with a copy of its HSM.
     `now_ms` is the agent's wall clock, None from one of an older version. `troubles` are what it tries again and is not
     ready for, but for what other fields tell. `damages` were met in the store within the last half minute.
+    `latency_ms` is the mean time of the requests that it answered in the last minute, None when there were none.
     """
 
     uptime_s: float
@@ -290,6 +291,7 @@ class AgentStatus(_Body, frozen=True):
     logs_behind: tuple[LogBehind, ...] = ()
     troubles: tuple[Told, ...] = ()
     damages: tuple[StoreDamage, ...] = ()
+    latency_ms: float | None = None
 
 
 class RealmCreated(_Body, frozen=True):
@@ -545,7 +547,7 @@ class ManagerStatus(_Body, frozen=True):
     `older` is JSON with the version alone, which is what a reader of an older version takes the whole status from; from
     a manager of an older version it is all there is. `certificate_end_ms` is when its cluster certificate ends, Unix
     time in ms, None without TLS. `announced` are (realm, group) of groups somebody said are leaderless. `now_ms` is its
-    wall clock.
+    wall clock. `uptime_s` is None from one of an older version.
     """
 
     older: str
@@ -559,3 +561,4 @@ class ManagerStatus(_Body, frozen=True):
     pending: tuple[PendingTransfer, ...] = ()
     announced: tuple[tuple[bytes, bytes], ...] = ()
     now_ms: int | None = None
+    uptime_s: float | None = None

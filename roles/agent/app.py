@@ -58,6 +58,7 @@ async def handle_app(agent: Agent, body: App) -> AppOk | Refused:
     request = ClientRequest(record, body.session_id, encrypted, body.tenant, body.user, now_ms, slot.fill, steps)
     if steps is not None:
         steps.enter("queue")
+    arrived_s = trio.current_time()
     driver.step(RequestArrived(request, agent.unpublished.is_full))
     try:
         reply = await slot.wait()
@@ -67,14 +68,17 @@ async def handle_app(agent: Agent, body: App) -> AppOk | Refused:
     finally:
         if steps is not None:
             steps.end()
-    if isinstance(reply, Refused):
-        _count(agent, reply)
+    _tell(agent, reply, arrived_s)
     return reply
 
 
-def _count(agent: Agent, refused: Refused) -> None:
-    """Count refusals that say how the group is."""
-    match refused.outcome:
+def _tell(agent: Agent, reply: AppOk | Refused, arrived_s: float) -> None:
+    """Take down how long an answer took, and count refusals that say how the group is."""
+    if not isinstance(reply, Refused):
+        now_s = trio.current_time()
+        agent.latency.add(now_s, now_s - arrived_s)
+        return
+    match reply.outcome:
         case Refusal.BUSY:
             agent.metrics.count("agent.app.busy")
         case Refusal.NO_QUORUM:

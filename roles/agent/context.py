@@ -16,6 +16,7 @@ from juicebox_hsm.consensus.types import RoleStatus, Witness
 from juicebox_hsm.errors import check
 from juicebox_hsm.host.admission import Limiters
 from juicebox_hsm.host.group import Groups, GroupState
+from juicebox_hsm.host.latency import LatencyMeter
 from juicebox_hsm.host.leadership.events import Event, RoleAdopted
 from juicebox_hsm.host.leadership.machine import Leadership
 from juicebox_hsm.host.leadership.state import Limits
@@ -83,6 +84,7 @@ class Agent(Outside):
         self.outbox_tails: dict[str, int] = {}
         """Tenant -> highest outbox sequence seen, for the hints of intents."""
         self.unpublished = Unpublished()
+        self.latency = LatencyMeter()
         self.set_aside = 0
         """Tenant events of earlier leaderships that nothing could record."""
         self.bus_trouble: tuple[Trouble, ...] = ()

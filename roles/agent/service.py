@@ -257,6 +257,7 @@ async def agent_status(agent: Agent) -> AgentStatus:
             Told(trouble.code.word, own_sentence(trouble)) for trouble in agent.troubles if isinstance(trouble, Trouble)
         ),
         damages=agent.damages.lately(trio.current_time()),
+        latency_ms=agent.latency.mean_ms(trio.current_time()),
     )
 
 

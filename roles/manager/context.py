@@ -6,6 +6,8 @@ import datetime as dt
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import trio
+
 from juicebox_hsm.adapters.faults.switch import FaultSwitch
 from juicebox_hsm.adapters.observation.tracing import Traces
 from juicebox_hsm.adapters.tls.certificate_end import no_certificate
@@ -43,6 +45,7 @@ class ManagerState:
 class ManagerContext:
     """The manager's surroundings; `now_ms` is wall-clock Unix time in ms, which others only get to see.
 
+    `began_s` is when this process began, on Trio's clock.
     `certificate_end` tells when the cluster certificate in service ends (UTC), None without TLS.
     """
 
@@ -56,6 +59,7 @@ class ManagerContext:
     faults: FaultSwitch = field(default_factory=FaultSwitch)
     certificate_end: Callable[[], dt.datetime | None] = no_certificate
     state: ManagerState = field(default_factory=ManagerState)
+    began_s: float = field(default_factory=trio.current_time)
 
     @property
     def recorder(self) -> Recorder:

@@ -30,7 +30,7 @@ from juicebox_hsm.ids import RECORD_ID_BYTES, HsmId, OwnedRange, RealmId, uncove
 from juicebox_hsm.wire.rpc import GroupRole, LoopRun, RunningTransfer
 from roles.durations import format_duration
 from roles.manager.page_style import GROUP_COLOURS, STYLE
-from roles.survey.shown import agent_rate, clock, led_by, tolerance
+from roles.survey.shown import agent_pace, clock, led_by, tolerance
 from roles.words import counted, moment, sentence, transfer
 
 REFRESH_S: Final = 5
@@ -237,7 +237,7 @@ def _role(member: Member) -> str:
 def _agents(evidence: Evidence) -> str:
     columns = (
         ("Agent", False), ("Address", False), ("HSM", False), ("Realm", False), ("Up", True), ("Requests/s", True),
-        ("Work (units)", True), ("Clock", True), ("Version", False),
+        ("Mean time (ms)", True), ("Work (units)", True), ("Clock", True), ("Version", False),
     )  # fmt: skip
     rows = [("", _agent(evidence, agent)) for agent in evidence.view.agents]
     return f"<section><h2>Agents</h2>{_table(columns, rows)}</section>"
@@ -247,15 +247,17 @@ def _agent(evidence: Evidence, agent: AgentView) -> list[str]:
     address = f"<code>{_text(agent.url)}</code>"
     told = agent.status
     if told is None:
-        return [f'<span class="bad">does not answer: {_text(agent.error)}</span>', address, *[""] * 7]
-    rate, up = f"{agent_rate(told):,.1f}", format_duration(told.uptime_s)
+        return [f'<span class="bad">does not answer: {_text(agent.error)}</span>', address, *[""] * 8]
+    rate, latency_ms = agent_pace(told)
+    up = format_duration(told.uptime_s)
+    latency = "" if latency_ms is None else f"{latency_ms:,.1f}"
     ends = [_clock(evidence, agent.clock), _text(told.build)]
     hsm = None if told.hsm is None else evidence.view.hsms.get(HsmId(told.hsm.id))
     if hsm is None:
-        return [_text(told.name), address, '<span class="bad">does not answer</span>', "", up, "", "", *ends]
+        return [_text(told.name), address, '<span class="bad">does not answer</span>', "", up, "", "", "", *ends]
     realm = '<span class="soft">none</span>' if hsm.realm is None else _id(hsm.realm)
     work = f"{hsm_work(evidence.view, hsm):,}"
-    return [_text(told.name), address, _id(hsm.id), realm, up, rate, work, *ends]
+    return [_text(told.name), address, _id(hsm.id), realm, up, f"{rate:,.1f}", latency, work, *ends]
 
 
 def _clock(evidence: Evidence, reading: Reading | None) -> str:
@@ -290,7 +292,7 @@ def _balancers(balancers: Sequence[BalancerReport], now_ms: int) -> str:
 
 def _managers(evidence: Evidence, own: Own) -> str:
     columns = (
-        ("Manager", False), ("Address", False), ("State", False), ("Clock", True), ("Version", False),
+        ("Manager", False), ("Address", False), ("State", False), ("Up", True), ("Clock", True), ("Version", False),
     )  # fmt: skip
     rows = []
     for manager in evidence.managers:
@@ -299,7 +301,8 @@ def _managers(evidence: Evidence, own: Own) -> str:
             state = f'<span class="bad">{_text(manager.error)}</span>'
         elif manager.url == own.url:
             state = '<span class="good">shows this page</span>'
-        cells = [_text(manager.name), f"<code>{_text(manager.url)}</code>", state]
+        up = "" if manager.uptime_s is None else format_duration(manager.uptime_s)
+        cells = [_text(manager.name), f"<code>{_text(manager.url)}</code>", state, up]
         rows.append(("", [*cells, _clock(evidence, manager.clock), _text(manager.version)]))
     return f"<section><h2>Managers</h2>{_table(columns, rows)}</section>"
 

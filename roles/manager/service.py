@@ -82,6 +82,7 @@ class ManagerService:
             ),
             announced=tuple(sorted(state.announced)),
             now_ms=now_ms,
+            uptime_s=trio.current_time() - self._context.began_s,
         )
 
     async def _leader_stepdown(self, body: StepdownOrder, caller: object) -> Done | Refused:  # noqa: ARG002

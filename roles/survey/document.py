@@ -5,7 +5,7 @@ from __future__ import annotations
 from juicebox_hsm.host.cluster.findings import Finding, OfService
 from juicebox_hsm.host.cluster.verdict import Evidence, Verdict, cannot_commit, clock_offset_s
 from juicebox_hsm.host.cluster.view import GroupView
-from roles.survey.shown import agent_rate
+from roles.survey.shown import agent_pace
 from roles.words import sentence
 
 
@@ -51,12 +51,14 @@ def _services(evidence: Evidence) -> list[dict[str, object]]:
         told = agent.status
         about = _service("agent", agent.url, agent.error, "" if told is None else told.name)
         if told is not None:
-            about |= {"version": told.build, "uptime_s": round(told.uptime_s, 1)}
-            about["requests_per_s"] = round(agent_rate(told), 2)
+            rate, latency_ms = agent_pace(told)
+            about |= {"version": told.build, "uptime_s": round(told.uptime_s, 1), "requests_per_s": round(rate, 2)}
+            about["latency_ms"] = None if latency_ms is None else round(latency_ms, 1)
         found.append(about | {"clock_offset_s": clock_offset_s(evidence, agent.clock)})
     for manager in evidence.managers:
         about = _service("manager", manager.url, manager.error, manager.name)
         about |= {"version": manager.version or None, "clock_offset_s": clock_offset_s(evidence, manager.clock)}
+        about["uptime_s"] = None if manager.uptime_s is None else round(manager.uptime_s, 1)
         found.append(about)
     for balancer in evidence.balancers:
         about = _service("lb", balancer.url, balancer.error, balancer.name)
@@ -65,7 +67,7 @@ def _services(evidence: Evidence) -> list[dict[str, object]]:
 
 
 def _service(kind: str, url: str, error: str, name: str) -> dict[str, object]:
-    unknown = dict.fromkeys(("version", "uptime_s", "requests_per_s", "clock_offset_s"))
+    unknown = dict.fromkeys(("version", "uptime_s", "requests_per_s", "latency_ms", "clock_offset_s"))
     return {"kind": kind, "url": url, "name": name or None, "error": error or None, **unknown}
 
 

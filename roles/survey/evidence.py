@@ -90,4 +90,5 @@ def read_manager_status(url: str, status: ManagerStatus) -> ManagerReport:
         pending=pending,
         certificate_end_ms=moment_ms(status.certificate_end_ms),
         name=status.name,
+        uptime_s=status.uptime_s,
     )

@@ -23,9 +23,16 @@ def led_by(group: GroupView) -> str:
     return "nobody leads" if group.leader is None else f"led by {group.leader.name}"
 
 
-def agent_rate(status: AgentStatus) -> float:
-    """Return requests/s of the groups that an agent leads."""
-    return sum(info.requests_per_s for info in status.groups if info.leading)
+def agent_pace(status: AgentStatus) -> tuple[float, float | None]:
+    """Return requests/s of the groups that an agent leads, and the mean time of its answers in ms, None without any."""
+    rates = (info.requests_per_s for info in status.groups if info.leading)
+    return sum(rates), status.latency_ms
+
+
+def pace(rate: float, latency_ms: float | None) -> str:
+    """Return a rate and what one of these takes."""
+    told = f"{rate:,.1f} requests/s"
+    return told if latency_ms is None else f"{told}, {latency_ms:,.1f} ms each"
 
 
 def clock(offset_s: float | None) -> str:

@@ -60,6 +60,7 @@ class ManagerReport:
     certificate_end_ms: int | None = None
     clock: Reading | None = None
     name: str = ""
+    uptime_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

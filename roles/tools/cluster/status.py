@@ -17,7 +17,7 @@ from roles.durations import format_duration
 from roles.survey.document import verdict_json
 from roles.survey.evidence import gather
 from roles.survey.overview import clock_of
-from roles.survey.shown import agent_rate, clock, led_by, tolerance
+from roles.survey.shown import agent_pace, clock, led_by, pace, tolerance
 from roles.tools.cluster.show import with_session
 from roles.tools.output import print_json, show_text
 from roles.tools.session import Connection, Session, end, with_connection
@@ -54,11 +54,12 @@ def lines_of(evidence: Evidence) -> Iterator[str]:
         if told is None:
             yield f"agent    {agent.url}  does not answer"
             continue
-        fares = [f"up {format_duration(told.uptime_s)}", f"{agent_rate(told):,.1f} requests/s"]
+        fares = [f"up {format_duration(told.uptime_s)}", pace(*agent_pace(told))]
         yield _service("agent", told.name, agent.url, [*fares, _clock(evidence, agent.clock)])
     for manager in evidence.managers:
+        up = "" if manager.uptime_s is None else f"up {format_duration(manager.uptime_s)}"
         state = "does not answer" if manager.error else ""
-        yield _service("manager", manager.name, manager.url, [state, _clock(evidence, manager.clock)])
+        yield _service("manager", manager.name, manager.url, [state, up, _clock(evidence, manager.clock)])
     for balancer in evidence.balancers:
         state = "does not answer" if balancer.error else "not ready" if balancer.reasons else "ready"
         yield _service("balancer", balancer.name, balancer.url, [state])

@@ -199,7 +199,7 @@ def test_a_range_without_a_majority_looks_so() -> None:
 
 
 def test_services_have_names_ages_and_clocks() -> None:
-    """Services have names, agents uptimes and rates, clocks say how far off; a dead address stands once."""
+    """Services have names and uptimes, agents rates and times, clocks say how far off; a dead address stands once."""
     agents = three()
     agents[0].lead(group(1), FULL_RANGE)
     agents[2].down = True
@@ -209,17 +209,17 @@ def test_services_have_names_ages_and_clocks() -> None:
             if agent.down
             else AgentView(
                 agent.url,
-                msgspec.structs.replace(agent.status(), uptime_s=3_700.0),
+                msgspec.structs.replace(agent.status(), uptime_s=3_700.0, latency_ms=12.34),
                 clock=Reading(90_000 if agent is agents[1] else 0),
             )
             for agent in agents
         ]
     )
-    managers = (ManagerReport("tls://m1", name="manager-one", clock=Reading(100)),)
+    managers = (ManagerReport("tls://m1", name="manager-one", uptime_s=60.0, clock=Reading(100)),)
     balancers = (BalancerReport("https://b1", name="balancer-one"),)
     evidence = replace(_evidence(agents, managers=managers, balancers=balancers), view=view)
     text = " ".join("".join(_parse(_page(evidence)).text).split())
-    for said in ("balancer-one", "manager-one", "1h 1m 40s", "+89.9 s"):
+    for said in ("balancer-one", "manager-one", "1h 1m 40s", "12.3", "+89.9 s", "1m 0s"):
         assert said in text, said
     dead = agents[2].url
     rows = text[text.index("Agents") :]
