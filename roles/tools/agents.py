@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from juicebox_hsm.adapters.process.exit_codes import ExitCode
 from juicebox_hsm.host.cluster.view import ClusterView
 from roles.survey.overview import read_overview
-from roles.tools.session import ExitCode, Session, ToolFailure
+from roles.tools.session import Session, ToolFailure
 
 
 def is_url(text: str) -> bool:
