@@ -190,7 +190,7 @@ class Ears:
                 page = await page_of(running.service.http, "/readyz")
             except OSError as error:
                 page = str(error)
-            if not page.startswith(("ready", "ok")):  # managers say ok
+            if not page.startswith("ready"):
                 return f"{running.service.name}: {page[:TEXT_CHARS_MAX]}"
         return ""
 
