@@ -154,7 +154,7 @@ def main(arguments: list[str] | None = None) -> None:
         _run(command, rest, f"{PROGRAM} --role {role}")
     except LocalError as error:
         passing = isinstance(error, NotYet)
-        _fail(str(error), (69 if passing else 78) if role else 1)
+        _fail(str(error), (69 if passing else 78) if is_service else 1)
     except RealmError as error:
         _fail(str(error), 69 if role else 4)
     except BrokenPipeError:

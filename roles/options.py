@@ -16,6 +16,7 @@ from typing import Any, Final, TypeVar, cast
 
 import click
 
+from juicebox_hsm.adapters.process.passing_trouble import local_error
 from juicebox_hsm.adapters.process.regular_file import open_regular
 from juicebox_hsm.adapters.tls.cluster_tls import ClusterTls
 from juicebox_hsm.errors import LocalError
@@ -152,9 +153,16 @@ def _wrong_kind(parameter: click.Parameter, setting: object) -> str:
 
 
 def _read_config(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:  # noqa: ARG001 - click
-    """Take defaults for flags from a TOML file. Raises `BadSettings`, after the good settings were taken."""
+    """Take defaults for flags from a TOML file. Raises `BadSettings`, after the good settings were taken.
+
+    A file that is not there is no bad setting: raises `LocalError`, `NotYet` while it may still come.
+    """
     if value is None:
         return None
+    try:
+        open_regular(value).close()
+    except OSError as error:
+        raise local_error(f"--config {value}: {error.strerror}", error) from None
     values, problems = read_settings(value, ctx.command.params)
     ctx.default_map = {**(ctx.default_map or {}), **values}
     if problems:

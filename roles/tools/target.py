@@ -65,7 +65,7 @@ def _read_argument(text: str) -> str:
     try:
         return Path(text[1:]).read_text(encoding="utf-8")
     except OSError as error:
-        raise ToolFailure(f"--configuration {text}: {error.strerror}", ExitCode.USAGE) from None
+        raise ToolFailure(f"--configuration {text}: {error.strerror}") from None
 
 
 def target_from_flags(configuration: str, secrets_file: Path | None, tenant: str, certificate: Path | None) -> Target:

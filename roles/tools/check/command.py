@@ -55,7 +55,7 @@ def roots(files: Sequence[Path]) -> Iterator[Path | None]:
             is_pem = b"-----BEGIN" in data
             loaded = x509.load_pem_x509_certificates(data) if is_pem else [x509.load_der_x509_certificate(data)]
         except OSError as error:
-            raise ToolFailure(f"--tls-certificate {path}: {error.strerror}", ExitCode.USAGE) from None
+            raise ToolFailure(f"--tls-certificate {path}: {error.strerror}") from None
         except ValueError:
             raise ToolFailure(f"--tls-certificate {path}: neither DER nor PEM", ExitCode.USAGE) from None
         found += [certificate.public_bytes(Encoding.PEM) for certificate in loaded]
