@@ -7,8 +7,9 @@ overlaps another process's commit. While a commit is in progress the next group 
 through one `run_sync_soon`, after COMMIT returned and therefore after the write-ahead log is on disk.
 
 A task that waits for its operation cannot be cancelled: a local commit takes milliseconds, and a definite outcome is
-worth more than a fast return. A process that is stopped (not killed) inside a transaction holds up the others until it
-goes on; killing it frees the lock.
+worth more than a fast return. A process that is stopped (not killed) inside a transaction keeps the lock until it goes
+on; killing it frees the lock. Until then the operations of others fail with its process id, and none is left waiting:
+they were not begun.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ import apsw
 import outcome
 import trio
 
-from juicebox_hsm.adapters.process.threads import in_thread_or_here, thread_needed
+from juicebox_hsm.adapters.process.directory_lock import by_whom
+from juicebox_hsm.adapters.process.threads import NoThread, in_thread_or_here, thread_needed
 from juicebox_hsm.adapters.sqlite.identity import FileIdentity
 from juicebox_hsm.adapters.sqlite.schema import BUSY_TIMEOUT_MS, translate
 from juicebox_hsm.ports.errors import StoreUnavailable
@@ -41,6 +43,12 @@ costs a third less CPU and flush time per commit than growing a truncated file a
 """
 CHECKPOINT_BUSY_MS: Final = 20
 """How long a checkpoint waits for readers before it leaves the rest to the next one."""
+LOCK_PATIENCE_S: Final = 2.0
+"""How long operations wait for another process's transaction, which takes milliseconds, or a second on a busy disk."""
+LOCKED_OUT_S: Final = 0.2
+"""How long they wait while it is known to last (own)."""
+OPEN_S: Final = 10.0
+"""How long whoever opens or closes a store waits for it."""
 CLOSE_S: Final = 60.0
 FAILED_PAUSE_S: Final = 0.01
 """After a transaction that failed as a whole, so that overdue maintenance on a broken file does not spin (own)."""
@@ -53,16 +61,101 @@ class FileLock:
     """The advisory exclusive lock between processes, as a context manager. Not re-entrant; one thread uses it."""
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._place: _Place | None = None
+        """Where we stand in the queue, or that by which we have the lock."""
 
     def __enter__(self) -> None:
-        fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+        """Raises `StoreUnavailable` when another process keeps the lock for `OPEN_S`."""
+        if not self.acquire(OPEN_S):
+            raise StoreUnavailable(f"sqlite:{self._path.with_suffix('')}: {self.why_not()}")
 
     def __exit__(self, *exc: object) -> None:
-        fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+        self.release()
+
+    def acquire(self, patience_s: float) -> bool:
+        """Take the lock, or give up after `patience_s`; the place in the queue is kept as long as it takes.
+
+        The kernel's queue has no time-out, so a thread stands in it when the lock is not free. Raises `OSError`, and
+        `NoThread` when there is none for that.
+        """
+        place = self._place
+        if place is None or not place.want():
+            try:
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                place = self._place = _Place(self._path)
+            else:
+                self._place = None
+                return True
+        if not place.granted.wait(patience_s) and not place.give_up():
+            return False
+        if place.error is not None:
+            self._place = None
+            raise place.error
+        return True
+
+    def release(self) -> None:
+        """Give the lock back."""
+        place, self._place = self._place, None
+        if place is None:
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+        else:
+            place.leave()
+
+    def why_not(self) -> str:
+        """Say who has the lock, as far as that can be told."""
+        return f"is locked{by_whom(self._path)}, which does not go on"
 
     def close(self) -> None:
         """Close the descriptor, which also frees the lock."""
+        os.close(self._descriptor)
+
+
+class _Place:
+    """A place in the queue for a lock, and the lock once it is `granted`; if nobody wants it then, it is let go."""
+
+    def __init__(self, path: Path) -> None:
+        self.granted = threading.Event()
+        self.error: OSError | None = None
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)  # of its own: locks belong to open files
+        self._mutex = threading.Lock()
+        self._is_wanted = True
+        self._is_over = False
+        try:
+            with thread_needed():
+                threading.Thread(target=self._stand, name="sqlite-lock", daemon=True).start()
+        except NoThread:
+            os.close(self._descriptor)
+            raise
+
+    def _stand(self) -> None:
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            self.error = error
+        with self._mutex:
+            if self._is_wanted:
+                self.granted.set()
+            else:
+                self._is_over = True
+                self.leave()
+
+    def want(self) -> bool:
+        """Want the lock again after giving up; False if it came meanwhile and was let go."""
+        with self._mutex:
+            self._is_wanted = True
+            return not self._is_over
+
+    def give_up(self) -> bool:
+        """Want the lock no more; True, and it is ours, if it was granted after all."""
+        with self._mutex:
+            self._is_wanted = self.granted.is_set()
+            return self._is_wanted
+
+    def leave(self) -> None:
+        """Let the lock go."""
         os.close(self._descriptor)
 
 
@@ -105,6 +198,7 @@ class Writer:
         self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._token = trio.lowlevel.current_trio_token()
         self._closing = False
+        self._patience_s = LOCK_PATIENCE_S
         self._checkpoint_at = CHECKPOINT_BYTES
         self._page_bytes = cast("int", connection.pragma("page_size"))
         self._wal_pages = 0
@@ -169,7 +263,7 @@ class Writer:
                 self.identity.before_close(self._connection)
                 self._checkpoint(apsw.SQLITE_CHECKPOINT_TRUNCATE)
                 self._connection.close()
-        except (apsw.Error, OSError):
+        except (apsw.Error, OSError, StoreUnavailable):
             pass  # everything acknowledged is in the write-ahead log, which the next opener reads
         self._lock.close()
 
@@ -178,22 +272,42 @@ class Writer:
 
         Returns whether there was a transaction. Raises nothing: a dead writer would leave its tasks waiting for ever.
         """
-        committed = told = False
+        refused = self._take_lock()
+        if refused is not None:
+            for job in group:
+                job.error = refused
+            self._tell(group)
+            return False
+        is_held = True
         try:
-            with self._lock:
-                committed = self._run_group(group)
+            committed = self._run_group(group)
+            if self._wal_pages * self._page_bytes < self._checkpoint_at:
+                self._lock.release()  # before anybody is woken: a process stopped from here on holds up nobody
+                is_held = False
                 self._tell(group)
-                told = True
-                if self._wal_pages * self._page_bytes >= self._checkpoint_at:
-                    self._checkpoint()
+            else:
+                self._tell(group)
+                self._checkpoint()
         except apsw.Error:
             pass  # of a checkpoint: tried again after the next commit; a lasting fault shows there
-        except OSError as error:  # of the lock
-            if not told:
-                for job in group:
-                    job.error = StoreUnavailable(f"sqlite:{self._path}: cannot lock: {error.strerror}")
-                self._tell(group)
+        finally:
+            if is_held:
+                self._lock.release()
         return committed
+
+    def _take_lock(self) -> StoreUnavailable | None:
+        """Take the lock, or return why that took too long. From then on patience is short until it was had again."""
+        try:
+            if self._lock.acquire(self._patience_s):
+                self._patience_s = LOCK_PATIENCE_S
+                return None
+            why = self._lock.why_not()
+        except OSError as error:
+            why = f"cannot lock: {error.strerror}"
+        except NoThread as error:
+            why = f"cannot wait for its lock: {error}"
+        self._patience_s = LOCKED_OUT_S
+        return StoreUnavailable(f"sqlite:{self._path}: {why}")
 
     def _run_group(self, group: list[_Job]) -> bool:
         """Run one group's transaction; False, with an error for every job, if nothing of it was kept."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import apsw
@@ -15,7 +17,7 @@ import trio.testing
 from juicebox_hsm.adapters.sqlite.backend import _open_files
 from juicebox_hsm.adapters.sqlite.reads import fetch, fetch_one
 from juicebox_hsm.adapters.sqlite.schema import connect
-from juicebox_hsm.adapters.sqlite.writer import CHECKPOINT_BYTES, Operation, Writer
+from juicebox_hsm.adapters.sqlite.writer import CHECKPOINT_BYTES, FileLock, Operation, Writer
 from juicebox_hsm.errors import InvariantViolation, check
 from juicebox_hsm.ports.errors import StoreUnavailable
 from tests.patience import HANGS_S
@@ -238,3 +240,67 @@ async def test_a_lock_that_fails_is_unavailable(tmp_path: Path) -> None:
         lock._descriptor = good
         await writer.run(put("b"))
     assert names(tmp_path / "f.db") == ["b"]
+
+
+_HOLD = """
+import fcntl, sys
+with open(sys.argv[1] + ".lock") as file:
+    fcntl.flock(file, fcntl.LOCK_EX)
+    print(flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextmanager
+def held_by_another(path: Path) -> Iterator[int]:
+    """Let another process keep the lock; hands over its id."""
+    command = [sys.executable, "-c", _HOLD, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        try:
+            yield holder.pid
+        finally:
+            holder.kill()
+
+
+async def test_a_lock_that_is_kept_is_told(tmp_path: Path) -> None:
+    """Operations that would wait for a stopped process fail with its id, and are not done later; then all goes on."""
+    path = tmp_path / "x.db"
+    async with opened(path) as writer:
+        await writer.run(put("before"))
+        with held_by_another(path) as pid:
+            for name in ("first", "second"):
+                with pytest.raises(StoreUnavailable, match=f"is locked by process {pid}"):
+                    await writer.run(put(name))
+        with trio.fail_after(HANGS_S):
+            while not await is_done(writer, put("after")):
+                pass
+    assert names(path) == ["after", "before"]
+
+
+def test_a_lock_that_comes_too_late_is_let_go(tmp_path: Path) -> None:
+    """Who gave up waiting does not get a lock that nobody would give back; who wants it again still has its place."""
+    path = tmp_path / "x.db.lock"
+    first, second, third = FileLock(path), FileLock(path), FileLock(path)
+    assert first.acquire(0.0)
+    assert not second.acquire(0.01)
+    assert not second.acquire(0.01)
+    assert "is locked by process" in second.why_not()
+    first.release()
+    assert third.acquire(HANGS_S)
+    third.release()
+    assert second.acquire(HANGS_S)
+    assert not first.acquire(0.0)
+    second.release()
+    assert first.acquire(HANGS_S)
+    first.release()
+
+
+async def is_done(writer: Writer, operation: Operation[str]) -> bool:
+    """Tell whether an operation was done; not while the lock that was kept is on its way."""
+    try:
+        await writer.run(operation)
+    except StoreUnavailable:
+        return False
+    return True
