@@ -69,14 +69,14 @@ async def _stop_copy(day: Day) -> None:
     copy.close()
 
 
-async def _set_clock(day: Day) -> None:
+async def set_clock(day: Day) -> None:
     leader = await day.leader()
     name = next(p.service.name for p in day.cluster.of_role("agent") if p.service.name != leader)
     day.victims.append(name)
     write_file(day.faults / f"{name}.json", Faults(clock_offset_ms=CLOCK_AHEAD_S * 1000).to_json())
 
 
-async def _set_clock_right(day: Day) -> None:
+async def set_clock_right(day: Day) -> None:
     await trio.lowlevel.checkpoint()
     for name in day.victims:
         write_file(day.faults / f"{name}.json", NO_FAULTS.to_json())
@@ -131,8 +131,8 @@ STATES: Final = (
             Channel.LOG: r"clock is off",
             Channel.STATUS: r"clock is",
         },
-        _set_clock,
-        _set_clock_right,
+        set_clock,
+        set_clock_right,
     ),
     State(
         "second-demo",

@@ -14,10 +14,15 @@ from roles.tools.demo.processes import OrphanGuard
 
 TOLD_S: Final = 10.0
 """Nothing dangerous is silent for longer (docs/reliability.md)."""
+SERVED_S: Final = 5.0
+"""Clients who should be served wait no longer."""
 LISTEN_S: Final = 25.0
 """So long is listened to, that what comes late has a figure; then it counts as never said."""
 BACK_S: Final = 60.0
 """A realm whose trouble is over and that is not ready and serving by then does not come back."""
+
+
+ANY_STORE: Final = frozenset({"sqlite", "bigtable"})
 
 
 class Channel(StrEnum):
@@ -60,7 +65,8 @@ class Day:
 class State:
     """A dangerous state. `says` has a regular expression for each channel that has to name it.
 
-    A client is listed where it has to be refused; anywhere else its calls should go on being answered.
+    A client is listed where it has to be refused; anywhere else its calls must go on being answered, each within
+    `SERVED_S`. `stores` are those on which there is such a state, `listen_s` is how long is listened at least.
     """
 
     name: str
@@ -69,6 +75,9 @@ class State:
     cause: Callable[[Day], Awaitable[None]]
     mend: Callable[[Day], Awaitable[None]] | None = None
     agents: int = 3
+    groups: int = 1
+    stores: frozenset[str] = ANY_STORE
+    listen_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +105,7 @@ class Heard:
 class Report:
     """What came of a state. `back_s` is how long after the mending all was well, if asked.
 
-    `amiss` is what was not when patience ended.
+    `amiss` is what was not when patience ended; `harmed`: clients were refused or waited, and should not have been.
     """
 
     state: str
@@ -107,11 +116,13 @@ class Report:
     mended: bool
     back_s: float | None
     amiss: str
+    harmed: bool = False
 
     @property
     def silent(self) -> list[str]:
         """Return what was silent: channels, and the end of the trouble if that never came."""
         silent = [heard.channel.value for heard in self.heard if heard.is_silent]
+        silent += ["clients harmed"] if self.harmed else []
         return [*silent, "back"] if self.mended and self.back_s is None else silent
 
     def to_json(self) -> dict[str, Any]:

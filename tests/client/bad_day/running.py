@@ -15,20 +15,30 @@ from juicebox_hsm.adapters.faults.switch import ENVIRONMENT
 from roles.tools.demo.launch import launch
 from roles.tools.demo.layout import DemoOptions
 from roles.tools.demo.processes import OrphanGuard
-from tests.client.bad_day import cluster_states, damage_states, store_states
-from tests.client.bad_day.day import BACK_S, Day, Report, State
+from tests.client.bad_day import cluster_states, damage_states, store_states, trouble_states
+from tests.client.bad_day.day import BACK_S, SERVED_S, Channel, Day, Report, State
 from tests.client.bad_day.listening import PAUSE_S, Ears, User, registered
 
-STATES: Final = {state.name: state for state in (*cluster_states.STATES, *store_states.STATES, *damage_states.STATES)}
+STATES: Final = {
+    state.name: state
+    for state in (*cluster_states.STATES, *store_states.STATES, *damage_states.STATES, *trouble_states.STATES)
+}
 
 
-async def run(state: State) -> Report:
+async def run(state: State, store: str = "sqlite") -> Report:
     """Bring a demo up, cause the state, listen, mend it, and see that all is well again."""
     with tempfile.TemporaryDirectory(prefix="bad-day-") as made, closing(OrphanGuard()) as guard:
         directory = Path(made)
         faults = directory / "faults"
         faults.mkdir()
-        options = DemoOptions(directory / "state", agents=state.agents, pin_hashing="FastInsecure", tenant_log=False)
+        options = DemoOptions(
+            directory / "state",
+            agents=state.agents,
+            groups=state.groups,
+            store=store,
+            pin_hashing="FastInsecure",
+            tenant_log=False,
+        )
         with _faults_from(faults):
             async with (
                 launch(options, on_exit=lambda running: None) as cluster,
@@ -58,13 +68,15 @@ async def _listen(state: State, day: Day, user: User, nursery: trio.Nursery) -> 
     caused_at = begun_at if day.tool_output else trio.current_time()  # what a tool causes begins with its start
     nursery.start_soon(user.call_for_ever)
     heard = await ears.hear(state, caused_at)
+    await trio.sleep_until(caused_at + state.listen_s)
     client, longest_s = user.summary(), user.longest_s
+    harmed = Channel.CLIENT not in state.says and bool(user.failures or longest_s > SERVED_S)
     back_s, amiss = None, ""
     if state.mend is not None:
         await state.mend(day)
         back_s, amiss = await _back(ears, user)
     mended = state.mend is not None
-    return Report(state.name, state.what, heard, client, round(longest_s, 1), mended, back_s, amiss)
+    return Report(state.name, state.what, heard, client, round(longest_s, 1), mended, back_s, amiss, harmed)
 
 
 async def _back(ears: Ears, user: User) -> tuple[float | None, str]:

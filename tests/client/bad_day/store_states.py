@@ -67,6 +67,7 @@ async def _start_on_older(day: Day) -> None:
             await running.wait_listening()
 
 
+ONLY_SQLITE: Final = frozenset({"sqlite"})
 _GONE: Final = {
     Channel.READY: r"removed or replaced",
     Channel.METRICS: r"store_client_\w*errors\w*(\{.*\})? [1-9]",
@@ -79,12 +80,14 @@ STATES: Final = (
         "the store's files are deleted under running services",
         {**_GONE, Channel.STATUS: r"store\.db"},
         _delete,
+        stores=ONLY_SQLITE,
     ),
     State(
         "store-replaced",
         "an older copy of the store is moved over it under running services",
         {**_GONE, Channel.STATUS: r"removed or replaced|older"},
         _replace,
+        stores=ONLY_SQLITE,
     ),
     State(
         "store-older",
@@ -96,5 +99,6 @@ STATES: Final = (
             Channel.CLIENT: r"",
         },
         _start_on_older,
+        stores=ONLY_SQLITE,
     ),
 )
