@@ -12,7 +12,7 @@ from juicebox_hsm.wire.methods import AGENT_STATUS
 from juicebox_hsm.wire.rpc import AgentStatus, Empty
 from roles.tools.simulate.judge import Quiet
 from roles.tools.simulate.world import World
-from roles.words import own_sentence
+from roles.words import own_sentence, store_damaged
 
 STATUS_S: Final = 2.0
 QUEUED_MAX: Final = 16
@@ -34,6 +34,8 @@ async def look_around(world: World, failed: Sequence[str]) -> Quiet:
         statuses[agent.url] = reply
         if agent.agent is not None:
             complaints += [f"{agent.name}: {own_sentence(trouble)}" for trouble in agent.agent.troubles]
+            damages = agent.agent.damages.lately(trio.current_time())
+            complaints += [f"{agent.name}: {store_damaged(damage)}" for damage in damages]
     complaints += [f"{process.name} is down" for process in world.processes if not process.is_up]
     return Quiet(statuses=statuses, failed=failed, complaints=complaints, died=world.deaths, sizes=_sizes(world))
 
