@@ -62,7 +62,8 @@ async def test_a_damaged_root_is_told(tmp_path: Path) -> None:
             assert "damaged or missing" in _logs(cluster)
             status = await trio.to_thread.run_sync(_cluster, cluster, "cluster", "status")
             assert status.returncode == 5
-            assert "nodes of its tree in the store are damaged or missing" in status.stdout
+            assert "the tree node at depth 0" in status.stdout
+            assert "is damaged or missing; run `store check`" in status.stdout
         ready = [await trio.to_thread.run_sync(_ready, running.service.http) for running in cluster.of_role("agent")]
         assert any("store check" in said for said in ready), ready
 
