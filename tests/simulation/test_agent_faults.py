@@ -15,7 +15,7 @@ import roles.agent.app as app_module
 from juicebox_hsm.adapters.hsm_directory.nvram import NvramFailed
 from juicebox_hsm.adapters.process.exit_codes import ExitCode
 from juicebox_hsm.adapters.process.supervision import exit_code_of
-from juicebox_hsm.consensus.types import LogEntry
+from juicebox_hsm.consensus.types import Certificate, LogEntry
 from juicebox_hsm.host.codes import Code
 from juicebox_hsm.host.events import EventKind
 from juicebox_hsm.host.leadership.state import Limits
@@ -474,3 +474,41 @@ async def test_damaged_rows_met_while_jumping_are_told(tmp_path: Path) -> None:
         sim.nursery.start_soon(behind.run)
         await until(lambda: behind.agent.damages.lately(trio.current_time()) != ())
         assert {damage.kind for damage in behind.agent.damages.lately(trio.current_time())} == {DamageKind.LOG}
+
+
+async def test_a_damaged_certificate_is_told(tmp_path: Path) -> None:
+    """Statements that do not convince the HSM though their entries are there are damaged, not just late."""
+    async with simulation(tmp_path) as sim:
+        group = await sim.new_realm(3)
+        await sim.settle_peers()
+        leader = sim.leader_of(group)
+        assert leader is not None
+        behind = next(a for a in sim.agents if a is not leader)
+        behind.kill()
+        await behind.closed.wait()
+        position = behind.group(group).position
+        with trio.fail_after(8):
+            while not isinstance(await sim.store.log.read_from(sim.realm, group, position, 10), Compacted):
+                await leader.call("app", sim.register1(group, "alice"))
+                await trio.sleep(0.02)
+
+        class SpoilsCertificates(Corrupting):
+            async def read_from(
+                self, realm: RealmId, group: GroupId, index: int, entries_max: int
+            ) -> list[LogEntry] | Compacted:
+                found: list[LogEntry] | Compacted = await self._inner.read_from(  # type: ignore[attr-defined]
+                    realm, group, index, entries_max
+                )
+                return found
+
+            async def read_certificate(self, realm: RealmId, group: GroupId) -> Certificate | None:
+                found = await self._inner.read_certificate(realm, group)  # type: ignore[attr-defined]
+                captures = tuple(dataclasses.replace(captured, statement=bytes(32)) for captured in found.captures)
+                return dataclasses.replace(found, captures=captures)  # type: ignore[no-any-return]
+
+        behind.store = dataclasses.replace(behind.store, log=SpoilsCertificates(behind.log))  # type: ignore[arg-type]
+        behind.platform.restarted()
+        sim.cut |= {frozenset((behind.name, other.name)) for other in sim.agents}
+        sim.nursery.start_soon(behind.run)
+        await until(lambda: behind.agent.damages.lately(trio.current_time()) != ())
+        assert {damage.kind for damage in behind.agent.damages.lately(trio.current_time())} == {DamageKind.CERTIFICATE}
