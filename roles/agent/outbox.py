@@ -45,6 +45,8 @@ PAGE_EVENTS: Final = 1000
 REMOVE_ROWS: Final = 5000
 TOLD_S: Final = 60.0
 """Between two looks at the times that services registered with; they renew as often."""
+BUS_SLOW_S: Final = 5.0
+"""A publication of a page that takes longer is told (own): nothing is silent for ten seconds."""
 
 
 async def record_events(
@@ -230,15 +232,26 @@ class Dispatcher:
         if agent.store.bus is None:
             return
         began_ns = time.perf_counter_ns()
-        try:
-            await agent.store.bus.publish(realm, tenant, events)
-        except RealmError as error:
-            if error.retryable:
+        failure: RealmError | None = None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._tell_of_slow_bus)
+            try:
+                await agent.store.bus.publish(realm, tenant, events)
+            except RealmError as error:
+                failure = error
+            nursery.cancel_scope.cancel()
+        if failure is not None:
+            if failure.retryable:
                 agent.metrics.count("pubsub.publish_msg.exhausted_errors")
             else:
                 agent.metrics.count("pubsub.publish_msg.fatal_errors")
-            raise BusTrouble(str(error)) from error
+            raise BusTrouble(str(failure)) from failure
         agent.metrics.timing("pubsub.publish_msg.time", time.perf_counter_ns() - began_ns)
+
+    async def _tell_of_slow_bus(self) -> None:
+        """Warn of a bus that does not answer long before a publication is given up, which takes half a minute."""
+        await trio.sleep(BUS_SLOW_S)
+        self._note_bus(f"no answer of the bus within {BUS_SLOW_S:.0f} s")
 
     async def _note_kept(self, realm: RealmId) -> None:
         """Say in the store, once per process, how long events stay: `store gc` must not remove them earlier."""

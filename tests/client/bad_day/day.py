@@ -11,6 +11,7 @@ from typing import Any, Final
 from juicebox_hsm.ids import GroupId
 from roles.tools.demo.launch import Cluster
 from roles.tools.demo.processes import OrphanGuard
+from roles.tools.demo.pubsub import PubSubEmulator
 
 TOLD_S: Final = 10.0
 """Nothing dangerous is silent for longer (docs/reliability.md)."""
@@ -44,6 +45,7 @@ class Day:
     directory: Path
     faults: Path
     guard: OrphanGuard
+    bus: PubSubEmulator | None = None
     tool_output: list[str] = field(default_factory=list)
     victims: list[str] = field(default_factory=list)
     undo: list[Callable[[], Awaitable[None]]] = field(default_factory=list)
@@ -66,7 +68,8 @@ class State:
     """A dangerous state. `says` has a regular expression for each channel that has to name it.
 
     A client is listed where it has to be refused; anywhere else its calls must go on being answered, each within
-    `SERVED_S`. `stores` are those on which there is such a state, `listen_s` is how long is listened at least.
+    `SERVED_S`. `stores` are those on which there is such a state, `listen_s` is how long is listened at least,
+    `has_bus` states need Pub/Sub's emulator.
     """
 
     name: str
@@ -78,6 +81,7 @@ class State:
     groups: int = 1
     stores: frozenset[str] = ANY_STORE
     listen_s: float = 0.0
+    has_bus: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from juicebox_hsm.adapters.faults.switch import ENVIRONMENT
 from roles.tools.demo.launch import launch
 from roles.tools.demo.layout import DemoOptions
 from roles.tools.demo.processes import OrphanGuard
+from roles.tools.demo.pubsub import EMULATOR_VARIABLE, PubSubEmulator
 from tests.client.bad_day import cluster_states, damage_states, store_states, trouble_states
 from tests.client.bad_day.day import BACK_S, SERVED_S, Channel, Day, Report, State
 from tests.client.bad_day.listening import PAUSE_S, Ears, User, registered
@@ -27,7 +28,11 @@ STATES: Final = {
 
 async def run(state: State, store: str = "sqlite") -> Report:
     """Bring a demo up, cause the state, listen, mend it, and see that all is well again."""
-    with tempfile.TemporaryDirectory(prefix="bad-day-") as made, closing(OrphanGuard()) as guard:
+    with (
+        tempfile.TemporaryDirectory(prefix="bad-day-") as made,
+        closing(OrphanGuard()) as guard,
+        _bus_for(state) as bus,
+    ):
         directory = Path(made)
         faults = directory / "faults"
         faults.mkdir()
@@ -38,6 +43,7 @@ async def run(state: State, store: str = "sqlite") -> Report:
             store=store,
             pin_hashing="FastInsecure",
             tenant_log=False,
+            bus="pubsub" if state.has_bus else "embedded",
         )
         with _faults_from(faults):
             async with (
@@ -45,9 +51,25 @@ async def run(state: State, store: str = "sqlite") -> Report:
                 registered(cluster) as user,
                 trio.open_nursery() as nursery,
             ):
-                report = await _listen(state, Day(cluster, directory, faults, guard), user, nursery)
+                report = await _listen(state, Day(cluster, directory, faults, guard, bus), user, nursery)
                 nursery.cancel_scope.cancel()
     return report
+
+
+@contextmanager
+def _bus_for(state: State) -> Iterator[PubSubEmulator | None]:
+    """Start Pub/Sub for the states that need it, as a process of its own that can be stopped."""
+    if not state.has_bus:
+        yield None
+        return
+    bus = PubSubEmulator()
+    os.environ[EMULATOR_VARIABLE] = bus.address
+    try:
+        bus.wait_started()
+        yield bus
+    finally:
+        del os.environ[EMULATOR_VARIABLE]
+        bus.stop()
 
 
 @contextmanager

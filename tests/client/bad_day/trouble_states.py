@@ -120,6 +120,18 @@ async def _put_good(day: Day) -> None:
         day.cluster.process(name).send(signal.SIGHUP)
 
 
+async def _stop_bus(day: Day) -> None:
+    await trio.lowlevel.checkpoint()
+    if day.bus is not None:
+        day.bus.signal(signal.SIGSTOP)
+
+
+async def _start_bus(day: Day) -> None:
+    await trio.lowlevel.checkpoint()
+    if day.bus is not None:
+        day.bus.signal(signal.SIGCONT)
+
+
 async def _limit(day: Day) -> None:
     await day.cluster.session.store.tenants.put(TENANT, TenantLimits(0))
 
@@ -238,6 +250,18 @@ STATES: Final = (
         _put_ended,
         _put_good,
         listen_s=5.0,
+    ),
+    State(
+        "bus-stalled",
+        "Pub/Sub is stopped (SIGSTOP), and goes on",
+        {
+            Channel.READY: r"events are not published|wait for publication",
+            Channel.METRICS: r'service_reason\{.*code="bus".*\} 1',
+            Channel.LOG: r"events not published",
+        },
+        _stop_bus,
+        _start_bus,
+        has_bus=True,
     ),
     State(
         "rate-limit",
