@@ -30,7 +30,7 @@ from juicebox_hsm.host.log import AppendOutcome, Compacted, LogRow
 from juicebox_hsm.host.services import ServiceKind
 from juicebox_hsm.ids import RecordId
 from juicebox_hsm.merkle.walk import Lost
-from juicebox_hsm.ports.errors import StoreAmbiguous, StoreInvalid, StoreUnavailable
+from juicebox_hsm.ports.errors import StoreAmbiguous, StoreDamaged, StoreInvalid, StoreUnavailable
 from juicebox_hsm.ports.store import Store
 from tests.emulator.bigtable_backend import BigtableBackend, Faults
 from tests.emulator.realm_data import (
@@ -336,11 +336,11 @@ async def test_damaged_rows_are_named(store: Store) -> None:
     table = log_table(store)
     for value in (b"", b"\xff\xff", b"\xa0"):
         await table.mutate_row(keys.log_key(GROUP, 3), (DeleteRow(), SetCell("f", keys.downward(3), value)))
-        with pytest.raises(StoreInvalid, match="log entry"):
+        with pytest.raises(StoreDamaged, match="log row of entry 3"):
             await store.log.read_last(REALM, GROUP)
     await store.log.write_certificate(REALM, GROUP, certificate(5))
     await table.mutate_row(keys.certificate_key(GROUP, 5), (DeleteRow(), SetCell("f", b"c", b"x")))
-    with pytest.raises(StoreInvalid, match="certificate"):
+    with pytest.raises(StoreDamaged, match="commit certificate at index 5"):
         await store.log.read_certificate(REALM, GROUP)
 
 

@@ -178,7 +178,7 @@ async def _garble_event(filled: Filled) -> str:
     rows = await filled.rows(3)
     key = next(row.key for row in rows if any(cell.qualifier == keys.downward(8) for cell in row.cells))
     await filled.table(3).mutate_row(key, (SetCell("f", keys.downward(8), b"\xff"),))
-    return "an outbox event of tenant acme is damaged"
+    return "the event 8 of tenant acme is damaged"
 
 
 async def _move_cursor(filled: Filled) -> str:

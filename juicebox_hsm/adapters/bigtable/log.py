@@ -261,7 +261,7 @@ class BigtableLog:
             return decode_certificate(row.cells[0].value, realm, group)
         except DecodingError as error:
             raise StoreDamaged(
-                DamageKind.CERTIFICATE, f"at index {keys.log_index(row.key[-8:])}", group=group, why=str(error)
+                DamageKind.CERTIFICATE, f"at index {keys.upward(row.key[-8:])}", group=group, why=str(error)
             ) from None
 
     async def list_groups(self, realm: RealmId) -> list[GroupId]:
