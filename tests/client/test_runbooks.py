@@ -17,13 +17,14 @@ import pytest
 import trio
 
 from juicebox_hsm.adapters.faults.switch import ENVIRONMENT
+from juicebox_hsm.adapters.pubsub.bus import EMULATOR_VARIABLE
 from juicebox_hsm.adapters.tls.certificates import issue
 from juicebox_hsm.client import ClientError
 from juicebox_hsm.wire.rpc import PeerRole
 from roles.tools.demo.launch import Cluster, launch
 from roles.tools.demo.layout import DemoOptions
 from roles.tools.demo.processes import OrphanGuard, RunningService
-from roles.tools.demo.pubsub import EMULATOR_VARIABLE, PubSubEmulator, find_emulator
+from roles.tools.demo.pubsub import PubSubEmulator, find_emulator
 from tests.client.bad_day import cluster_states, store_states, trouble_states
 from tests.client.bad_day.day import Day
 from tests.client.bad_day.listening import INFO, PIN, SECRET, User, registered, run_tool

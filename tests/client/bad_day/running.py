@@ -12,10 +12,11 @@ from typing import Final
 import trio
 
 from juicebox_hsm.adapters.faults.switch import ENVIRONMENT
+from juicebox_hsm.adapters.pubsub.bus import EMULATOR_VARIABLE
 from roles.tools.demo.launch import launch
 from roles.tools.demo.layout import DemoOptions
 from roles.tools.demo.processes import OrphanGuard
-from roles.tools.demo.pubsub import EMULATOR_VARIABLE, PubSubEmulator
+from roles.tools.demo.pubsub import PubSubEmulator
 from tests.client.bad_day import cluster_states, damage_states, store_states, trouble_states
 from tests.client.bad_day.day import BACK_S, SERVED_S, Channel, Day, Report, State
 from tests.client.bad_day.listening import PAUSE_S, Ears, User, registered
