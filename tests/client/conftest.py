@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from juicebox_hsm.adapters.bigtable.backend import EMULATOR_VARIABLE
+from juicebox_hsm.adapters.bigtable import EMULATOR_VARIABLE
 from roles.tools.demo.emulator import HOW_TO_GET, find_emulator
 from tests.emulator.conftest import missing
 

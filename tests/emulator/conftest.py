@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import pytest
 
-from juicebox_hsm.adapters.bigtable.backend import EMULATOR_VARIABLE
+from juicebox_hsm.adapters.bigtable import EMULATOR_VARIABLE
 from juicebox_hsm.adapters.pubsub.bus import EMULATOR_VARIABLE as PUBSUB_VARIABLE
 from roles.tools.demo import pubsub as demo_pubsub
 from roles.tools.demo.emulator import HOW_TO_GET, Emulator, find_emulator

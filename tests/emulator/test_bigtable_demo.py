@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from juicebox_hsm.adapters.bigtable.backend import EMULATOR_VARIABLE
+from juicebox_hsm.adapters.bigtable import EMULATOR_VARIABLE
 from roles.tools.demo.emulator import Emulator, demo_store
 from tests.patience import PROGRAM_S
 

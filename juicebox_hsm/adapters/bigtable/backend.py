@@ -19,6 +19,7 @@ from urllib.parse import parse_qsl
 
 import trio
 
+from juicebox_hsm.adapters.bigtable import EMULATOR_VARIABLE
 from juicebox_hsm.adapters.bigtable.accounting import BigtableAccounting
 from juicebox_hsm.adapters.bigtable.audit import BigtableAudit
 from juicebox_hsm.adapters.bigtable.auth import ApplicationDefault, Authorization, NoAuthorization
@@ -50,7 +51,6 @@ from juicebox_hsm.host.addresses import parse_address as parse_host_and_port
 from juicebox_hsm.host.retry import RetryProfile
 from juicebox_hsm.ports.store import Store
 
-EMULATOR_VARIABLE: Final = "BIGTABLE_EMULATOR_HOST"
 DATA_TARGET: Final = "bigtable.googleapis.com:443"
 ADMIN_TARGET: Final = "bigtableadmin.googleapis.com:443"
 CLOSING_S: Final = 8.0

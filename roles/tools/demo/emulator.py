@@ -16,7 +16,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Final
 
-from juicebox_hsm.adapters.bigtable.backend import EMULATOR_VARIABLE
+from juicebox_hsm.adapters.bigtable import EMULATOR_VARIABLE
 from juicebox_hsm.errors import LocalError
 
 PROGRAM: Final = "cbtemulator"
