@@ -28,13 +28,13 @@ def run_on_terminal(arguments: Sequence[str], *, columns: int = COLUMNS) -> tupl
         stdin=slave, stdout=slave, stderr=slave, env={**environment, "TERM": "xterm"},
     ) as process:  # fmt: skip
         os.close(slave)
-        printed = _read_all(master)
+        printed = read_all(master)
         code = process.wait(WAIT_S)
     os.close(master)
     return code, printed.decode().replace("\r\n", "\n")
 
 
-def _read_all(master: int) -> bytes:
+def read_all(master: int) -> bytes:
     """Read until the last process on the terminal has ended, which Linux reports as EIO."""
     parts: list[bytes] = []
     while True:

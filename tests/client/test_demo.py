@@ -32,7 +32,7 @@ from roles.tools.demo.launch import Cluster, launch
 from roles.tools.demo.layout import PORTS, DemoOptions, StateDir, services
 from roles.tools.demo.processes import OrphanGuard, RunningService
 from tests.patience import HANGS_S, PROGRAM_S
-from tests.terminal import run_on_terminal, words_of
+from tests.terminal import read_all, run_on_terminal, words_of
 
 pytestmark = pytest.mark.processes
 
@@ -152,6 +152,34 @@ def test_shows_a_registration_and_stops(tmp_path: Path) -> None:
     assert {entry["role"] for entry in processes} == {"agent", "manager", "lb", "tenant-log"}
     assert "in another terminal" not in result.stdout, "there is nothing left to look at"
     assert not any(_lives(entry["pid"]) for entry in processes)
+
+
+def test_what_it_says_to_type_works_elsewhere(tmp_path: Path) -> None:
+    """On a terminal it stays, and the status command it prints exits 0 in another directory, without our PATH."""
+    master, slave = os.openpty()
+    command = [*DEMO, "--state-dir", str(tmp_path / "a state")]
+    process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave)
+    os.close(slave)
+    try:
+        said = ""
+        while "Running until Ctrl-C." not in said:
+            said += os.read(master, 65536).decode()
+        (line,) = [line.strip() for line in said.splitlines() if "cluster status" in line]
+        environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(Path(__file__).parents[2])}
+        deadline, told = time.monotonic() + HANGS_S, ""
+        while not told.endswith("healthy\n"):  # a busy machine may have it in trouble for a moment
+            assert time.monotonic() < deadline, told
+            ended = subprocess.run(
+                ["/bin/sh", "-c", line], cwd="/", env=environment, capture_output=True, text=True, timeout=PROGRAM_S,
+                check=False,
+            )  # fmt: skip
+            told = ended.stdout + ended.stderr
+        assert ended.returncode == 0
+    finally:
+        process.send_signal(signal.SIGINT)
+        read_all(master)
+        os.close(master)
+        process.wait(PROGRAM_S)
 
 
 def test_command_gets_the_configuration_and_decides_the_status(tmp_path: Path) -> None:
