@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Final
 
+from roles.tools.simulate.shape import GROUPS
+
 
 @dataclass(frozen=True, slots=True)
 class Profile:
@@ -12,7 +14,8 @@ class Profile:
 
     `trouble_s`: how long tricks go on; `quiet_s`: how long all is well afterwards until every user
     must be served; the judge looks 5 s later.
-    `pause_s`: the mean pause between two tricks, before the seed's own factor. `rate`: requests per second and tenant.
+    `groups`: the numbers of groups that the seed draws one of. `rate`: requests per second and tenant.
+    `pause_s`: the mean pause between two tricks, before the seed's own factor.
     """
 
     name: str
@@ -24,6 +27,7 @@ class Profile:
     user_pause_s: float = 3.1
     rate: int = 1000
     rebalance_s: float = 20.0
+    groups: tuple[int, ...] = GROUPS
 
 
 _PROCESSES: Final = {"crash": 3.0, "machine": 1.0, "pause": 2.0, "clock": 1.0, "stop": 1.0, "all_at_once": 0.4}
@@ -45,7 +49,9 @@ PROFILES: Final = {
         Profile("network", _NETWORK | {"duel": 1.0, "stepdown": 1.0}, pause_s=1.0),
         Profile("store", _STORE | {"crash": 1.0, "duel": 1.0, "transfer": 1.0}, pause_s=1.0),
         Profile(
-            "transfers", _OPERATORS | {"crash": 1.5, "cut": 1.0, "store_ambiguous": 1.0, "pause": 1.0, "transfer": 6.0}
+            "transfers",
+            _OPERATORS | {"crash": 1.5, "cut": 1.0, "store_ambiguous": 1.0, "pause": 1.0, "transfer": 6.0},
+            groups=(2, 2, 3),
         ),
     )
 }

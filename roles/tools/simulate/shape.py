@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Self
 
@@ -23,13 +24,13 @@ class Shape:
     lazy_settled: bool
 
     @classmethod
-    def draw(cls, chance: random.Random) -> Self:
-        """Draw a shape."""
+    def draw(cls, chance: random.Random, groups: Sequence[int] = GROUPS) -> Self:
+        """Draw a shape; the number of groups is one of `groups`."""
         hsms = chance.choice(HSMS)
-        groups = chance.choice(GROUPS)
+        count = chance.choice(groups)
         return cls(
             hsms,
-            tuple(chance.choice([size for size in (3, 3, 5) if size <= hsms]) for _ in range(groups)),
+            tuple(chance.choice([size for size in (3, 3, 5) if size <= hsms]) for _ in range(count)),
             keeps_tombstones=chance.random() < 0.5,
             removal_s=chance.choice(REMOVAL_S),
             lazy_settled=chance.random() < 0.5,

@@ -90,7 +90,7 @@ class Surroundings:
         self.chance = self.split("world")
         self.timings = TIMINGS
         self.network = Network(clock, self.split("network"), self.notes)
-        shape = self.shape = Shape.draw(self.split("shape"))
+        shape = self.shape = Shape.draw(self.split("shape"), profile.groups)
         self.store = SimulatedStore(
             self.split("store"),
             keeps_tombstones=shape.keeps_tombstones,
