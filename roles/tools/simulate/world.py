@@ -79,7 +79,9 @@ class World(Surroundings):
             process.clock_offset_ms = 0
             process.faults.faults = type(process.faults.faults)()
             process.resume()
-            if not process.is_up:
+            if process.is_up and process.stopping:  # what would have started it again has ended with the trouble
+                self.nursery.start_soon(self._restart_when_ended, process)
+            elif not process.is_up:
                 self.restart(process)
         for agent in self.agents:
             agent.platform.trouble = type(agent.platform.trouble)()
@@ -89,3 +91,7 @@ class World(Surroundings):
         for tenant in self.limited:
             await store.tenants.remove(tenant)
         self.notes.tell("healed")
+
+    async def _restart_when_ended(self, process: Process) -> None:
+        await process.ended.wait()
+        self.restart(process)
