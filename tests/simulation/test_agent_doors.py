@@ -14,6 +14,7 @@ from juicebox_hsm.wire.methods import AGENT_METHODS, AGENT_STATUS, REALM_NEW, An
 from juicebox_hsm.wire.rpc import AppOk, Empty, Refused
 from roles.agent.service import FATAL
 from tests.bodies import bodies_of
+from tests.examples import examples
 from tests.simulation.cluster import Caller, simulation
 
 METHODS = [method for method in AGENT_METHODS.values() if method not in (AGENT_STATUS, REALM_NEW)]
@@ -23,7 +24,7 @@ ANSWER_S = 60.0
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 @given(data=st.data())
-@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(examples(5), suppress_health_check=[HealthCheck.function_scoped_fixture])
 async def test_any_body_is_answered(
     tmp_path_factory: pytest.TempPathFactory, method: AnyMethod, data: st.DataObject
 ) -> None:

@@ -12,6 +12,7 @@ from juicebox_hsm.wire.methods import MANAGER_METHODS, AnyMethod
 from roles.manager.appointment import Appointer
 from roles.manager.service import ManagerService
 from tests.bodies import bodies_of
+from tests.examples import examples
 from tests.host.cluster.agents import REALM, group, three
 from tests.unit.manager.fakes import make_context
 
@@ -22,7 +23,7 @@ ANSWER_S = 600.0
 @pytest.mark.usefixtures("autojump_clock")
 @pytest.mark.parametrize("method", MANAGER_METHODS.values(), ids=lambda method: method.name)
 @given(data=st.data())
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(examples(20), suppress_health_check=[HealthCheck.function_scoped_fixture])
 async def test_any_body_is_answered(method: AnyMethod, data: st.DataObject) -> None:
     """An answer or an operational error; what a hint starts in the background ends no manager either."""
     context = make_context(three())
