@@ -70,8 +70,8 @@ class User:
         return told
 
 
-async def run_tool(*words: str) -> str:
-    """Run a command of `juicebox-hsm`; return all it printed, warnings and errors too."""
+async def run_tool(*words: str, before: Callable[[], object] | None = None) -> str:
+    """Run a command of `juicebox-hsm`, after `before` in its process; return all it printed, errors too."""
     run = partial(
         subprocess.run,
         [sys.executable, "-m", "roles", *words],
@@ -80,6 +80,7 @@ async def run_tool(*words: str) -> str:
         stderr=subprocess.STDOUT,
         text=True,
         timeout=TOOL_S,
+        preexec_fn=before,
     )
     return str((await trio.to_thread.run_sync(run)).stdout)
 

@@ -17,13 +17,19 @@ from roles.tools.demo.launch import launch
 from roles.tools.demo.layout import DemoOptions
 from roles.tools.demo.processes import OrphanGuard
 from roles.tools.demo.pubsub import PubSubEmulator
-from tests.client.bad_day import cluster_states, damage_states, store_states, trouble_states
+from tests.client.bad_day import cluster_states, damage_states, store_states, tool_states, trouble_states
 from tests.client.bad_day.day import BACK_S, SERVED_S, Channel, Day, Report, State
 from tests.client.bad_day.listening import PAUSE_S, Ears, User, registered
 
 STATES: Final = {
     state.name: state
-    for state in (*cluster_states.STATES, *store_states.STATES, *damage_states.STATES, *trouble_states.STATES)
+    for state in (
+        *cluster_states.STATES,
+        *store_states.STATES,
+        *damage_states.STATES,
+        *trouble_states.STATES,
+        *tool_states.STATES,
+    )
 }
 
 
