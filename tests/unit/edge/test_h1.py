@@ -314,10 +314,10 @@ async def test_http_1_0_closes(identity: Identity, nursery: trio.Nursery) -> Non
 
 
 @pytest.mark.parametrize(
-    ("target", "path"), [(b"/req?a=b", b"/req"), (b"https://h:1/req?x", b"/req"), (b"*", b"*"), (b"http://[::1/", b"")]
+    ("target", "path"), [(b"/req?a=b", b"/req"), (b"https://h:1/req?x", b"/req"), (b"*", b""), (b"http://[::1/", b"")]
 )
 async def test_target_forms(identity: Identity, nursery: trio.Nursery, target: bytes, path: bytes) -> None:
-    """Queries are cut off, absolute targets are understood, broken ones match nothing."""
+    """Queries are cut off, absolute targets are understood, those without a path and broken ones match nothing."""
     edge = EdgeFixture(identity, nursery)
     client = H1Client(await edge.connect())
     await client.send(b"GET %s HTTP/1.1\r\nhost: x\r\n\r\n" % target)
