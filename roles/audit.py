@@ -49,15 +49,7 @@ class Recorder:
 
     async def begin(self, who: str, origin: str, action: str, arguments: Arguments = ()) -> AuditEntry:
         """Record that a change begins. Raises `NotRecorded`, and then it must not."""
-        entry = make_entry(
-            os.urandom(CHANGE_BYTES),
-            self.now_ms(),
-            who=who,
-            origin=origin,
-            recorded_by=self.recorded_by,
-            action=action,
-            arguments=arguments,
-        )
+        entry = self._entry(Phase.STARTED, who, origin, action, arguments)
         try:
             await self.trail.add(entry)
         except RealmError as error:
@@ -70,6 +62,19 @@ class Recorder:
         if problem:
             self.log.warning("the result of a change is not in the audit trail", action=entry.action, error=problem)
             self.say_unknown()
+
+    def _entry(self, phase: Phase, who: str, origin: str, action: str, arguments: Arguments) -> AuditEntry:
+        """Return the first entry of a change, now."""
+        return make_entry(
+            os.urandom(CHANGE_BYTES),
+            self.now_ms(),
+            who=who,
+            origin=origin,
+            recorded_by=self.recorded_by,
+            action=action,
+            arguments=arguments,
+            phase=phase,
+        )
 
     async def _try_to_add(self, entry: AuditEntry, limit_s: float) -> str:
         """Add an entry about what is done already, also while the program is being stopped. Return what went wrong."""
@@ -84,17 +89,7 @@ class Recorder:
 
     async def note(self, who: str, action: str, arguments: Arguments = (), *, origin: str = "") -> None:
         """Record what is done already; trouble with that is logged and nothing else."""
-        entry = make_entry(
-            os.urandom(CHANGE_BYTES),
-            self.now_ms(),
-            who=who,
-            origin=origin,
-            recorded_by=self.recorded_by,
-            action=action,
-            arguments=arguments,
-            phase=Phase.DONE,
-        )
-        problem = await self._try_to_add(entry, NOTE_S)
+        problem = await self._try_to_add(self._entry(Phase.DONE, who, origin, action, arguments), NOTE_S)
         if problem:
             self.log.warning("not in the audit trail", action=action, error=problem)
 
