@@ -26,6 +26,7 @@ from roles.durations import format_seconds
 from roles.store_options import store_option
 
 F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 
 HTTP_PORT_OFFSET: Final = 1000
 ENVIRONMENT_PREFIX: Final = "JUICEBOX_HSM"
@@ -35,45 +36,26 @@ WORKER_VARIABLE: Final = f"{ENVIRONMENT_PREFIX}_LB_WORKER"
 CONFIG_BYTES_MAX: Final = 1 << 20  # own: a file of settings has a few hundred bytes
 
 
-class AddressType(click.ParamType[Address]):
-    """A HOST:PORT flag."""
+class ParsedType(click.ParamType[T]):
+    """A flag that `parse` reads; what that raises as `ValueError` is a usage error."""
 
-    name = "HOST:PORT"
+    def __init__(self, name: str, parse: Callable[[str], T]) -> None:
+        self.name = name
+        self._parse = parse
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Address:
-        """Parse, or fail as a usage error."""
-        if isinstance(value, Address):
-            return value
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> T:
+        """Parse text, or fail as a usage error; anything else has been parsed before."""
+        if not isinstance(value, str):
+            return cast("T", value)
         try:
-            return parse_address(str(value))
+            return self._parse(value)
         except ValueError as error:
             self.fail(str(error), param, ctx)
 
 
-class HostType(click.ParamType[str]):
-    """A host without a port."""
-
-    name = "HOST"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Parse, or fail as a usage error."""
-        try:
-            return parse_host(str(value))
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
-
-
-class NameType(click.ParamType[str]):
-    """The name of a service."""
-
-    name = "NAME"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Parse, or fail as a usage error."""
-        try:
-            return parse_name(str(value))
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
+ADDRESS: Final = ParsedType("HOST:PORT", parse_address)
+HOST: Final = ParsedType("HOST", parse_host)
+SERVICE_NAME: Final = ParsedType("NAME", parse_name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,18 +246,18 @@ def _role_flags(default_listen: str) -> list[Callable[[Any], Any]]:
         click.option(
             "--listen",
             "-l",
-            type=AddressType(),
+            type=ADDRESS,
             default=default_listen,
             show_default=True,
             help="Where the service listens.",
         ),
         click.option(
             "--http-listen",
-            type=AddressType(),
+            type=ADDRESS,
             help="Probes and metrics (/livez, /readyz, /metrics); default loopback, listen port + 1000.",
         ),
-        click.option("--name", "-n", type=NameType(), help="Name in logs and status; default ROLE + listen address."),
-        click.option("--advertise", type=AddressType(), help="Address others reach this service at; default --listen."),
+        click.option("--name", "-n", type=SERVICE_NAME, help="Name in logs and status; default ROLE + listen address."),
+        click.option("--advertise", type=ADDRESS, help="Address others reach this service at; default --listen."),
         click.option("--allow-loopback", is_flag=True, help="Do not warn about advertising a loopback address."),
         click.option("--log-level", help="error, warning, info, debug or trace; default $LOGLEVEL or info."),
     ]

@@ -27,14 +27,14 @@ from juicebox_hsm.adapters.process.file_limit import SERVICE_SHARE, fit_connecti
 from juicebox_hsm.adapters.process.supervision import report_crash
 from juicebox_hsm.adapters.process.threads import in_thread_or_here
 from juicebox_hsm.adapters.stores.opening import open_store
-from juicebox_hsm.errors import DecodingError, LocalError, RealmError
+from juicebox_hsm.errors import LocalError, RealmError
 from juicebox_hsm.host.addresses import Address
 from juicebox_hsm.host.codes import Code
 from juicebox_hsm.host.readiness import Plain, Readiness, Reason, Trouble, of_secrets, of_shown_certificate
 from juicebox_hsm.ids import RealmId, parse_id
 from juicebox_hsm.ports.errors import store_code
 from roles.cloud_options import CloudOptions, SecretsOptions, open_secrets, pubsub_options, secrets_options, with_bus
-from roles.options import HTTP_PORT_OFFSET, AddressType, HostType, NameType, config_option
+from roles.options import ADDRESS, HOST, HTTP_PORT_OFFSET, SERVICE_NAME, ParsedType, config_option
 from roles.shell import Kind, Shell, ready, start, stopping
 from roles.store_options import store_option
 from roles.tenant_log.service import WAIT_S, Realms, TenantLogService
@@ -63,37 +63,29 @@ class ServeOptions:
     pubsub: CloudOptions
 
 
-class RealmIdType(click.ParamType[RealmId]):
-    """A realm id flag."""
-
-    name = "REALM"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> RealmId:
-        """Parse, or fail as a usage error."""
-        try:
-            return RealmId(parse_id(str(value).lower()))
-        except DecodingError as error:
-            self.fail(str(error), param, ctx)
+REALM_ID: Final = ParsedType("REALM", lambda text: RealmId(parse_id(text.lower())))
 
 
 @click.command("serve")
 @config_option
 @store_option
 @click.option(
-    "--id", "realms", multiple=True, type=RealmIdType(), envvar="REALM_ID",
+    "--id", "realms", multiple=True, type=REALM_ID, envvar="REALM_ID",
     help="Realm to serve, repeatable; default all realms of the store. Tokens choose by their audience.",
 )  # fmt: skip
 @secrets_options
-@click.option("--host", type=HostType(), default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--host", type=HOST, default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
     "--port", default=8080, show_default=True, type=click.IntRange(0, 65535), envvar="PORT", help="Port to listen on."
 )
 @click.option(
-    "--http-listen", type=AddressType(), help="Probes and metrics; default loopback, port + 1000; port 0 picks one."
+    "--http-listen", type=ADDRESS, help="Probes and metrics; default loopback, port + 1000; port 0 picks one."
 )
 @click.option("--tls-cert", type=_FILE, help="PEM certificate chain; without it, plain HTTP for a proxy in front.")
 @click.option("--tls-key", type=_FILE, help="PEM private key of --tls-cert.")
-@click.option("--name", "-n", type=NameType(), default="tenant-log", show_default=True, help="Name in logs and probes.")
+@click.option(
+    "--name", "-n", type=SERVICE_NAME, default="tenant-log", show_default=True, help="Name in logs and probes."
+)
 @click.option("--log-level", help="error, warning, info, debug or trace; default $LOGLEVEL or info.")
 @pubsub_options
 def command(

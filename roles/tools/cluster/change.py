@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Final
 
 import click
 
@@ -15,6 +15,7 @@ from juicebox_hsm.ids import GroupId, OwnedRange, RealmId, RecordId
 from juicebox_hsm.wire.methods import TRANSFER
 from juicebox_hsm.wire.rpc import Refusal, Refused, TransferPrepare
 from roles.lazy import LazyCommand, LazyGroup
+from roles.options import ParsedType
 from roles.survey.overview import IDS_TIMEOUT_S, ask_agents, read_overview
 from roles.tools.agents import agent_urls
 from roles.tools.cluster.create import (
@@ -54,19 +55,7 @@ TRANSFER_TEXTS = {
 }
 
 
-class RecordIdType(click.ParamType[RecordId]):
-    """A record id on the command line."""
-
-    name = "ID"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> RecordId:
-        """Parse, or fail as a usage error."""
-        if isinstance(value, bytes):
-            return RecordId(value)
-        try:
-            return parse_record_id(str(value))
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
+RECORD_ID: Final = ParsedType("ID", parse_record_id)
 
 
 @click.command("new-realm")
@@ -185,8 +174,8 @@ async def transfer_shown(
 @click.option("--realm", required=True, help="Realm id or a prefix of it.")
 @click.option("--source", required=True, help="Group that gives the range away.")
 @click.option("--destination", required=True, help="Group that takes it.")
-@click.option("--start", required=True, type=RecordIdType(), help="First record id of the range, in hex.")
-@click.option("--end", required=True, type=RecordIdType(), help="Last record id of the range, inclusive.")
+@click.option("--start", required=True, type=RECORD_ID, help="First record id of the range, in hex.")
+@click.option("--end", required=True, type=RECORD_ID, help="Last record id of the range, inclusive.")
 @click.option("-c", "--cluster", "manager", metavar="URL", help="Manager to ask; default any in discovery.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 @with_connection
@@ -230,8 +219,8 @@ def transfer(
 @click.command("transfer")
 @click.option("--realm", required=True, help="Realm id or a prefix of it.")
 @click.option("--destination", required=True, help="Group that shall own exactly the range.")
-@click.option("--start", required=True, type=RecordIdType(), help="First record id of the range, in hex.")
-@click.option("--end", required=True, type=RecordIdType(), help="Last record id of the range, inclusive.")
+@click.option("--start", required=True, type=RECORD_ID, help="First record id of the range, in hex.")
+@click.option("--end", required=True, type=RECORD_ID, help="Last record id of the range, inclusive.")
 @click.option("-c", "--cluster", "manager", metavar="URL", help="Manager to ask; default any in discovery.")
 @click.option("--dry-run", is_flag=True, help="Print the steps, and do nothing.")
 @with_connection
