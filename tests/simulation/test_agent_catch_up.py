@@ -21,7 +21,7 @@ from tests.simulation.test_agent_leaders import blind
 
 async def compacted_past(sim: Simulation, group: GroupId, leader: SimAgent, position: int) -> None:
     """Let the leader write until `position` is compacted."""
-    with trio.fail_after(10):
+    with trio.fail_after(8):
         while not isinstance(await sim.store.log.read_from(sim.realm, group, position, 10), Compacted):
             assert isinstance(await leader.call("app", sim.register1(group, "alice")), AppOk)
             await trio.sleep(0.01)

@@ -30,6 +30,7 @@ from roles.agent.leader import hand_over
 from roles.agent.registration import livez, readyz
 from roles.words import own_sentence
 from tests.simulation.cluster import KEEP_EVENTS, TENANT, SimAgent, Simulation, simulation, until
+from tests.simulation.test_agent_catch_up import alone, compacted_past
 
 Really = Callable[[], Awaitable[AppendOutcome]]
 
@@ -244,7 +245,7 @@ async def test_a_row_that_the_hsm_refuses_is_told(tmp_path: Path) -> None:
         behind = next(agent for agent in sim.agents if agent is not sim.leader_of(group))
         store = behind.agent.store
         behind.agent.store = dataclasses.replace(store, log=Corrupting(store.log))  # type: ignore[arg-type]
-        sim.cut |= {frozenset((behind.name, other.name)) for other in sim.agents}
+        sim.cut |= alone(sim, behind)
         position = behind.group(group).position
         leader = sim.leader_of(group)
         assert leader is not None
@@ -445,21 +446,33 @@ async def test_trouble_with_compaction_ends_with_the_leadership(tmp_path: Path) 
         await until(lambda: not is_in_trouble())
 
 
+async def _behind_compaction(sim: Simulation) -> SimAgent:
+    """Return a member that was killed and whose place in the log is compacted since."""
+    group = await sim.new_realm(3)
+    await sim.settle_peers()
+    leader = sim.leader_of(group)
+    assert leader is not None
+    behind = next(agent for agent in sim.agents if agent is not leader)
+    behind.kill()
+    await behind.closed.wait()
+    await compacted_past(sim, group, leader, behind.group(group).position)
+    return behind
+
+
+async def _told_after_waking(sim: Simulation, behind: SimAgent, log: Corrupting) -> set[DamageKind]:
+    """Run a member again, cut off, on what `log` reads; return which kinds of damage it tells of."""
+    behind.store = dataclasses.replace(behind.store, log=log)  # type: ignore[arg-type]
+    behind.platform.restarted()
+    sim.cut |= alone(sim, behind)
+    sim.nursery.start_soon(behind.run)
+    await until(lambda: behind.agent.damages.lately(trio.current_time()) != ())
+    return {damage.kind for damage in behind.agent.damages.lately(trio.current_time())}
+
+
 async def test_damaged_rows_met_while_jumping_are_told(tmp_path: Path) -> None:
     """Rows that the HSM refuses in a jump over compacted ones are told, as any stored row it refuses is."""
     async with simulation(tmp_path) as sim:
-        group = await sim.new_realm(3)
-        await sim.settle_peers()
-        leader = sim.leader_of(group)
-        assert leader is not None
-        behind = next(a for a in sim.agents if a is not leader)
-        behind.kill()
-        await behind.closed.wait()
-        position = behind.group(group).position
-        with trio.fail_after(8):
-            while not isinstance(await sim.store.log.read_from(sim.realm, group, position, 10), Compacted):
-                await leader.call("app", sim.register1(group, "alice"))
-                await trio.sleep(0.02)
+        behind = await _behind_compaction(sim)
 
         class SpoilsTails(Corrupting):
             async def read_from(
@@ -468,29 +481,13 @@ async def test_damaged_rows_met_while_jumping_are_told(tmp_path: Path) -> None:
                 found = await self._inner.read_from(realm, group, index, entries_max)  # type: ignore[attr-defined]
                 return found if isinstance(found, Compacted) else await super().read_from(realm, group, index, 10)
 
-        behind.store = dataclasses.replace(behind.store, log=SpoilsTails(behind.log))  # type: ignore[arg-type]
-        behind.platform.restarted()
-        sim.cut |= {frozenset((behind.name, other.name)) for other in sim.agents}
-        sim.nursery.start_soon(behind.run)
-        await until(lambda: behind.agent.damages.lately(trio.current_time()) != ())
-        assert {damage.kind for damage in behind.agent.damages.lately(trio.current_time())} == {DamageKind.LOG}
+        assert await _told_after_waking(sim, behind, SpoilsTails(behind.log)) == {DamageKind.LOG}
 
 
 async def test_a_damaged_certificate_is_told(tmp_path: Path) -> None:
     """Statements that do not convince the HSM though their entries are there are damaged, not just late."""
     async with simulation(tmp_path) as sim:
-        group = await sim.new_realm(3)
-        await sim.settle_peers()
-        leader = sim.leader_of(group)
-        assert leader is not None
-        behind = next(a for a in sim.agents if a is not leader)
-        behind.kill()
-        await behind.closed.wait()
-        position = behind.group(group).position
-        with trio.fail_after(8):
-            while not isinstance(await sim.store.log.read_from(sim.realm, group, position, 10), Compacted):
-                await leader.call("app", sim.register1(group, "alice"))
-                await trio.sleep(0.02)
+        behind = await _behind_compaction(sim)
 
         class SpoilsCertificates(Corrupting):
             async def read_from(
@@ -506,9 +503,4 @@ async def test_a_damaged_certificate_is_told(tmp_path: Path) -> None:
                 captures = tuple(dataclasses.replace(captured, statement=bytes(32)) for captured in found.captures)
                 return dataclasses.replace(found, captures=captures)  # type: ignore[no-any-return]
 
-        behind.store = dataclasses.replace(behind.store, log=SpoilsCertificates(behind.log))  # type: ignore[arg-type]
-        behind.platform.restarted()
-        sim.cut |= {frozenset((behind.name, other.name)) for other in sim.agents}
-        sim.nursery.start_soon(behind.run)
-        await until(lambda: behind.agent.damages.lately(trio.current_time()) != ())
-        assert {damage.kind for damage in behind.agent.damages.lately(trio.current_time())} == {DamageKind.CERTIFICATE}
+        assert await _told_after_waking(sim, behind, SpoilsCertificates(behind.log)) == {DamageKind.CERTIFICATE}
