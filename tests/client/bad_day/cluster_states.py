@@ -12,9 +12,9 @@ from typing import Final
 import trio
 
 from juicebox_hsm.adapters.faults.switch import NO_FAULTS, Faults
-from roles.tools.demo.layout import HOST, write_file
+from roles.tools.demo.layout import HOST
 from roles.tools.demo.processes import RunningService
-from tests.client.bad_day.day import Channel, Day, State
+from tests.client.bad_day.day import Channel, Day, State, leave_alone, start_victims
 from tests.client.bad_day.listening import run_tool
 
 CLOCK_AHEAD_S: Final = 25 * 60
@@ -22,15 +22,9 @@ CLOCK_AHEAD_S: Final = 25 * 60
 
 
 async def _kill_majority(day: Day) -> None:
-    leader = await day.leader()
-    day.victims += [p.service.name for p in day.cluster.of_role("agent") if p.service.name != leader][:3]
+    day.victims += (await day.followers())[:3]
     for name in day.victims:
         await day.cluster.process(name).kill()
-
-
-async def _start_again(day: Day) -> None:
-    for name in day.victims:
-        await day.cluster.restart(name)
 
 
 def _free_port() -> int:
@@ -55,9 +49,7 @@ def _copy(day: Day, name: str) -> RunningService:
 
 
 async def _start_copy(day: Day) -> None:
-    leader = await day.leader()
-    name = next(p.service.name for p in day.cluster.of_role("agent") if p.service.name != leader)
-    copy = _copy(day, name)
+    copy = _copy(day, (await day.followers())[0])
     day.cluster.processes.append(copy)
     copy.start()
     await copy.wait_listening()
@@ -70,16 +62,15 @@ async def _stop_copy(day: Day) -> None:
 
 
 async def set_clock(day: Day) -> None:
-    leader = await day.leader()
-    name = next(p.service.name for p in day.cluster.of_role("agent") if p.service.name != leader)
+    name = (await day.followers())[0]
     day.victims.append(name)
-    write_file(day.faults / f"{name}.json", Faults(clock_offset_ms=CLOCK_AHEAD_S * 1000).to_json())
+    day.set_faults(name, Faults(clock_offset_ms=CLOCK_AHEAD_S * 1000))
 
 
 async def set_clock_right(day: Day) -> None:
     await trio.lowlevel.checkpoint()
     for name in day.victims:
-        write_file(day.faults / f"{name}.json", NO_FAULTS.to_json())
+        day.set_faults(name, NO_FAULTS)
 
 
 async def _second_demo(day: Day) -> None:
@@ -88,11 +79,6 @@ async def _second_demo(day: Day) -> None:
     day.tool_output += output.splitlines()
     if json.loads(day.cluster.state.processes_json.read_text()) != before:
         day.tool_output.insert(0, "the second demo has replaced processes.json")
-
-
-async def _leave_alone(_day: Day) -> None:
-    """Do nothing: the realm must be as it was."""
-    await trio.lowlevel.checkpoint()
 
 
 STATES: Final = (
@@ -107,7 +93,7 @@ STATES: Final = (
             Channel.CLIENT: r"",
         },
         _kill_majority,
-        _start_again,
+        start_victims,
         agents=5,
     ),
     State(
@@ -139,6 +125,6 @@ STATES: Final = (
         "a second demo is started on the state directory of one that runs",
         {Channel.TOOL: r"is in use by process \d+"},
         _second_demo,
-        _leave_alone,
+        leave_alone,
     ),
 )

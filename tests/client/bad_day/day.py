@@ -8,8 +8,13 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
 
+import trio
+
+from juicebox_hsm.adapters.faults.switch import Faults
+from juicebox_hsm.host.cluster.view import GroupView
 from juicebox_hsm.ids import GroupId
 from roles.tools.demo.launch import Cluster
+from roles.tools.demo.layout import write_file
 from roles.tools.demo.processes import OrphanGuard
 from roles.tools.demo.pubsub import PubSubEmulator
 
@@ -22,8 +27,8 @@ LISTEN_S: Final = 25.0
 BACK_S: Final = 60.0
 """A realm whose trouble is over and that is not ready and serving by then does not come back."""
 
-
 ANY_STORE: Final = frozenset({"sqlite", "bigtable"})
+ONLY_SQLITE: Final = frozenset({"sqlite"})
 
 
 class Channel(StrEnum):
@@ -52,15 +57,37 @@ class Day:
 
     async def serving(self) -> GroupId:
         """Return the group that has the key space."""
-        view = await self.cluster.wait_leaders()
-        return next(group.id for group in view.groups.values() if group.owned_range is not None)
+        return (await self._serving()).id
 
     async def leader(self) -> str:
         """Return the name of the agent that leads the key space."""
+        leader = (await self._serving()).leader
+        assert leader is not None
+        return next(p.service.name for p in self.cluster.of_role("agent") if p.service.url == leader.url)
+
+    async def followers(self) -> list[str]:
+        """Return the names of the agents that do not lead the key space."""
+        leader = await self.leader()
+        return [p.service.name for p in self.cluster.of_role("agent") if p.service.name != leader]
+
+    def set_faults(self, name: str, faults: Faults) -> None:
+        """Let a service have these faults from its next look on."""
+        write_file(self.faults / f"{name}.json", faults.to_json())
+
+    async def _serving(self) -> GroupView:
         view = await self.cluster.wait_leaders()
-        group = next(group for group in view.groups.values() if group.owned_range is not None)
-        assert group.leader is not None
-        return next(p.service.name for p in self.cluster.of_role("agent") if p.service.url == group.leader.url)
+        return next(group for group in view.groups.values() if group.owned_range is not None)
+
+
+async def leave_alone(_day: Day) -> None:
+    """Do nothing: the realm must be as it was."""
+    await trio.lowlevel.checkpoint()
+
+
+async def start_victims(day: Day) -> None:
+    """Start again what was killed."""
+    for name in day.victims:
+        await day.cluster.restart(name)
 
 
 @dataclass(frozen=True, slots=True)

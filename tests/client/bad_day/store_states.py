@@ -9,7 +9,7 @@ from typing import Final
 
 import trio
 
-from tests.client.bad_day.day import Channel, Day, State
+from tests.client.bad_day.day import ONLY_SQLITE, Channel, Day, State
 from tests.client.bad_day.listening import INFO, PIN, registered
 
 PARTS: Final = ("", "-wal", "-shm")
@@ -67,7 +67,6 @@ async def _start_on_older(day: Day) -> None:
             await running.wait_listening()
 
 
-ONLY_SQLITE: Final = frozenset({"sqlite"})
 _GONE: Final = {
     Channel.READY: r"removed or replaced",
     Channel.METRICS: r"store_client_\w*errors\w*(\{.*\})? [1-9]",

@@ -7,12 +7,9 @@ import resource
 from functools import partial
 from typing import Final
 
-import trio
-
 from roles.tools.demo.layout import HOST
-from tests.client.bad_day.day import Channel, Day, State
+from tests.client.bad_day.day import ONLY_SQLITE, Channel, Day, State, leave_alone
 from tests.client.bad_day.listening import run_tool
-from tests.client.bad_day.store_states import ONLY_SQLITE
 
 FILE_BYTES_MAX: Final = 64 * 1024
 """Less than the store of a fresh realm."""
@@ -66,18 +63,13 @@ async def _key_from_a_pipe(day: Day) -> None:
     day.tool_output += (await run_tool(*argv[argv.index("--role") :])).splitlines()
 
 
-async def _leave_alone(_day: Day) -> None:
-    """Do nothing: the realm must be as it was."""
-    await trio.lowlevel.checkpoint()
-
-
 STATES: Final = (
     State(
         "backup-damaged",
         "one bit of a backup is flipped, and it is to be restored",
         {Channel.TOOL: r"digest|damaged|malformed"},
         _restore_damaged,
-        _leave_alone,
+        leave_alone,
         stores=ONLY_SQLITE,
     ),
     State(
@@ -85,7 +77,7 @@ STATES: Final = (
         "a backup is written where no file may grow beyond 64 KiB",
         {Channel.TOOL: r"full\.db.*(too large|full|no space|limit)"},
         _backup_to_full_disk,
-        _leave_alone,
+        leave_alone,
         stores=ONLY_SQLITE,
     ),
     State(
@@ -93,13 +85,13 @@ STATES: Final = (
         "a second demo is started on ports that the first one has",
         {Channel.TOOL: r"in use"},
         _demo_on_taken_ports,
-        _leave_alone,
+        leave_alone,
     ),
     State(
         "key-is-a-pipe",
         "a load balancer is started with a named pipe as its key",
         {Channel.TOOL: r"not a regular file|regular file"},
         _key_from_a_pipe,
-        _leave_alone,
+        leave_alone,
     ),
 )

@@ -18,9 +18,10 @@ from juicebox_hsm.host.services import TenantLimits
 from juicebox_hsm.ids import OwnedRange
 from juicebox_hsm.wire.rpc import PeerRole
 from roles.tools.cluster.change import transfer_range
-from roles.tools.demo.layout import HOST, RATE_LIMIT_DEFAULT, TENANT, write_file
+from roles.tools.demo.layout import HOST, RATE_LIMIT_DEFAULT, TENANT
 from roles.tools.session import ToolFailure
-from tests.client.bad_day.day import Channel, Day, State
+from tests.client.bad_day.cluster_states import set_clock_right
+from tests.client.bad_day.day import ONLY_SQLITE, Channel, Day, State, start_victims
 from tests.client.bad_day.listening import INFO, PIN, registered
 
 BEHIND_S: Final = -25 * 60
@@ -63,17 +64,12 @@ async def empty_disk(day: Day) -> None:
         resource.prlimit(running.pid, resource.RLIMIT_FSIZE, (hard, hard))
 
 
-def _set_faults(day: Day, name: str, faults: Faults) -> None:
-    write_file(day.faults / f"{name}.json", faults.to_json())
-
-
 async def _fail_nvram(day: Day) -> None:
     """Fail the next write of a member that leads nothing, and make it write."""
-    leader = await day.leader()
-    name = next(p.service.name for p in day.cluster.of_role("agent") if p.service.name != leader)
+    name = (await day.followers())[0]
     day.victims.append(name)
     async with registered(day.cluster) as user:
-        _set_faults(day, name, Faults(nvram_fails=True))
+        day.set_faults(name, Faults(nvram_fails=True))
         with trio.move_on_after(STEP_S):
             while day.cluster.process(name).is_running:
                 await user.client.recover(PIN, INFO)
@@ -81,27 +77,21 @@ async def _fail_nvram(day: Day) -> None:
 
 async def _replace_nvram(day: Day) -> None:
     for name in day.victims:
-        _set_faults(day, name, NO_FAULTS)
-        await day.cluster.restart(name)
+        day.set_faults(name, NO_FAULTS)
+    await start_victims(day)
 
 
 async def _set_behind(day: Day) -> None:
     leader = await day.leader()
     day.victims.append(leader)
-    _set_faults(day, leader, Faults(clock_offset_ms=BEHIND_S * 1000))
+    day.set_faults(leader, Faults(clock_offset_ms=BEHIND_S * 1000))
 
 
 async def _set_all_ahead(day: Day) -> None:
     await trio.lowlevel.checkpoint()
     day.victims += [running.service.name for running in day.cluster.processes]
     for name in day.victims:
-        _set_faults(day, name, Faults(clock_offset_ms=HOUR_S * 1000))
-
-
-async def _set_right(day: Day) -> None:
-    await trio.lowlevel.checkpoint()
-    for name in day.victims:
-        _set_faults(day, name, NO_FAULTS)
+        day.set_faults(name, Faults(clock_offset_ms=HOUR_S * 1000))
 
 
 async def _put_ended(day: Day) -> None:
@@ -162,7 +152,7 @@ async def cut_move(day: Day) -> None:
     managers = day.cluster.of_role("manager")
     agents = [running.service.name for running in day.cluster.of_role("agent")]
     for name in agents:
-        _set_faults(day, name, Faults(store_delay_ms=SLOW_STORE_MS))
+        day.set_faults(name, Faults(store_delay_ms=SLOW_STORE_MS))
 
     async def move() -> None:
         try:
@@ -181,13 +171,8 @@ async def cut_move(day: Day) -> None:
             await manager.kill()
         nursery.cancel_scope.cancel()
     for name in agents:
-        _set_faults(day, name, NO_FAULTS)
+        day.set_faults(name, NO_FAULTS)
     day.victims += [manager.service.name for manager in managers]
-
-
-async def _start_manager(day: Day) -> None:
-    for name in day.victims:
-        await day.cluster.restart(name)
 
 
 STATES: Final = (
@@ -214,7 +199,7 @@ STATES: Final = (
         },
         fill_disk,
         empty_disk,
-        stores=frozenset({"sqlite"}),
+        stores=ONLY_SQLITE,
     ),
     State(
         "nvram-fails",
@@ -233,14 +218,14 @@ STATES: Final = (
             Channel.STATUS: r"clock is .* behind",
         },
         _set_behind,
-        _set_right,
+        set_clock_right,
     ),
     State(
         "clocks-ahead",
         "all clocks are set an hour ahead, as those of a machine that was resumed, and back",
         {},
         _set_all_ahead,
-        _set_right,
+        set_clock_right,
         listen_s=12.0,
     ),
     State(
@@ -286,7 +271,7 @@ STATES: Final = (
         "the manager is killed in the middle of a move between two groups, and started again",
         {Channel.STATUS: r"transfer (from|to) .* is pending"},
         cut_move,
-        _start_manager,
+        start_victims,
         groups=2,
     ),
 )
