@@ -17,7 +17,7 @@ from juicebox_hsm.adapters.sqlite.snapshot import open_snapshot
 from juicebox_hsm.adapters.sqlite.writer import FileLock
 from juicebox_hsm.adapters.stores.opening import open_store
 from juicebox_hsm.host.clocks import DAY_MS, past_ms
-from juicebox_hsm.host.dispatch import kept_name
+from juicebox_hsm.host.dispatch import kept_name, late_name
 from juicebox_hsm.host.events import EVENT_KEPT_MS
 
 MARGIN_MS: Final = DAY_MS
@@ -49,7 +49,7 @@ async def _remove_events(path: Path, rate: int, progress: Progress) -> int:
     removed = 0
     async with open_store(f"sqlite:{path}", must_exist=True) as store:
         for realm in await store.realms.list_realms():
-            late = await store.settings.get(f"outbox/late/{realm.hex()}")
+            late = await store.settings.get(late_name(realm))
             if late is not None:
                 continue  # some were published late; only the dispatcher knows until when they stay
             kept_ms = int(await store.settings.get(kept_name(realm)) or EVENT_KEPT_MS)
