@@ -343,13 +343,20 @@ def _tails(file: Path, tmp_path: Path) -> list[LogTail]:
     return read_tails(tmp_path / "again")
 
 
-def test_no_damaged_backup_is_restored(tmp_path: Path) -> None:
-    """Whichever byte of a backup changed, its restore is refused, nothing is written, and nobody is told to go on."""
-    file, hsm_dir, copy, new = (tmp_path / name for name in ("realm.db", "hsm", "copy", "new.db"))
+def _backed_up(tmp_path: Path) -> tuple[Path, Path]:
+    """Make a realm with one HSM and a backup of its store; return the HSM's directory and the backup."""
+    file, hsm_dir, copy = (tmp_path / name for name in ("realm.db", "hsm", "copy"))
     generate_keys(tmp_path / "keys.json", "test")
     init_hsm_dir(tmp_path / "keys.json", hsm_dir)
     trio.run(_one_hsm_realm, file, hsm_dir)
     _ok("backup", copy, "--store", f"sqlite:{file}")
+    return hsm_dir, copy
+
+
+def test_no_damaged_backup_is_restored(tmp_path: Path) -> None:
+    """Whichever byte of a backup changed, its restore is refused, nothing is written, and nobody is told to go on."""
+    hsm_dir, copy = _backed_up(tmp_path)
+    new = tmp_path / "new.db"
     whole = copy.read_bytes()
     chance = random.Random(5)
     for at in [0, 20, len(whole) - 1, len(whole) - 40, *chance.sample(range(len(whole)), 40)]:
@@ -366,11 +373,8 @@ def test_no_damaged_backup_is_restored(tmp_path: Path) -> None:
 
 def test_no_store_in_use_is_restored_into(tmp_path: Path) -> None:
     """Services that were started on an empty store are left alone, and named."""
-    file, hsm_dir, copy, new = (tmp_path / name for name in ("realm.db", "hsm", "copy", "new.db"))
-    generate_keys(tmp_path / "keys.json", "test")
-    init_hsm_dir(tmp_path / "keys.json", hsm_dir)
-    trio.run(_one_hsm_realm, file, hsm_dir)
-    _ok("backup", copy, "--store", f"sqlite:{file}")
+    hsm_dir, copy = _backed_up(tmp_path)
+    new = tmp_path / "new.db"
     _ok("init", "--store", f"sqlite:{new}")
     with closing(schema.connect(new, 100)) as user:
         assert user.execute("SELECT count(*) FROM realms").get == 0
@@ -383,11 +387,8 @@ def test_no_store_in_use_is_restored_into(tmp_path: Path) -> None:
 
 def test_restore_checks_backups_without_a_digest(tmp_path: Path) -> None:
     """A backup of an older version needs the word of the operator, and what a check finds still refuses it."""
-    file, hsm_dir, copy, new = (tmp_path / name for name in ("realm.db", "hsm", "copy", "new.db"))
-    generate_keys(tmp_path / "keys.json", "test")
-    init_hsm_dir(tmp_path / "keys.json", hsm_dir)
-    trio.run(_one_hsm_realm, file, hsm_dir)
-    _ok("backup", copy, "--store", f"sqlite:{file}")
+    hsm_dir, copy = _backed_up(tmp_path)
+    new = tmp_path / "new.db"
     whole = copy.read_bytes()[:-TRAILER_BYTES]
     restore = ("restore", copy, "--store", f"sqlite:{new}", "--hsm-dir", hsm_dir)
     copy.write_bytes(whole)
