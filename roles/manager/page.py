@@ -30,14 +30,13 @@ from juicebox_hsm.ids import RECORD_ID_BYTES, HsmId, OwnedRange, RealmId, uncove
 from juicebox_hsm.wire.rpc import GroupRole, LoopRun, RunningTransfer
 from roles.durations import format_duration
 from roles.manager.page_style import GROUP_COLOURS, STYLE
-from roles.survey.shown import agent_pace, clock, led_by, tolerance
+from roles.survey.shown import agent_pace, clock, led_by, short, tolerance
 from roles.words import counted, moment, sentence, transfer
 
 REFRESH_S: Final = 5
 LABEL_SHARE_MIN: Final = 0.04  # of the bar's width; a number in less is not readable
 TEXT_CHARS_MAX: Final = 300  # own: an error of a peer may be long
 _SPACE: Final = 1 << (8 * RECORD_ID_BYTES)
-_SHORT: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +60,7 @@ def _text(value: object) -> str:
 
 def _id(value: bytes) -> str:
     """Return a short id whose whole is shown on pointing at it."""
-    return f'<code title="{value.hex()}">{value.hex()[:_SHORT]}</code>'
+    return f'<code title="{value.hex()}">{short(value)}</code>'
 
 
 def render(evidence: Evidence, verdict: Verdict, own: Own) -> str:

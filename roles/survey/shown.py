@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from juicebox_hsm.host.cluster.verdict import cannot_commit
 from juicebox_hsm.host.cluster.view import GroupView
 from juicebox_hsm.wire.rpc import AgentStatus
 from roles.words import counted
+
+SHORT_DIGITS: Final = 8
+"""Own: enough for the some hundred ids of a cluster."""
+
+
+def short(value: bytes) -> str:
+    """Return the beginning of an id; commands take any unambiguous one."""
+    return value.hex()[:SHORT_DIGITS]
 
 
 def tolerance(group: GroupView) -> str:

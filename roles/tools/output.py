@@ -15,9 +15,8 @@ from juicebox_hsm.host.cluster.view import ClusterView, GroupView, Member, group
 from juicebox_hsm.ids import HsmId
 from juicebox_hsm.wire.rpc import Direction, GroupInfo, TransferringInfo
 from roles.durations import format_duration
-from roles.survey.shown import led_by, tolerance
+from roles.survey.shown import led_by, short, tolerance
 
-_SHORT: Final = 8  # digits of an id; commands take any unambiguous beginning
 WIDTH_MAX: Final = 100_000  # columns a table may take where nobody's window limits it
 
 
@@ -246,11 +245,11 @@ def print_groups(view: ClusterView) -> None:
             for hsm in group.configuration:
                 row = member_json(group, hsm)
                 if "error" in row:
-                    rows.append([hsm.hex()[:_SHORT], "no answer", *[""] * 5])
+                    rows.append([short(hsm), "no answer", *[""] * 5])
                     continue
                 cells = [row[key] for key in ("captured", "lag", "append_queue_len", "waiting_clients")]
                 rows.append([
-                    hsm.hex()[:_SHORT], show_text(row["agent"]), row["role"],
+                    short(hsm), show_text(row["agent"]), row["role"],
                     *("" if cell is None else f"{cell:,}" for cell in cells),
                 ])  # fmt: skip
             print_table(columns, rows, right=range(3, 7))

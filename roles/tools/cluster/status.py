@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Final
 
 import click
 import trio
@@ -17,13 +16,11 @@ from roles.durations import format_duration
 from roles.survey.document import verdict_json
 from roles.survey.evidence import gather
 from roles.survey.overview import clock_of
-from roles.survey.shown import agent_pace, clock, led_by, pace, tolerance
+from roles.survey.shown import agent_pace, clock, led_by, pace, short, tolerance
 from roles.tools.cluster.show import with_session
 from roles.tools.output import print_json, show_text
 from roles.tools.session import Connection, Session, end, with_connection
 from roles.words import counted, sentence
-
-_SHORT: Final = 8  # digits of an id; commands take any unambiguous beginning
 
 
 def summary(evidence: Evidence) -> str:
@@ -48,7 +45,7 @@ def lines_of(evidence: Evidence) -> Iterator[str]:
         for group in sorted(view.groups_of(realm), key=lambda one: (one.owned_range is None, one.id)):
             owned = "owns nothing" if group.owned_range is None else show_range(group.owned_range)
             rate = "" if group.owned_range is None else f", {group.requests_per_s:,.1f} requests/s"
-            yield f"  group {group.id.hex()[:_SHORT]}  {owned}, {led_by(group)}, {tolerance(group)}{rate}"
+            yield f"  group {short(group.id)}  {owned}, {led_by(group)}, {tolerance(group)}{rate}"
     for agent in view.agents:
         told = agent.status
         if told is None:
