@@ -241,6 +241,11 @@ def who_of(tls: Any) -> str:
     return "" if tls is None else f"{tls.identity.role.value}/{tls.identity.name}"
 
 
+def operator_of(connection: Connection) -> str:
+    """Return `who_of` the operator's certificate, for commands that work without one, too. Fails as loading it does."""
+    return "" if connection.cluster_tls is None else who_of(load_cluster_tls(connection))
+
+
 def load_cluster_tls(connection: Connection) -> Any:
     """Load the operator's certificate; None with --insecure-rpc. Fails: exit 2 without one, 4 naming the file."""
     if connection.insecure_rpc:

@@ -18,9 +18,8 @@ from roles.tools.recording import recorded
 from roles.tools.session import (
     Connection,
     ToolFailure,
-    load_cluster_tls,
+    operator_of,
     run,
-    who_of,
     with_connection,
 )
 
@@ -103,7 +102,7 @@ def discovery_remove(connection: Connection, url: str, *, dry_run: bool) -> None
     """Remove a registration, for instance of a service that is gone for good. A living one registers again."""
     from juicebox_hsm.adapters.stores.opening import open_store
 
-    who = "" if connection.cluster_tls is None else who_of(load_cluster_tls(connection))
+    who = operator_of(connection)
 
     async def main() -> int:
         async with open_store(connection.store, must_exist=True) as store:

@@ -24,9 +24,9 @@ from roles.tools.session import (
     end,
     for_operator,
     load_cluster_tls,
+    operator_of,
     remember_connection,
     run,
-    who_of,
     with_connection,
 )
 
@@ -195,7 +195,7 @@ def restore(
     from roles.tools.store.restore import read_hsm_dirs, restore_problems
 
     path = _sqlite_path(connection)
-    who = "" if connection.cluster_tls is None else who_of(load_cluster_tls(connection))
+    who = operator_of(connection)
     dead = _hsm_ids(unknown)
     with _expected_errors():
         check_unused(path)
