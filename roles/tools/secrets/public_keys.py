@@ -39,6 +39,7 @@ PRIVATE: Final = (
     "holds a private key, which a realm must not have; nothing was imported. Make its public half with "
     "`openssl pkey -in PRIVATE.pem -pubout -out PUBLIC.pem`, and let the tenant draw a new pair if others saw this one"
 )
+NO_SET: Final = 'is no JWK set: an object with a list "keys" of keys was expected'
 
 
 class UnusableKey(ValueError):
@@ -103,7 +104,7 @@ def _read_jwks(data: bytes, tenant: str) -> list[ImportedKey]:
         raise UnusableKey("is not JSON") from None
     keys = document.get("keys", [document]) if isinstance(document, dict) else None
     if not isinstance(keys, list) or not keys or not all(isinstance(key, dict) for key in keys):
-        raise UnusableKey('is no JWK set: an object with a list "keys" of keys was expected')
+        raise UnusableKey(NO_SET)
     if len(keys) > KEYS_MAX:
         raise UnusableKey(f"holds {len(keys)} keys; {KEYS_MAX} are the most")
     if any(name in key for key in keys for name in _PRIVATE_MEMBERS):
@@ -125,6 +126,8 @@ def _read_jwk(key: dict[str, Any], tenant: str) -> ImportedKey:
             make = numbers.public_key
         case ("OKP", "Ed25519", None | "EdDSA" | "Ed25519"):
             make = partial(Ed25519PublicKey.from_public_bytes, _bytes(key, "x", what))
+        case None, _, _:
+            raise UnusableKey(NO_SET)
         case _:
             raise UnusableKey(f"{what}is neither of RSA for RS256 nor of Ed25519 for EdDSA")
     try:

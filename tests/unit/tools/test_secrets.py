@@ -161,6 +161,7 @@ WRONG: dict[str, tuple[Callable[[], bytes], str]] = {
     ),
     "no JSON": (lambda: b"{", "is not JSON"),
     "no set": (lambda: b'{"keys":5}', "is no JWK set"),
+    "other JSON": (lambda: b'{"tenant-acme":{}}', "is no JWK set"),
     "empty set": (lambda: b'{"keys":[]}', "is no JWK set"),
     "many": (lambda: json.dumps({"keys": [{}] * (KEYS_MAX + 1)}).encode(), "are the most"),
     "for encryption": (lambda: b'{"kty":"RSA","use":"enc","n":"AQAB","e":"AQAB"}', "not for signatures"),
