@@ -8,7 +8,6 @@ be deleted as stale, and two processes with one NVRAM would vote twice.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import tempfile
@@ -24,8 +23,7 @@ from juicebox_hsm.adapters.hsm_directory.key_bundle import KeyBundle, read_bundl
 from juicebox_hsm.adapters.hsm_directory.nvram import FileNvram, NvramFailed, read_nvram, sync_directory
 from juicebox_hsm.adapters.hsm_directory.unpacked import remove_unpacked_library
 from juicebox_hsm.adapters.observation.metrics import Metrics
-from juicebox_hsm.adapters.process.directory_lock import by_whom
-from juicebox_hsm.adapters.process.passing_trouble import local_error
+from juicebox_hsm.adapters.process.directory_lock import DIRECTORY, by_whom, lock_now
 from juicebox_hsm.adapters.process.threads import in_thread_or_here
 from juicebox_hsm.consensus.nvram import PersistentState, decode_state
 from juicebox_hsm.errors import LocalError, NotYet
@@ -176,21 +174,10 @@ def open_hsm_dir(path: Path) -> FilePlatform:
 
 
 def _lock(directory: Path) -> int:
-    try:
-        lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as error:
-        raise local_error(f"{directory}: {error.strerror}", error) from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise NotYet(
-            f"{directory}: this HSM is run{by_whom(directory)} already; one directory serves one process"
-        ) from None
-    except OSError as error:
-        os.close(lock)
-        raise LocalError(f"{directory}: cannot be locked ({error.strerror}); use a local file system") from None
-    return lock
+    def taken() -> LocalError:
+        return NotYet(f"{directory}: this HSM is run{by_whom(directory)} already; one directory serves one process")
+
+    return lock_now(directory, DIRECTORY, taken)
 
 
 def init_hsm_dir(keys_file: Path, path: Path) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+from juicebox_hsm.adapters.process.passing_trouble import local_error
 from juicebox_hsm.errors import LocalError
 
+DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY
+"""Flags with which a directory is opened for its lock."""
 LOCK_FILE: Final = ".lock"
 _PID_BYTES_MAX: Final = 20
 _LOCKS: Final = Path("/proc/locks")
@@ -40,24 +43,49 @@ def by_whom(path: Path) -> str:
     return "" if holder is None else f" by process {holder}"
 
 
+def lock_now(path: Path, flags: int, taken: Callable[[], LocalError], *, name: str = "") -> int:
+    """Open a file or directory and lock it at once; return the descriptor, which holds the lock until it is closed.
+
+    Raises what `taken` makes while another has the lock, and a `LocalError` that calls the path `name`, if given, when
+    it cannot be opened or locked.
+    """
+    name = name or str(path)
+    try:
+        descriptor = os.open(path, flags | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise local_error(f"{name}: {error.strerror}", error) from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            raise taken() from None
+        raise LocalError(f"{name}: cannot be locked ({error.strerror}); use a local file system") from None
+    return descriptor
+
+
+@contextmanager
+def locked(path: Path, flags: int, taken: Callable[[], LocalError], *, name: str = "") -> Iterator[int]:
+    """Hold the lock of `lock_now` until the block ends; hands out the descriptor."""
+    descriptor = lock_now(path, flags, taken, name=name)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
 @contextmanager
 def writing_into(directory: Path) -> Iterator[None]:
     """Keep other writers out of a directory that others only read; leaves nothing behind there.
 
     Raises `LocalError` with the other's process id.
     """
-    try:
-        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as error:
-        raise LocalError(f"{directory}: {error.strerror}") from None
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise LocalError(f"{directory}: is being written{by_whom(directory)}; try again when it is done") from None
+
+    def taken() -> LocalError:
+        return LocalError(f"{directory}: is being written{by_whom(directory)}; try again when it is done")
+
+    with locked(directory, DIRECTORY, taken):
         yield
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager
@@ -66,20 +94,13 @@ def own_directory(directory: Path) -> Iterator[None]:
 
     Raises `LocalError` with the holder's process id when somebody else has it; nothing was touched then.
     """
-    try:
-        descriptor = os.open(directory / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise LocalError(f"{directory / LOCK_FILE}: {error.strerror}") from None
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.read(descriptor, _PID_BYTES_MAX).decode("ascii", "replace").strip()
-            raise LocalError(
-                f"{directory}: is in use by process {holder or 'unknown'}; stop it first, or give another directory"
-            ) from None
+    lock = directory / LOCK_FILE
+
+    def taken() -> LocalError:
+        holder = lock.read_bytes()[:_PID_BYTES_MAX].decode("ascii", "replace").strip() or "unknown"
+        return LocalError(f"{directory}: is in use by process {holder}; stop it first, or give another directory")
+
+    with locked(lock, os.O_RDWR | os.O_CREAT, taken) as descriptor:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()}\n".encode("ascii"), 0)
         yield
-    finally:
-        os.close(descriptor)

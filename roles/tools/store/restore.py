@@ -7,15 +7,13 @@ asked what it captured last, and one that cannot be asked is a reason to refuse 
 
 from __future__ import annotations
 
-import fcntl
-import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from juicebox_hsm.adapters.hsm_directory.hsm_host import read_hsm_dir
-from juicebox_hsm.adapters.process.directory_lock import by_whom
+from juicebox_hsm.adapters.process.directory_lock import DIRECTORY, by_whom, locked
 from juicebox_hsm.adapters.stores.check import LogTail
 from juicebox_hsm.consensus.nvram import PersistentState
 from juicebox_hsm.errors import LocalError
@@ -111,23 +109,14 @@ def witness_in(path: Path, state: PersistentState) -> HsmWitness:
     return HsmWitness(state.id, f"--hsm-dir {path}", groups)
 
 
-@contextmanager
-def _kept_from_starting(path: Path) -> Iterator[None]:
+def _kept_from_starting(path: Path) -> AbstractContextManager[int]:
     """Hold the lock that an agent takes on its HSM directory."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as error:
-        raise LocalError(f"--hsm-dir {path}: {error.strerror}") from None
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise LocalError(
-                f"--hsm-dir {path}: this HSM is run{by_whom(path)} and may capture more; stop it first"
-            ) from None
-        yield
-    finally:
-        os.close(descriptor)
+    name = f"--hsm-dir {path}"
+
+    def taken() -> LocalError:
+        return LocalError(f"{name}: this HSM is run{by_whom(path)} and may capture more; stop it first")
+
+    return locked(path, DIRECTORY, taken, name=name)
 
 
 def witness_of(view: AgentView) -> HsmWitness:

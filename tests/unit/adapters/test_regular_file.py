@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import threading
 from pathlib import Path
@@ -17,6 +19,7 @@ from juicebox_hsm.adapters.tls.cluster_tls import ClusterTls
 from juicebox_hsm.errors import LocalError
 from juicebox_hsm.wire.rpc import PeerRole
 from roles.options import read_settings
+from roles.tools.store.restore import read_hsm_dirs
 
 
 @pytest.fixture
@@ -89,6 +92,18 @@ def test_a_directory_has_one_writer(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(LocalError, match="No such file"), writing_into(tmp_path / "missing"):
         pass
+
+
+def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing can be locked nobody goes on, and nobody else is blamed for it."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    for held in (own_directory(tmp_path), writing_into(tmp_path), read_hsm_dirs([tmp_path])):
+        with pytest.raises(LocalError, match=r"cannot be locked \(No locks available\)"), held:
+            pass
 
 
 def test_certificates_are_not_written_side_by_side(tmp_path: Path) -> None:
