@@ -14,7 +14,6 @@ from typing import BinaryIO, Final
 
 NOT_REGULAR: Final = "is not a regular file; pipes cannot be read again, so write the content into a file"
 
-
 _OTHERS_READ: Final = 0o004
 
 

@@ -14,7 +14,7 @@ from typing import Final
 import trio
 
 from juicebox_hsm.adapters.process.passing_trouble import local_error
-from juicebox_hsm.adapters.process.regular_file import open_regular
+from juicebox_hsm.adapters.process.regular_file import open_regular, others_read
 from juicebox_hsm.adapters.process.threads import in_thread_or_here
 from juicebox_hsm.errors import LocalError, RealmError
 from juicebox_hsm.ports.observation import Log, Meter
@@ -32,8 +32,6 @@ REFRESH_S: Final = 5.0
 
 FILE_BYTES_MAX: Final = 16 << 20
 """Largest secrets file that is read (own): about 40,000 tenants."""
-
-_OTHERS_READ: Final = 0o004
 
 
 class HeldSecrets(abc.ABC):
@@ -124,7 +122,7 @@ class SecretsFile(HeldSecrets):
 
     async def load(self) -> None:
         """Read the file; raises `LocalError` that names file and entry, and keeps what was there before."""
-        content, mode = await in_thread_or_here(self._read)
+        content, is_shared = await in_thread_or_here(self._read)
         if content != self._content or not self._secrets:
             try:
                 secrets = parse_file(content)
@@ -132,20 +130,20 @@ class SecretsFile(HeldSecrets):
                 raise LocalError(f"secrets file {self.path}: {error}") from None
             self._take(secrets)
             self._content = content
-        if mode & _OTHERS_READ and not self._others_warned:
+        if is_shared and not self._others_warned:
             self._log.warning("secrets file is readable by others; restrict it to this user", path=str(self.path))
-        self._others_warned = bool(mode & _OTHERS_READ)
+        self._others_warned = is_shared
         self._loaded_at = trio.current_time()
 
-    def _read(self) -> tuple[bytes, int]:
+    def _read(self) -> tuple[bytes, bool]:
         try:
             with open_regular(self.path) as file:
                 content = file.read(FILE_BYTES_MAX + 1)
-            mode = self.path.stat().st_mode
+            is_shared = others_read(self.path)
         except OSError as error:
             raise local_error(
                 f"--secrets-file: cannot read secrets file {self.path}: {error.strerror}", error
             ) from None
         if len(content) > FILE_BYTES_MAX:
             raise LocalError(f"secrets file {self.path} is larger than {FILE_BYTES_MAX} bytes")
-        return content, mode
+        return content, is_shared
