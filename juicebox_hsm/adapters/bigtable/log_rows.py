@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Final
-from zlib import crc32
 
 from juicebox_hsm.adapters.bigtable import keys
 from juicebox_hsm.adapters.bigtable.codec import Cell, Row, SetCell
+from juicebox_hsm.adapters.bigtable.sums import SUM_HEAD, has_wrong_sum, with_sum
 from juicebox_hsm.consensus.codec import encode_log_entry, split_log_entry
 from juicebox_hsm.consensus.types import LogEntry
 from juicebox_hsm.errors import DecodingError
@@ -22,18 +22,13 @@ TOMBSTONE: Final = "t"
 TOMBSTONE_CELL: Final = SetCell(TOMBSTONE, b"t", b"")
 
 
-_SUM: Final = cbor.text("sum") + b"\x44"
-"""The last name of an intent's map, and the head of a string of four bytes. Cells of earlier versions have none."""
-
-
 def entry_cells(entries: Sequence[LogEntry], intents: Sequence[Intent | None]) -> list[SetCell]:
     """Return the cells of a batch's row."""
     cells = []
     for entry, intent in zip(entries, intents, strict=True):
         value = encode_log_entry(entry)
         if intent is not None:
-            value += encode_intent(intent)
-            value += _checksum(value)
+            value = with_sum(value + encode_intent(intent))
         cells.append(SetCell(ENTRIES, keys.downward(entry.index), value))
     return cells
 
@@ -51,14 +46,9 @@ def encode_intent(intent: Intent) -> bytes:
             cbor.byte_string(intent.record_id),
             cbor.text("hint"),
             cbor.uint(intent.hint),
-            _SUM,
+            SUM_HEAD,
         )
     )
-
-
-def _checksum(value: bytes) -> bytes:
-    """Return the four bytes that end a cell: its CRC-32, which finds damage, not forgery."""
-    return crc32(value).to_bytes(4, "big")
 
 
 def is_tombstone(row: Row) -> bool:
@@ -75,7 +65,7 @@ def decode_cell(key: bytes, cell: Cell) -> tuple[LogEntry, bytes]:
         raise _damaged(key, cell, str(error)) from None
     if keys.upward(cell.qualifier) != entry.index:
         raise _damaged(key, cell, f"it is entry {entry.index}")
-    if rest[-4 - len(_SUM) : -4] == _SUM and value[-4:] != _checksum(value[:-4]):
+    if has_wrong_sum(value, rest):
         raise _damaged(key, cell, "its checksum is wrong")
     return entry, rest
 

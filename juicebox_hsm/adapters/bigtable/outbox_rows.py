@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
-from zlib import crc32
 
 import cbor2
 
 from juicebox_hsm.adapters.bigtable import keys
 from juicebox_hsm.adapters.bigtable.codec import Cell, Row
+from juicebox_hsm.adapters.bigtable.sums import SUM_BYTES, has_wrong_sum, with_sum
 from juicebox_hsm.consensus.types import MAC_BYTES
 from juicebox_hsm.errors import DecodingError
 from juicebox_hsm.host.events import EventKind, NewEvent, OutboxEvent
@@ -30,8 +30,6 @@ ACKNOWLEDGED: Final = b"v"
 """Columns of a cursor row; `p` sorts first, which whoever reads one cell of it relies on."""
 WRITE_ID: Final = b"w"
 SETTLED: Final = b"s"
-_SUM: Final = cbor.text("sum") + b"\x44"
-"""The last name of an event's map, and the head of a string of four bytes. Cells of earlier versions have none."""
 
 
 def encode_event(seq: int, event: NewEvent) -> bytes:
@@ -48,15 +46,10 @@ def encode_event(seq: int, event: NewEvent) -> bytes:
             "event": None if event.event is None else dict(event.event),
             "accounting": event.accounting,
             "when_ms": event.when_ms,
-            "sum": bytes(4),
+            "sum": bytes(SUM_BYTES),
         }
     )
-    return encoded[:-4] + _checksum(encoded[:-4])
-
-
-def _checksum(value: bytes) -> bytes:
-    """Return the four bytes that end an event's cell: its CRC-32, which finds damage, not forgery."""
-    return crc32(value).to_bytes(4, "big")
+    return with_sum(encoded[:-SUM_BYTES])
 
 
 def _body(item: object) -> Mapping[str, str | int] | None:
@@ -74,7 +67,7 @@ def decode_event(tenant: str, cell: Cell) -> OutboxEvent:
     place = f"{stored_under} of tenant {tenant}"
     try:
         fields = cbor.as_map(cbor.decode(cell.value))
-        if cell.value[-4 - len(_SUM) : -4] == _SUM and cell.value[-4:] != _checksum(cell.value[:-4]):
+        if has_wrong_sum(cell.value, cell.value):
             raise DecodingError("its checksum is wrong")
         accounting = fields["accounting"]
         seq = cbor.as_uint(fields["seq"], cbor.U64_MAX)
