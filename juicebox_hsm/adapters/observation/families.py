@@ -77,7 +77,7 @@ def prometheus_name(name: str) -> str:
 
 
 _REPEATED: Final = re.compile(
-    r"(store_client|pubsub|gcp|secret_manager\.google)\.([a-z_.]+)\.(?:(time)|(retryable|exhausted|fatal)_errors)"
+    r"(store_client|pubsub|gcp|secret_manager\.google)\.([a-z_.]+)\.(?:time|(retryable|exhausted|fatal)_errors)"
 )
 """The series of operations that repeat themselves: group, operation, and what is measured (operator-tools.md 9.2)."""
 _GROUPS: Final = {
@@ -88,16 +88,19 @@ _GROUPS: Final = {
 }
 
 
-def repeated(name: str, meaning: str = "") -> Family | None:
+def repeated(name: str) -> Family | None:
     """Return the family of an operation that repeats itself, None if `name` is no such name."""
     found = _REPEATED.fullmatch(name)
-    if found is None:
-        return None
-    group, operation, _, ending = found.groups()
+    return None if found is None else of_operation(found[1], found[2], found[3])
+
+
+def of_operation(group: str, operation: str, failure: str | None, meaning: str = "") -> Family:
+    """Return the family of an operation's times, or of its errors of a kind: retryable, exhausted or fatal."""
     of, what = ("operation", operation), _GROUPS[group]
-    if ending is None:
-        shown, together = prometheus_name(f"{group}.time"), f"{what}, tries included"
+    if failure is None:
+        name, shown = f"{group}.{operation}.time", prometheus_name(f"{group}.time")
+        together = f"{what}, tries included"
         return Family(name, Kind.DURATION, meaning, ("result",), late=True, shown=shown, fixed=(of,), together=together)
-    shown, together = prometheus_name(f"{group}.errors"), f"{what} that failed: tried again, given up, or fatal"
-    kind = ("kind", ending)
+    name, shown = f"{group}.{operation}.{failure}_errors", prometheus_name(f"{group}.errors")
+    together, kind = f"{what} that failed: tried again, given up, or fatal", ("kind", failure)
     return Family(name, Kind.COUNT, meaning, late=True, shown=shown, fixed=(kind, of), together=together)

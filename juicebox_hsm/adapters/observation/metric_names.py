@@ -9,9 +9,20 @@ thousands of empty buckets would be most of a scrape. A test holds docs/metrics.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Final
 
-from juicebox_hsm.adapters.observation.families import COUNTS, FINE, LONG, PER_PEER, SHORT, Family, Kind, repeated
+from juicebox_hsm.adapters.observation.families import (
+    COUNTS,
+    FINE,
+    LONG,
+    PER_PEER,
+    SHORT,
+    Family,
+    Kind,
+    of_operation,
+    repeated,
+)
 
 COUNT, GAUGE, DURATION, DISTRIBUTION = Kind.COUNT, Kind.GAUGE, Kind.DURATION, Kind.DISTRIBUTION
 
@@ -126,11 +137,9 @@ def _refused(reason: str, meaning: str, *tags: str) -> Family:
     )
 
 
-def _published(what: str, kind: Kind, meaning: str, *fixed: tuple[str, str]) -> Family:
-    shown, together = (
-        ("pubsub_time", "Calls of Pub/Sub") if kind is DURATION else ("pubsub_errors", "Calls that failed")
-    )
-    return Family(f"pubsub.publish_msg.{what}", kind, meaning, shown=shown, fixed=fixed, together=together)
+def _published(failure: str | None, meaning: str) -> Family:
+    """Return a family of publications: they exist from the start, and their times have no results."""
+    return replace(of_operation("pubsub", "publish_msg", failure, meaning), tags=(), late=False)
 
 
 AGENT: Final = (
@@ -217,26 +226,9 @@ AGENT: Final = (
     ),
     Family("agent.outbox.backlog", GAUGE, "Tenant events not published yet"),
     Family("agent.outbox.oldest_age", GAUGE, "Seconds for which the oldest of them has waited, 0 while none waits"),
-    _published(
-        "time",
-        DURATION,
-        "Publications, a page of up to 1,000 events each; nearly nothing with the store's own bus",
-        ("operation", "publish_msg"),
-    ),
-    _published(
-        "exhausted_errors",
-        COUNT,
-        "Pages not published although repeated; they stay in the outbox and are tried again",
-        ("kind", "exhausted"),
-        ("operation", "publish_msg"),
-    ),
-    _published(
-        "fatal_errors",
-        COUNT,
-        "Pages not published and not worth repeating; they stay in the outbox and are tried again",
-        ("kind", "fatal"),
-        ("operation", "publish_msg"),
-    ),
+    _published(None, "Publications, a page of up to 1,000 events each; nearly nothing with the store's own bus"),
+    _published("exhausted", "Pages not published although repeated; they stay in the outbox and are tried again"),
+    _published("fatal", "Pages not published and not worth repeating; they stay in the outbox and are tried again"),
     Family("agent.outbox.retry", COUNT, "Writes of tenant events that were repeated"),
     Family("agent.outbox.given_up", COUNT, "Writes of tenant events that were given up"),
     Family("agent.outbox.unknown", COUNT, "Tenant events of unknown outcome"),

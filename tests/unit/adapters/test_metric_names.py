@@ -84,6 +84,11 @@ def test_families_are_told_apart() -> None:
         assert family.meaning
         assert not family.meaning.endswith(".")
         assert len(family.tags) == 1 or not family.values
+    for operation in (*PUBSUB.families.values(), *SECRET_MANAGER.families.values(), auth.FAMILY):
+        for ending in ("time", "retryable_errors", "exhausted_errors", "fatal_errors"):
+            found = find(f"{operation}.{ending}")
+            assert found is not None
+            shown.setdefault(found.series, []).append(found)
     for families in shown.values():
         assert len({(family.kind, family.together or family.meaning, family.bounds) for family in families}) == 1
         assert len({family.fixed for family in families}) == len(families)
