@@ -92,7 +92,7 @@ class FileLock:
         if not place.granted.wait(patience_s) and not place.give_up():
             return False
         if place.error is not None:
-            self._place = None
+            self.release()
             raise place.error
         return True
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import subprocess
 import sys
 import threading
@@ -295,6 +297,22 @@ def test_a_lock_that_comes_too_late_is_let_go(tmp_path: Path) -> None:
     second.release()
     assert first.acquire(HANGS_S)
     first.release()
+
+
+def test_a_wait_that_fails_leaves_no_file_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lock that cannot be waited for is an error each time; a store's process does not run out of files by it."""
+    lock = FileLock(tmp_path / "x.db.lock")
+
+    def refuse(_: int, operation: int) -> None:
+        raise BlockingIOError if operation & fcntl.LOCK_NB else OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for _ in range(3):
+        with pytest.raises(OSError, match="No locks available"):
+            lock.acquire(HANGS_S)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    lock.close()
 
 
 async def is_done(writer: Writer, operation: Operation[str]) -> bool:
