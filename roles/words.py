@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from juicebox_hsm.adapters.process.exit_codes import ExitCode
-from juicebox_hsm.host.certificates import is_due, remaining_days
+from juicebox_hsm.host.certificates import remaining_days
 from juicebox_hsm.host.cluster.balance import HsmLoad, Move
 from juicebox_hsm.host.cluster.findings import (
     AnotherStore,
@@ -302,13 +302,6 @@ def counted(count: int, what: str) -> str:
 def moment(unix_ms: int) -> dt.datetime:
     """Return a moment (UTC) for printing."""
     return dt.datetime.fromtimestamp(unix_ms / 1000, dt.UTC)
-
-
-def certificate_ends(end_ms: int | None, now_ms: int) -> str:
-    """Return in words that a certificate ended or ends soon, "" while nobody needs to know or `end_ms` is None."""
-    if end_ms is None or not is_due(end_ms, now_ms):
-        return ""
-    return _ends(end_ms, remaining_days(end_ms, now_ms))
 
 
 def _ends(end_ms: int, days: float) -> str:
