@@ -103,12 +103,11 @@ def view(state: State, now: float) -> Quorum:
     Balancers send nothing to a leadership that says it is stalled: one that waits for a request to find out whether
     the store works again must not say so.
     """
-    hopes = _is_try_due(state, now) and not _waits_for_members(state, now)
     return Quorum(
         members=len(state.configuration),
         alive=_alive(state, now),
         commit_age_s=0.0 if state.waiting_since_s is None else now - state.waiting_since_s,
-        stalled_s=None if state.stalled_since_s is None or hopes else now - state.stalled_since_s,
+        stalled_s=None if state.stalled_since_s is None or _is_try_due(state, now) else now - state.stalled_since_s,
         lacks_store=_lacks_store(state, now),
     )
 
@@ -149,8 +148,10 @@ def may_try(state: State, now: float) -> bool:
 
 
 def _is_try_due(state: State, now: float) -> bool:
+    """Without a majority nobody tries: the HSM would be asked for an entry that cannot be committed."""
     is_writing = min(state.appending_since_s, state.recording_since_s) < inf
-    return _lacks_store(state, now) and not is_writing and now - state.store_failed_s >= STORE_TRIED_S
+    is_due = not is_writing and now - state.store_failed_s >= STORE_TRIED_S
+    return is_due and _lacks_store(state, now) and not _waits_for_members(state, now)
 
 
 def refusal(state: State, now: float) -> Refusal:
