@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from juicebox_hsm.host.certificates import remaining_days
-from juicebox_hsm.host.clocks import OFF_MS, Reading
+from juicebox_hsm.host.clocks import Reading, is_off
 from juicebox_hsm.host.cluster.findings import Finding
 from juicebox_hsm.host.cluster.ranges import show_range
 from juicebox_hsm.host.cluster.verdict import (
@@ -23,6 +23,7 @@ from juicebox_hsm.host.cluster.verdict import (
     clock_offset_s,
     lag,
     moving_of,
+    readings,
     transfer_age_s,
 )
 from juicebox_hsm.host.cluster.view import AgentView, GroupView, Member, hsm_work, owned_range
@@ -260,11 +261,9 @@ def _agent(evidence: Evidence, agent: AgentView) -> list[str]:
 
 
 def _clock(evidence: Evidence, reading: Reading | None) -> str:
-    offset_s = clock_offset_s(evidence, reading)
-    if offset_s is None or reading is None:
-        return ""
-    off = abs(offset_s) * 1000 > OFF_MS + reading.slack_ms
-    return f'<span class="bad">{clock(offset_s)}</span>' if off else clock(offset_s)
+    told = clock(clock_offset_s(evidence, reading))
+    off = reading is not None and is_off(reading, readings(evidence))
+    return f'<span class="bad">{told}</span>' if off else told
 
 
 def _balancers(balancers: Sequence[BalancerReport], now_ms: int) -> str:

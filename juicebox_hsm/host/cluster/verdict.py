@@ -191,26 +191,32 @@ def _certificate(whose: Certificate, url: str, end_ms: int | None, now_ms: int) 
 
 def _clock_problems(evidence: Evidence) -> Iterator[Finding]:
     """Compare all clocks; load balancers compare theirs themselves and warn."""
+    everybody = readings(evidence)
+    for kind, url, reading in _clocks(evidence):
+        if is_off(reading, everybody):
+            yield ClockOff(kind, url, offset_ms(reading, everybody) / 1000)
+
+
+def _clocks(evidence: Evidence) -> Iterator[tuple[ServiceKind | None, str, Reading]]:
+    """Yield whose clock could be read, by kind and address, and how far ahead it is."""
     told: list[tuple[ServiceKind | None, str, Reading | None]] = [
         *((ServiceKind.AGENT, agent.url, agent.clock) for agent in evidence.view.agents),
         *((ServiceKind.MANAGER, manager.url, manager.clock) for manager in evidence.managers),
         (None, "", evidence.own_clock),
     ]
-    everybody = _readings(evidence)
     for kind, url, reading in told:
-        if reading is not None and is_off(reading, everybody):
-            yield ClockOff(kind, url, offset_ms(reading, everybody) / 1000)
+        if reading is not None:
+            yield kind, url, reading
 
 
-def _readings(evidence: Evidence) -> list[Reading]:
-    agents = (agent.clock for agent in evidence.view.agents)
-    managers = (manager.clock for manager in evidence.managers)
-    return [reading for reading in (*agents, *managers, evidence.own_clock) if reading is not None]
+def readings(evidence: Evidence) -> list[Reading]:
+    """Return what every clock showed that could be read."""
+    return [reading for _, _, reading in _clocks(evidence)]
 
 
 def clock_offset_s(evidence: Evidence, reading: Reading | None) -> float | None:
     """Return how far a clock is ahead of what most say, None for one that nobody could read."""
-    return None if reading is None else offset_ms(reading, _readings(evidence)) / 1000
+    return None if reading is None else offset_ms(reading, readings(evidence)) / 1000
 
 
 def _damages(view: ClusterView) -> Iterator[Finding]:
