@@ -310,10 +310,10 @@ def _ends(end_ms: int, days: float) -> str:
 
 
 def not_valid(what: str, from_ms: int, end_ms: int, now_ms: int) -> str:
-    """Return why a certificate cannot be used now, "" when it can."""
+    """Return why a certificate that is not valid cannot be used now."""
     if now_ms < from_ms:
         return f"{what} is not valid before {moment(from_ms):%Y-%m-%d %H:%M} UTC"
-    return f"{what} ended on {moment(end_ms):%Y-%m-%d %H:%M} UTC" if now_ms > end_ms else ""
+    return f"{what} ended on {moment(end_ms):%Y-%m-%d %H:%M} UTC"
 
 
 def transfer(moving: Moving) -> str:

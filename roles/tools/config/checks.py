@@ -31,7 +31,7 @@ from juicebox_hsm.adapters.tls.cluster_tls import CA_FILE, CERT_FILE, KEY_FILE, 
 from juicebox_hsm.consensus.nvram import decode_state
 from juicebox_hsm.errors import RealmError
 from juicebox_hsm.host.addresses import Address
-from juicebox_hsm.host.certificates import DAYS_WARN
+from juicebox_hsm.host.certificates import DAYS_WARN, is_valid
 from roles.cloud_options import pubsub_problem, secrets_problem
 from roles.commands import ROLES, TOOLS
 from roles.options import (
@@ -297,8 +297,8 @@ def _edge_problems(key: Path, cert: Path) -> list[str]:
         return [str(error)]
     if others_read(key):
         return [f"--tls-key {key}: readable by others; run chmod 640"]
-    problem = not_valid(f"--tls-cert {cert}", *leaf.valid_ms, round(dt.datetime.now(dt.UTC).timestamp() * 1000))
-    return [problem] if problem else []
+    now_ms = round(dt.datetime.now(dt.UTC).timestamp() * 1000)
+    return [] if is_valid(*leaf.valid_ms, now_ms) else [not_valid(f"--tls-cert {cert}", *leaf.valid_ms, now_ms)]
 
 
 def _secrets_problems(path: Path, record_id_version: int | None) -> list[str]:
